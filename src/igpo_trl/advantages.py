@@ -106,7 +106,15 @@ def turn_advantages(
         rewards = rewards * torch.where(is_outcome, outcome_weight, info_gain_weight)
         reached = outcome_weight * out + info_gain_weight * beliefs.gather(1, last)[:, 0]
         advantages = critic_advantages(
-            rewards, beliefs, reached, is_turn, num_generations, gamma=gamma, gae_lambda=gae_lambda, scale=scale
+            rewards,
+            beliefs,
+            reached,
+            is_turn,
+            num_generations,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            scale=scale != "none",
+            scale_floor=std_floor,
         )
     else:
         if normalization == "joint":
@@ -128,7 +136,8 @@ def critic_advantages(
     *,
     gamma: float = 1.0,
     gae_lambda: float = 0.8,
-    scale: str = "batch",
+    scale: bool = True,
+    scale_floor: float = 1e-2,
 ) -> torch.Tensor:
     r"""
     Generalised advantage estimation over turns, with a value read off the belief: the belief as critic.
@@ -150,7 +159,8 @@ def critic_advantages(
         num_generations (`int`): group size G.
         gamma (`float`): discount per turn.
         gae_lambda (`float`): λ.
-        scale (`str`): `"none"` leaves out the division by the root mean square.
+        scale (`bool`): whether to divide by the root mean square over the batch.
+        scale_floor (`float`): smallest root mean square divided by, in units of the reward.
 
     Returns:
         `torch.Tensor` of shape (B, K), 0 where `is_turn` is false.
@@ -178,9 +188,9 @@ def critic_advantages(
 
     next_value = torch.nn.functional.pad(value[:, 1:], (0, 1))
     advantages = _discounted_sum((rewards + gamma * next_value - value) * mask, gamma * gae_lambda) * mask
-    if scale != "none":
+    if scale:
         root_mean_square = (advantages.square().sum() / num_rows).sqrt()
-        advantages = advantages / root_mean_square.clamp(min=1e-8)
+        advantages = advantages / root_mean_square.clamp(min=max(scale_floor, torch.finfo(advantages.dtype).tiny))
     return advantages
 
 

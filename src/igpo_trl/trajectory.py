@@ -1,0 +1,100 @@
+"""The record of one rollout: what the policy did, what it saw, and what it believed after each turn.
+
+This is all that training and viewing share: it needs neither torch nor TRL. On disk it is JSON Lines, one rollout a
+line.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Turn:
+    """
+    One turn: what the policy sampled, and the observation that followed.
+
+    Attributes:
+        text (`str`): the sampled tokens, decoded with special tokens; empty where the length limit left no room.
+        observation (`str`): the tokens between this turn and the next one, decoded; empty after the last turn.
+        num_tokens (`int`): sampled tokens.
+        belief (`float` or `None`): probability of the right answer before this turn (geometric mean over its tokens).
+        info_gain (`float` or `None`): gain of this turn; `None` for the last turn and where no belief was scored.
+        advantage (`float` or `None`): the advantage that every sampled token of the turn was trained with.
+    """
+
+    text: str
+    observation: str = ""
+    num_tokens: int = 0
+    belief: float | None = None
+    info_gain: float | None = None
+    advantage: float | None = None
+
+
+@dataclass
+class Trajectory:
+    """
+    One rollout.
+
+    Attributes:
+        prompt (`str`): the rendered prompt.
+        turns (list of [`Turn`]): at least one.
+        answers (list of `str`): right answers, the first is the gold one.
+        outcome (`float` or `None`): weighted sum of the reward functions; `None` if none applied.
+        rewards (`dict[str, float | None]`): each reward function's value.
+        step (`int`): optimizer step at which it was sampled.
+        group (`int`): number of its group within the batch.
+        info (`dict`): anything else, JSON-serialisable.
+    """
+
+    prompt: str
+    turns: list[Turn]
+    answers: list[str] = field(default_factory=list)
+    outcome: float | None = None
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    step: int = 0
+    group: int = 0
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def beliefs(self) -> list[float | None]:
+        """Belief before each turn; entry k > 0 is the belief after turn k and its observation."""
+        return [turn.belief for turn in self.turns]
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> "Trajectory":
+        """The inverse of [`Trajectory.to_json`]."""
+        record = json.loads(line)
+        record["turns"] = [Turn(**turn) for turn in record["turns"]]
+        return cls(**record)
+
+
+def write_jsonl(path: str | Path, trajectories: Iterable[Trajectory], append: bool = False) -> None:
+    """Write trajectories, one a line; parent folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a" if append else "w", encoding="utf-8") as file:
+        file.writelines(trajectory.to_json() + "\n" for trajectory in trajectories)
+
+
+def read_jsonl(path: str | Path) -> Iterator[Trajectory]:
+    """
+    Read trajectories one by one.
+
+    Raises:
+        `ValueError`: names the file and the line that is not a trajectory.
+    """
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield Trajectory.from_json(line)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {number}: not a trajectory ({error}).") from error
