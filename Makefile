@@ -1,0 +1,66 @@
+# make demo   set up and run the demonstration (GRPO against IGPO on a CPU)
+# make test   set up and run every check: ruff, mypy, pytest
+# make lint · make format · make clean
+#
+# Variables: PYTHON (an interpreter, 3.11 or newer), VENV (the environment to make), JOBS (test processes),
+# DEMO (arguments of `igpo demo`, for example DEMO=--quick).
+
+PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+VENV ?= .venv
+JOBS ?= 2
+DEMO ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+# Everything here runs offline; TRL's usage ping would only wait for a network.
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+demo: $(VENV)/.installed-demo
+	@echo "==> Running the demonstration: igpo demo $(DEMO)"
+	$(BIN)/igpo demo $(DEMO)
+
+test: lint
+	@echo "==> Testing ($(JOBS) processes; set JOBS to change that)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --durations 15
+
+lint: $(VENV)/.installed-dev
+	@echo "==> Checking style: ruff"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@echo "==> Checking types: mypy"
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf src/*.egg-info
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found. Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "$(PYTHON) is Python %d.%d; igpo_trl needs 3.11 or newer: make PYTHON=/path/to/python3.12" % sys.version_info[:2])'
+	@echo "==> Creating a virtual environment in $(VENV) with $(PYTHON)"
+	$(PYTHON) -m venv --clear $(VENV)
+	@touch $@
+
+$(VENV)/.installed-demo: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "==> Installing igpo_trl and what the demonstration needs (about 2 GB, some minutes the first time)"
+	$(PIP_INSTALL) --editable ".[demo]"
+	@touch $@
+
+# The development extras hold those of the demonstration, so this makes both stamps.
+$(VENV)/.installed-dev: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "==> Installing igpo_trl and what the tests need (about 2 GB, some minutes the first time)"
+	$(PIP_INSTALL) --editable ".[dev]"
+	@touch $(VENV)/.installed-demo $@
