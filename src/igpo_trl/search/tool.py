@@ -1,0 +1,75 @@
+"""The search tool that a policy calls."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from .passages import Passage
+
+DESCRIPTION = "Search a collection of documents and read the passages that fit best."
+
+
+class Searchable(Protocol):
+    """Anything that can be searched, such as [`BM25Index`]."""
+
+    def search_batch(self, queries: Sequence[str], k: int = 3) -> list[list[Passage]]: ...
+
+
+def SearchTool(
+    index: Searchable, k: int = 3, max_words: int | None = 200, *, description: str = DESCRIPTION
+) -> Callable[[str], str]:
+    """
+    A search function for `tools=[…]` of a TRL trainer.
+
+    It is called `search` and takes one `query`. Chat templates accept plain functions only, not callable objects, so
+    this returns a function. A bad query is answered with a text that says what is wrong with it, for the policy to
+    read: whatever a policy sends, nothing is raised.
+
+    Args:
+        index (`Searchable`):
+            What to search.
+        k (`int`, *optional*, defaults to `3`):
+            Number of passages that one call returns.
+        max_words (`int`, *optional*, defaults to `200`):
+            Longest passage shown, in words; the rest is cut off. `None` for no limit.
+        description (`str`, *optional*):
+            What the policy is told that the tool does.
+
+    Returns:
+        `Callable[[str], str]`: The tool.
+
+    Raises:
+        ValueError: `k` or `max_words` is not positive.
+
+    Example:
+
+    ```python
+    >>> tool = SearchTool(BM25Index.load("index/"), k=2)
+    >>> print(tool(query="Who wrote Dune?"))
+    [1] Dune (novel)
+    Dune is a 1965 epic science fiction novel …
+    ```
+    """
+    if k < 1:
+        raise ValueError(f"got k={k}, expected at least 1.")
+    if max_words is not None and max_words < 1:
+        raise ValueError(f"got max_words={max_words}, expected at least 1, or None for no limit.")
+
+    def search(query: str) -> str:
+        if not isinstance(query, str):  # a policy sends what it likes
+            return f"Error: the query must be a string, got {type(query).__name__}."  # type: ignore[unreachable]
+        if not query.strip():
+            return "Error: the query is empty. Say what to look for."
+        (passages,) = index.search_batch([query], k)
+        if not passages:
+            return "No passage matches this query. Try other words."
+        return "\n\n".join(f"[{i}] {_render(passage, max_words)}" for i, passage in enumerate(passages, start=1))
+
+    # Chat templates show this docstring to the policy.
+    search.__doc__ = f"{description}\n\nArgs:\n    query: What to look for, in a few words."
+    return search
+
+
+def _render(passage: Passage, max_words: int | None) -> str:
+    words = passage.text.split()
+    text = passage.text if max_words is None or len(words) <= max_words else " ".join(words[:max_words]) + " …"
+    return f"{passage.title}\n{text}" if passage.title else text
