@@ -1,0 +1,120 @@
+import oracles
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from igpo_trl.turns import expand_to_tokens, turn_spans
+
+masks = st.lists(st.lists(st.integers(0, 1), max_size=14), min_size=1, max_size=5)
+
+
+def padded(rollouts, padding_value=0, extra=0):
+    width = max(len(rollout) for rollout in rollouts) + extra
+    mask = [rollout + [padding_value] * (width - len(rollout)) for rollout in rollouts]
+    return torch.tensor(mask).view(len(rollouts), width), torch.tensor([len(rollout) for rollout in rollouts])
+
+
+def test_two_turns_by_hand():
+    #            position:  0  1  2  3  4  5  6  7
+    mask = torch.tensor([[1, 1, 0, 0, 0, 1, 1, 0]])  # two turns, an observation between, one token of padding
+    index, starts, num_turns = turn_spans(mask, torch.tensor([7]))
+    assert index.tolist() == [[0, 0, -1, -1, -1, 1, 1, -1]]
+    assert starts.tolist() == [[0, 5]]
+    assert num_turns.tolist() == [2]
+
+
+def test_trailing_observation_has_an_empty_turn_behind_it():
+    index, starts, num_turns = turn_spans(torch.tensor([[1, 0, 0]]), torch.tensor([3]))
+    assert index.tolist() == [[0, -1, -1]]
+    assert starts.tolist() == [[0, 3]]  # turn 1 would have begun at position 3, the end
+    assert num_turns.tolist() == [2]
+
+
+def test_rollout_without_tokens_is_one_empty_turn():
+    index, starts, num_turns = turn_spans(torch.zeros(1, 3, dtype=torch.long), torch.tensor([0]))
+    assert index.tolist() == [[-1, -1, -1]]
+    assert starts.tolist() == [[0]]
+    assert num_turns.tolist() == [1]
+
+
+def test_parallel_calls_share_one_observation():
+    # Two tool results behind one turn are one run of zeros, hence one boundary.
+    _, starts, num_turns = turn_spans(torch.tensor([[1, 1, 0, 0, 0, 0, 1]]), torch.tensor([7]))
+    assert (starts.tolist(), num_turns.tolist()) == ([[0, 6]], [2])
+
+
+def test_mistake_8_length_is_not_the_count_of_ones():
+    # Five tokens of which three are sampled: the last turn sits at position 4, not at position 3 - 1.
+    index, starts, _ = turn_spans(torch.tensor([[1, 0, 0, 1, 1]]), torch.tensor([5]))
+    assert index[0, 4] == 1
+    assert starts.tolist() == [[0, 3]]
+
+
+@settings(deadline=None)
+@given(masks)
+def test_equals_oracle(rollouts):
+    index, starts, num_turns = turn_spans(*padded(rollouts))
+    assert index.dtype == starts.dtype == num_turns.dtype == torch.long
+    assert starts.shape == (len(rollouts), num_turns.max())
+    for i, rollout in enumerate(rollouts):
+        expected_index, expected_starts = oracles.turn_spans(rollout)
+        assert index[i, : len(rollout)].tolist() == expected_index
+        assert starts[i, : num_turns[i]].tolist() == expected_starts
+        assert (index[i, len(rollout) :] == -1).all()
+        assert (starts[i, num_turns[i] :] == len(rollout)).all()
+
+
+@settings(deadline=None)
+@given(masks, st.integers(0, 3))
+def test_padding_is_not_read(rollouts, extra):
+    # Whatever stands behind the rollout, ones included, changes nothing.
+    index, starts, num_turns = turn_spans(*padded(rollouts))
+    wide_index, wide_starts, wide_num_turns = turn_spans(*padded(rollouts, padding_value=1, extra=extra))
+    assert torch.equal(wide_index[:, : index.shape[1]], index)
+    assert (wide_index[:, index.shape[1] :] == -1).all()
+    assert torch.equal(wide_starts, starts)
+    assert torch.equal(wide_num_turns, num_turns)
+
+
+@settings(deadline=None)
+@given(masks)
+def test_turns_partition_the_sampled_tokens(rollouts):
+    mask, lengths = padded(rollouts)
+    index, starts, num_turns = turn_spans(mask, lengths)
+    ones = torch.arange(1.0, 1.0 + num_turns.max()).expand(len(rollouts), -1)
+    values = expand_to_tokens(ones, index)
+    assert torch.equal(values > 0, mask.bool())  # every sampled token has a turn, no other token has
+    for i in range(len(rollouts)):
+        for k in range(num_turns[i]):
+            tokens = (index[i] == k).nonzero()[:, 0]
+            if len(tokens):
+                assert tokens[0] == starts[i, k]
+                assert tokens[-1] - tokens[0] + 1 == len(tokens)  # contiguous
+
+
+def test_does_not_change_its_input():
+    mask, lengths = torch.tensor([[1, 0, 1, 1]]), torch.tensor([3])
+    turn_spans(mask, lengths)
+    assert mask.tolist() == [[1, 0, 1, 1]]
+    assert lengths.tolist() == [3]
+
+
+def test_error_names_both_shapes():
+    with pytest.raises(ValueError, match=r"\(2, 5\) and \(3,\)"):
+        turn_spans(torch.ones(2, 5), torch.tensor([5, 5, 5]))
+    with pytest.raises(ValueError, match=r"\(5,\) and \(1,\)"):
+        turn_spans(torch.ones(5), torch.tensor([5]))
+
+
+def test_expand_to_tokens_by_hand():
+    values = torch.tensor([[0.5, -2.0], [3.0, 7.0]])
+    index = torch.tensor([[0, 0, -1, 1], [0, -1, -1, -1]])
+    assert expand_to_tokens(values, index).tolist() == [[0.5, 0.5, 0.0, -2.0], [3.0, 0.0, 0.0, 0.0]]
+    assert expand_to_tokens(values.double(), index).dtype == torch.float64
+
+
+def test_expand_to_tokens_of_a_nan_turn_stays_in_its_turn():
+    values = torch.tensor([[float("nan"), 1.0]])
+    tokens = expand_to_tokens(values, torch.tensor([[-1, 1, 1, -1]]))
+    assert tokens.tolist() == [[0.0, 1.0, 1.0, 0.0]]
