@@ -365,7 +365,7 @@ def _pack_row(unit: _Unit) -> _Row:
 
 
 def _run(unit: _Unit, target: _Target) -> tuple[list[int], int, list[int]]:
-    """Tokens to run for a probe, the context length they see, and the answer tokens (predicted by the last of them)."""
+    """Tokens to run for a probe, the context length they see, and the answer tokens, which the last ones predict."""
     probe, limit = target.probe_tokens, target.limit
     labels = list(probe.token_ids[probe.answer_start : probe.answer_end])
     tokens = list(probe.token_ids[: probe.answer_end - 1])

@@ -1,0 +1,103 @@
+"""Checks made before a model is loaded: what was got, what was expected, and how to mend it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import trl
+from datasets import Dataset, IterableDataset
+from packaging.version import Version
+from transformers import ProcessorMixin
+from trl.chat_template_utils import supports_tool_calling
+
+#: The minor version of TRL whose internals the trainer's hooks were tested against.
+SUPPORTED_TRL = "1.16"
+
+
+def check_trl_version() -> None:
+    """Raise `ImportError` unless TRL's minor version is the one whose seams the trainer overrides."""
+    installed = Version(trl.__version__)
+    if f"{installed.major}.{installed.minor}" != SUPPORTED_TRL:
+        raise ImportError(
+            f"IGPOTrainer overrides internals of TRL that are tested with trl {SUPPORTED_TRL}.x, got trl "
+            f"{trl.__version__}. Install it with `pip install 'trl=={SUPPORTED_TRL}.*'`."
+        )
+
+
+def check_processing_class(processing_class: Any, uses_tools: bool) -> None:
+    if isinstance(processing_class, ProcessorMixin):
+        raise ValueError(
+            f"IGPOTrainer supports text models only, got the multi-modal processor {type(processing_class).__name__}. "
+            "Pass the tokenizer of a text model as `processing_class`."
+        )
+    if not uses_tools:
+        return
+    if processing_class.chat_template is None:
+        raise ValueError(
+            "The tokenizer has no chat template, which tool calls are rendered with. Use an instruction-tuned model, "
+            "or set `tokenizer.chat_template`."
+        )
+    if not supports_tool_calling(processing_class):
+        raise ValueError(
+            "The tokenizer's chat template cannot call tools: it does not render an assistant's tool call and the "
+            "tool's answer. Use a model that was trained to call tools (Qwen2.5, Qwen3, Llama 3.1, …), or another "
+            "`tokenizer.chat_template`."
+        )
+
+
+def check_conversational(dataset: Dataset | IterableDataset) -> None:
+    prompt = next(iter(dataset), {}).get("prompt")
+    if isinstance(prompt, str):
+        raise ValueError(
+            "With tools, prompts must be lists of messages, got a string in row 0. Map the data set to "
+            "`{'prompt': [{'role': 'user', 'content': question}]}`."
+        )
+
+
+def check_answers(dataset: Dataset | IterableDataset | None, column: str, name: str) -> None:
+    """Raise `ValueError` if the column is missing or, in a map-style data set, a row holds no usable answer."""
+    if dataset is None:
+        raise ValueError(
+            f"Information gain needs right answers: expected a `{name}` with the column `{column}`, got none. "
+            "Pass one, also where an environment writes the prompt."
+        )
+    columns = dataset.column_names
+    if columns is None:  # a stream that does not know its columns
+        columns = list(next(iter(dataset), {}))
+    if column not in columns:
+        raise ValueError(
+            f"Information gain needs right answers: `{name}` has no column `{column}`, got {', '.join(columns)}. Name "
+            "yours with `IGPOConfig(answer_column=...)`."
+        )
+    if isinstance(dataset, Dataset):
+        row = 0
+        for block in dataset.select_columns([column]).with_format(None).iter(batch_size=10_000):
+            for value in block[column]:
+                answers_of({column: value}, column, where=f"row {row} of `{name}`")
+                row += 1
+
+
+def answers_of(row: dict[str, Any], column: str, where: str = "the batch") -> tuple[str, ...]:
+    """The row's answers, stripped; raises `ValueError` for anything but non-empty strings."""
+    value = row.get(column)
+    answers = (value,) if isinstance(value, str) else value
+    usable = isinstance(answers, Iterable) and all(isinstance(a, str) and a.strip() for a in answers)
+    if not usable or not len(answers):
+        raise ValueError(
+            f"An answer must be a non-empty string or a non-empty list of such, got {value!r} in column `{column}`, "
+            f"{where}. Drop or repair the row."
+        )
+    return tuple(answer.strip() for answer in answers)
+
+
+def named_datasets(dataset: Any) -> list[tuple[str, Any]]:
+    if dataset is None or isinstance(dataset, str):
+        return []
+    if isinstance(dataset, dict):
+        return [(f"eval_dataset[{key!r}]", value) for key, value in dataset.items()]
+    return [("eval_dataset", dataset)]
+
+
+def environment_rewards(factory: Any) -> bool:
+    """Whether an environment scores its own rollouts (`get_reward`)."""
+    factories = list(factory.values()) if isinstance(factory, dict) else [factory] if factory else []
+    return any(hasattr(f if isinstance(f, type) else f(), "get_reward") for f in factories)

@@ -1,0 +1,166 @@
+"""Arguments of [`IGPOTrainer`]: those of TRL's `GRPOConfig`, and the ones that IGPO adds."""
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from .advantages import NORMALIZATIONS
+from .beliefs import DEFAULT_TEMPLATE, split_template
+from .rewards import DEFAULT_FORMAT_PENALTY
+
+
+@dataclass
+class IGPOConfig(GRPOConfig):
+    r"""
+    Configuration of [`IGPOTrainer`].
+
+    Every parameter of `trl.GRPOConfig` is inherited with its default. `scale_rewards` keeps its meaning: `"group"`
+    divides by the std of the pool in the group, `"batch"` by that of the batch, `"none"` by nothing. Each field's help
+    says where its default is from; "paper" is arXiv 2510.14967.
+    """
+
+    # Answers
+    answer_column: str = field(
+        default="answers",
+        metadata={"help": "Dataset column with the right answers: a string, or a list of strings (aliases)."},
+    )
+    answer_template: str = field(
+        default=DEFAULT_TEMPLATE,
+        metadata={
+            "help": "Text in which the answer is scored, with one `{answer}` slot; only its own tokens count. "
+            "The default is the template of the paper's reference code; `igpo_trl.beliefs.NO_THINK_TEMPLATE` is the "
+            "form for models that do not think aloud. What the generation prompt opens already is left out."
+        },
+    )
+    alias_reduction: str = field(
+        default="max",
+        metadata={
+            "help": "How the beliefs in several aliases become one, per context: `max`, `mean` (of the probabilities) "
+            "or `first`. The reference code scores the first alias only."
+        },
+    )
+
+    # Information gain
+    info_gain: str = field(
+        default="prob_diff",
+        metadata={
+            "help": "Gain of a turn: `prob_diff`, the difference of probabilities (paper, Eq. 3), or `log_prob_diff`, "
+            "the difference of log-probabilities (the authors' later runs)."
+        },
+    )
+    info_gain_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the gains, after normalisation. `None` is 1.0 (paper), and 0.0 with "
+            "`normalization='critic'`, which needs no gain reward. With 0 in the other modes no belief is scored and "
+            "the advantages are GRPO's, unchanged."
+        },
+    )
+    info_gain_weight_end: float | None = field(
+        default=None,
+        metadata={"help": "If set, the weight of the gains moves linearly to this value over training."},
+    )
+    outcome_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the outcome, after normalisation. 1.0 in the paper."}
+    )
+    outcome_weight_end: float | None = field(
+        default=None,
+        metadata={"help": "If set, the weight of the outcome moves linearly to this value over training."},
+    )
+
+    # Advantages
+    normalization: str = field(
+        default="separate",
+        metadata={
+            "help": "`joint`: gains and outcomes share mean and std in the group (paper, Eq. 6). `separate`: each has "
+            "its own (the authors' training script). `per_turn`: gains are compared at the same turn index (A2TGPO, "
+            "arXiv 2605.06200). `critic`: no z-scores; a value fitted per batch from the belief, and generalised "
+            "advantages over turns."
+        },
+    )
+    gamma: float = field(
+        default=1.0, metadata={"help": "Discount per turn (not per token) of the rewards that follow (paper, Eq. 7)."}
+    )
+    gae_lambda: float = field(
+        default=0.8, metadata={"help": "Lambda of generalised advantage estimation; read with `critic` only."}
+    )
+    std_floor: float = field(
+        default=1e-2,
+        metadata={
+            "help": "Smallest std divided by, in units of the reward, so that differences of 1e-4 between beliefs are "
+            "not blown up to unit scale. The reference code has about 1e-4."
+        },
+    )
+
+    # Outcome
+    format_penalty: float = field(
+        default=DEFAULT_FORMAT_PENALTY,
+        metadata={
+            "help": "Outcome of a rollout whose last turn has no well-formed answer; read by the default reward "
+            "function only, on F1 between 0 and 1. -2.0 in the reference code."
+        },
+    )
+
+    # Belief pass
+    belief_method: str = field(
+        default="auto",
+        metadata={
+            "help": "`packed`: the trajectory once, then all probes against its KV cache. `per_turn`: one sequence "
+            "per turn. `auto`: packed where it is exact on this model."
+        },
+    )
+    belief_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Rollouts per forward of the belief pass. `None` is `per_device_train_batch_size`."},
+    )
+
+    # Records
+    save_trajectories: bool = field(
+        default=False,
+        metadata={
+            "help": "Write every training rollout with its beliefs, gains and advantages to "
+            "`output_dir/trajectories/` as JSON Lines, one file per process."
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_choice("alias_reduction", ("max", "mean", "first"))
+        self._check_choice("info_gain", ("prob_diff", "log_prob_diff"))
+        self._check_choice("normalization", NORMALIZATIONS)
+        self._check_choice("belief_method", ("auto", "packed", "per_turn"))
+        split_template(self.answer_template)
+        if self.info_gain_weight is None:
+            self.info_gain_weight = 0.0 if self.normalization == "critic" else 1.0
+        for name in ("gamma", "gae_lambda"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
+        if self.std_floor < 0:
+            raise ValueError(f"`std_floor` must not be negative, got {self.std_floor}.")
+        if self.belief_batch_size is not None and self.belief_batch_size < 1:
+            raise ValueError(f"`belief_batch_size` must be at least 1, got {self.belief_batch_size}.")
+        if self.multi_objective_aggregation != "sum_then_normalize" and self.uses_beliefs:
+            raise ValueError(
+                "IGPO normalises the summed outcome itself, so `multi_objective_aggregation` must be "
+                f"'sum_then_normalize', got {self.multi_objective_aggregation!r}. Weight the reward functions with "
+                "`reward_weights` instead."
+            )
+
+    @property
+    def uses_beliefs(self) -> bool:
+        """Whether training scores beliefs at all; if not, the advantages are GRPO's."""
+        return self.normalization == "critic" or any((self.info_gain_weight, self.info_gain_weight_end))
+
+    def weights_at(self, progress: float) -> tuple[float, float]:
+        """Weights of the gains and of the outcome at a training progress between 0 and 1."""
+
+        def at(start: float, end: float | None) -> float:
+            return start if end is None else start + (end - start) * min(max(progress, 0.0), 1.0)
+
+        assert self.info_gain_weight is not None  # resolved in __post_init__
+        return at(self.info_gain_weight, self.info_gain_weight_end), at(self.outcome_weight, self.outcome_weight_end)
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in choices:
+            raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
