@@ -97,13 +97,14 @@ def turn_advantages(
     is_turn = (turn <= last) & scorable
     is_gain = (turn < last) & scorable & ~gain.isnan()
     rewards = torch.where(is_outcome, out[:, None], torch.where(is_gain, gain, 0.0))
+    weight = torch.full_like(gain, info_gain_weight).masked_fill(is_outcome, outcome_weight)
 
     if normalization == "critic":
         if beliefs is None:
             gains_only = torch.where(is_gain, gain, 0.0)
             beliefs = gains_only.cumsum(dim=1) - gains_only
         beliefs = beliefs.double().nan_to_num(0.0).masked_fill(~is_turn, 0.0)
-        rewards = rewards * torch.where(is_outcome, outcome_weight, info_gain_weight)
+        rewards = rewards * weight
         reached = outcome_weight * out + info_gain_weight * beliefs.gather(1, last)[:, 0]
         advantages = critic_advantages(
             rewards,
@@ -123,7 +124,7 @@ def turn_advantages(
             per_turn = normalization == "per_turn"
             z = _standardize(rewards, is_gain, num_generations, scale, std_floor, per_turn=per_turn)
             z = z + _standardize(rewards, is_outcome, num_generations, scale, std_floor)
-        advantages = _discounted_sum(z * torch.where(is_outcome, outcome_weight, info_gain_weight), gamma)
+        advantages = _discounted_sum(z * weight, gamma)
     return advantages.masked_fill(~is_turn, 0.0).to(info_gain.dtype)
 
 
