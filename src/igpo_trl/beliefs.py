@@ -421,8 +421,8 @@ def _left_pad(rows: list[list[int]], width: int, value: int) -> torch.Tensor:
 
 def _base_model(model: nn.Module) -> Any:
     """The transformers model inside DDP and PEFT wrappers."""
-    model = getattr(model, "module", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = getattr(model, "module", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def _keep_logits(model: nn.Module, positions: torch.Tensor) -> dict[str, torch.Tensor]:

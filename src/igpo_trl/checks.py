@@ -1,6 +1,6 @@
 """Checks made before a model is loaded: what was got, what was expected, and how to mend it."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import trl
@@ -45,8 +45,8 @@ def check_processing_class(processing_class: Any, uses_tools: bool) -> None:
 
 
 def check_conversational(dataset: Dataset | IterableDataset) -> None:
-    prompt = next(iter(dataset), {}).get("prompt")
-    if isinstance(prompt, str):
+    row: dict[str, Any] = next(iter(dataset), {})
+    if isinstance(row.get("prompt"), str):
         raise ValueError(
             "With tools, prompts must be lists of messages, got a string in row 0. Map the data set to "
             "`{'prompt': [{'role': 'user', 'content': question}]}`."
@@ -79,9 +79,8 @@ def check_answers(dataset: Dataset | IterableDataset | None, column: str, name: 
 def answers_of(row: dict[str, Any], column: str, where: str = "the batch") -> tuple[str, ...]:
     """The row's answers, stripped; raises `ValueError` for anything but non-empty strings."""
     value = row.get(column)
-    answers = (value,) if isinstance(value, str) else value
-    usable = isinstance(answers, Iterable) and all(isinstance(a, str) and a.strip() for a in answers)
-    if not usable or not len(answers):
+    answers: Sequence[Any] = (value,) if isinstance(value, str) else value if isinstance(value, list | tuple) else ()
+    if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
         raise ValueError(
             f"An answer must be a non-empty string or a non-empty list of such, got {value!r} in column `{column}`, "
             f"{where}. Drop or repair the row."

@@ -123,7 +123,7 @@ class IGPOConfig(GRPOConfig):
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self._check_choice("alias_reduction", ("max", "mean", "first"))
         self._check_choice("info_gain", ("prob_diff", "log_prob_diff"))

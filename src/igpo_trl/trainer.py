@@ -113,11 +113,12 @@ class IGPOTrainer(GRPOTrainer):
                 stacklevel=2,
             )
         check_processing_class(processing_class, uses_tools)
-        if args.uses_beliefs:
+        default_reward = reward_funcs is None and not environment_rewards(kwargs.get("environment_factory"))
+        if args.uses_beliefs or default_reward:
             check_answers(train_dataset, args.answer_column, "train_dataset")
         if train_dataset is not None and uses_tools:
             check_conversational(train_dataset)
-        if reward_funcs is None and not environment_rewards(kwargs.get("environment_factory")):
+        if default_reward:
             reward_funcs = make_answer_reward(args.answer_column, format_penalty=args.format_penalty)
             for name, dataset in named_datasets(eval_dataset):
                 check_answers(dataset, args.answer_column, name)
@@ -138,11 +139,13 @@ class IGPOTrainer(GRPOTrainer):
             **self.chat_template_kwargs,
         )
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
+    ) -> torch.Tensor:
         self._outcomes = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         return self._outcomes
 
-    def _generate_and_score_completions(self, inputs):
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         batch = _TurnBatch(output)
         mode = "train" if self.model.training else "eval"
