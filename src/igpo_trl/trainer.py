@@ -171,14 +171,15 @@ class IGPOTrainer(GRPOTrainer):
         gain = torch.nn.functional.pad(level[:, 1:] - level[:, :-1], (0, 1), value=torch.nan)
         # K differs between processes: pad to the longest, then every process sees the whole batch.
         local = torch.stack([gain, log_belief.exp()], dim=-1)
-        gain, belief = self.accelerator.gather(
+        shared = self.accelerator.gather(
             self.accelerator.pad_across_processes(local, dim=1, pad_index=torch.nan)
-        ).unbind(dim=-1)
-        num_turns = self.accelerator.gather(batch.num_turns)
-        outcome = self._outcome()
+        ).cpu()  # small, and float64 is not to be had on every accelerator
+        gain, belief = shared[..., 0].contiguous(), shared[..., 1].contiguous()
+        num_turns = self.accelerator.gather(batch.num_turns).cpu()
+        outcome = self._outcome().cpu()
         gain_weight, outcome_weight = args.weights_at(self.state.global_step / max(1, self.state.max_steps))
         advantages = turn_advantages(
-            gain.contiguous(),
+            gain,
             outcome,
             num_turns,
             self.num_generations,
@@ -188,14 +189,14 @@ class IGPOTrainer(GRPOTrainer):
             info_gain_weight=gain_weight,
             outcome_weight=outcome_weight,
             std_floor=args.std_floor,
-            beliefs=belief.contiguous(),
+            beliefs=belief,
             gae_lambda=args.gae_lambda,
         )
         self._log_gains(gain, belief, outcome, num_turns, advantages, (gain_weight, outcome_weight))
         mine = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
         width = batch.starts.shape[1]
         batch.gain, batch.belief, batch.advantages = (x[mine, :width] for x in (gain, belief, advantages))
-        return expand_to_tokens(batch.advantages, batch.turn_index)
+        return expand_to_tokens(batch.advantages.to(batch.turn_index.device), batch.turn_index)
 
     def _score_turns(self, inputs: list[dict[str, Any]], batch: "_TurnBatch") -> torch.Tensor:
         """Log-belief before every turn of this process's rollouts, (B, K); NaN beyond the last turn or unscored."""
