@@ -1,4 +1,4 @@
-"""What every test needs: no network, no GPU, one thread, fixed seeds, and the folder of shared data where there is one."""
+"""What every test needs: no network, no GPU, one thread, fixed seeds, and the shared data where there is some."""
 
 import os
 import tempfile
@@ -47,7 +47,7 @@ def repository() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The folder `shared` beside the checkout: real questions, passages and golden numbers that are not distributed."""
+    """The folder `shared` beside the checkout: questions, passages and golden numbers, not distributed."""
     path = REPOSITORY.parent / "shared"
     if not path.is_dir():
         pytest.skip(f"needs the data folder {path}, which is not distributed with the package")

@@ -1,0 +1,129 @@
+"""The command line: what it parses, what it passes on, what it prints."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from igpo_trl import __version__
+from igpo_trl.cli import app
+from igpo_trl.trajectory import Trajectory, Turn, write_jsonl
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def rollouts(tmp_path):
+    path = tmp_path / "rank0.jsonl"
+    write_jsonl(
+        path,
+        [
+            Trajectory(
+                "Who?", [Turn("looking", "a page", 3, 0.25, 0.5), Turn(f"<answer>{name}</answer>", belief=0.75)]
+            )
+            for name in ("Ada", "Ben", "Cleo")
+        ],
+    )
+    return path
+
+
+def test_version(run):
+    result = run("--version")
+    assert result.exit_code == 0
+    assert result.output.strip() == f"igpo-trl {__version__}"
+
+
+@pytest.mark.parametrize("command", ["demo", "tiny-model", "view"])
+def test_every_command_has_help(run, command):
+    assert command in run("--help").output
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+def test_module_is_the_command_and_starts_fast():
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, "-m", "igpo_trl", "--help"], capture_output=True, text=True, check=True)
+    assert "Usage: igpo " in result.stdout
+    # Half a second where nothing else runs; importing torch and TRL would take ten times as long.
+    assert time.perf_counter() - started < 5
+
+
+def test_demo_passes_its_options_on(run, monkeypatch):
+    from igpo_trl.sandbox import demo
+
+    calls = []
+    monkeypatch.setattr(demo, "run_demo", lambda **options: calls.append(options))
+    assert run("demo").exit_code == 0
+    assert run("demo", "--quick", "--output-dir", "somewhere", "--seed", 3).exit_code == 0
+    assert calls == [
+        {"output_dir": Path("outputs/demo"), "quick": False, "seed": 0},
+        {"output_dir": Path("somewhere"), "quick": True, "seed": 3},
+    ]
+
+
+def test_tiny_model_has_the_defaults_of_the_function(run, monkeypatch, tmp_path):
+    import inspect
+
+    from igpo_trl import tiny_model
+
+    signature = inspect.signature(tiny_model.make_tiny_model)
+    calls = []
+
+    def fake(*args, **options):
+        calls.append(signature.bind(*args, **options).arguments)
+        return {"parameters": 5.1e6, "steps": 7, "loss": 2.5, "valid_search_share": 0.875}
+
+    monkeypatch.setattr(tiny_model, "make_tiny_model", fake)
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("")
+    result = run("tiny-model", tmp_path / "model", "--corpus", corpus, "--questions", corpus)
+    assert result.exit_code == 0, result.output
+    assert "5.1 M parameters, 7 steps, loss 2.50; 88% of sampled rollouts" in result.output
+    for name, value in calls[0].items():
+        default = signature.parameters[name].default
+        assert default is inspect.Parameter.empty or value == default, name
+
+
+def test_tiny_model_names_what_is_missing_or_in_the_way(run, tmp_path):
+    corpus = tmp_path / "corpus.jsonl"
+    result = run("tiny-model", tmp_path / "model", "--corpus", corpus, "--questions", corpus)
+    assert result.exit_code == 2 and "does not exist" in result.output
+    corpus.write_text("")
+    result = run("tiny-model", tmp_path, "--corpus", corpus, "--questions", corpus)
+    assert result.exit_code == 2 and "is not empty" in result.output
+
+
+@pytest.mark.parametrize(("index", "name"), [(0, "Ada"), (2, "Cleo"), (-1, "Cleo")])
+def test_view_prints_one_rollout(run, rollouts, index, name):
+    result = run("view", rollouts, "--index", index)
+    assert result.exit_code == 0
+    assert f"answer: {name}" in result.output
+    assert "belief" in result.output and "gain +0.50" in result.output
+
+
+def test_view_saves_the_picture(run, rollouts, tmp_path):
+    result = run("view", rollouts, "--save", tmp_path / "rollout.png")
+    assert result.exit_code == 0
+    assert (tmp_path / "rollout.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("index", [3, -4])
+def test_view_refuses_an_index_that_is_not_there(run, rollouts, index):
+    result = run("view", rollouts, "--index", index)
+    assert result.exit_code == 2
+    assert "3 rollouts" in result.output
+
+
+def test_view_names_the_line_that_is_no_rollout(run, rollouts):
+    rollouts.write_text(rollouts.read_text() + "{}\n")
+    result = run("view", rollouts)
+    assert result.exit_code == 2
+    assert "line 4" in result.output
