@@ -47,8 +47,8 @@ def turn_advantages(
     generalised advantages, see [`critic_advantages`].
 
     Degenerate cases: a pool of one value or of equal values gives 0. A rollout whose outcome is NaN (no reward
-    function applied to it) leaves every pool and has advantage 0, as in TRL. A gain that is not finite counts as no reward of
-    that turn; the rollout's other turns keep theirs.
+    function applied to it) leaves every pool and has advantage 0, as in TRL. A gain that is not finite counts as no
+    reward of that turn; the rollout's other turns keep theirs.
 
     Args:
         info_gain (`torch.Tensor` of shape (B, K)):

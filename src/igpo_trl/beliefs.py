@@ -2,7 +2,7 @@
 
 For the answer tokens a_1 … a_L and a context c (the prompt, and the turns and observations so far)
 
-    log p(a | c) = 1/L Σ_j log π(a_j | c, template prefix, a_<j)          (arXiv 2510.14967, Eq. 2)
+    log p(a | c) = 1/L Σ_j log π(a_j | c, template prefix, a_<j)          (arXiv 2510.14967)
 
 The module takes a model and token ids, never a trainer. `"packed"` scoring runs the trajectory once and keeps its KV
 cache, then runs the probes of all turns in one short forward against that cache: a probe sees the context up to its
@@ -145,7 +145,7 @@ def score_beliefs(
     synchronize: Callable[[int], int] | None = None,
 ) -> list[torch.Tensor]:
     """
-    Mean log-probability of each probe's answer tokens after each context of each rollout (arXiv 2510.14967, Eq. 2).
+    Mean log-probability of each probe's answer tokens after each context of each rollout (arXiv 2510.14967).
 
     No gradient is recorded and dropout is off; every module's train/eval mode is restored. The softmax is taken in
     float32 whatever the model's dtype.

@@ -44,7 +44,7 @@ class IGPOConfig(GRPOConfig):
     info_gain: str = field(
         default="prob_diff",
         metadata={
-            "help": "Gain of a turn: `prob_diff`, the difference of probabilities (paper, Eq. 3), or `log_prob_diff`, "
+            "help": "Gain of a turn: `prob_diff`, the difference of probabilities (paper), or `log_prob_diff`, "
             "the difference of log-probabilities (the authors' later runs)."
         },
     )
@@ -79,7 +79,7 @@ class IGPOConfig(GRPOConfig):
         },
     )
     gamma: float = field(
-        default=1.0, metadata={"help": "Discount per turn (not per token) of the rewards that follow (paper, Eq. 7)."}
+        default=1.0, metadata={"help": "Discount per turn (not per token) of the rewards that follow (paper)."}
     )
     gae_lambda: float = field(
         default=0.8, metadata={"help": "Lambda of generalised advantage estimation; read with `critic` only."}

@@ -1,0 +1,35 @@
+"""Write docs/configuration.md from the help texts of `IGPOConfig`, where they stand once and for all.
+
+    python docs/make_configuration.py
+"""
+
+import dataclasses
+from pathlib import Path
+
+from trl import GRPOConfig
+
+from igpo_trl import IGPOConfig
+
+HEADER = """# Configuration
+
+`IGPOConfig` takes every argument of `trl.GRPOConfig`, and these. The table is made from the fields' help texts by
+`python docs/make_configuration.py`.
+
+| field | default | meaning |
+|---|---|---|
+"""
+
+
+def render() -> str:
+    """The page's text."""
+    inherited = {field.name for field in dataclasses.fields(GRPOConfig)}
+    rows = [
+        f"| `{field.name}` | `{field.default!r}` | {field.metadata['help']} |".replace("\n", "\\n")
+        for field in dataclasses.fields(IGPOConfig)
+        if field.name not in inherited
+    ]
+    return HEADER + "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("configuration.md").write_text(render(), encoding="utf-8")

@@ -1,0 +1,32 @@
+"""The documentation says what the code does."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_configuration_table_is_that_of_the_code() -> None:
+    path = ROOT / "docs" / "make_configuration.py"
+    spec = importlib.util.spec_from_file_location("make_configuration", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    written = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert written == module.render(), "Run `python docs/make_configuration.py`."
+
+
+def test_every_metric_of_the_trainer_is_documented() -> None:
+    source = (ROOT / "src" / "igpo_trl" / "trainer.py").read_text(encoding="utf-8")
+    logged = set(re.findall(r'\["((?:info_gain|belief|rollout|collapse|advantages)/[a-z_/]+)"\]', source))
+    assert len(logged) >= 10
+    documented = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert not {name for name in logged if f"`{name}`" not in documented}
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
