@@ -1,5 +1,6 @@
 """Questions for training and evaluation, from several layouts to one schema."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,8 +123,8 @@ def _row(where: str, record: dict[str, Any], path: Path, number: int, system_pro
 
 def _read_reference_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the rows of a parquet file of the IGPO authors as records with `question` and `answers`."""
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
         table = pyarrow.parquet.read_table(path)
@@ -151,3 +152,31 @@ def _read_reference_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 "id": (row.get("extra_info") or {}).get("index"),
             },
         )
+
+
+def hold_out(questions: "Dataset", number: int) -> tuple["Dataset", "Dataset"]:
+    """
+    Splits questions into training and held-out ones, by a hash of their ids.
+
+    The same questions are held out in every run and on every machine, and a smaller held-out set is part of a larger
+    one: what was held out from a warm start is held out from the training after it.
+
+    Args:
+        questions (`datasets.Dataset`):
+            Questions with the column `id`.
+        number (`int`):
+            How many to hold out.
+
+    Returns:
+        The training and the held-out questions, the former in their order, the latter in that of the hash.
+
+    Raises:
+        ValueError: `number` is negative, or leaves nothing to train on.
+    """
+    if not 0 <= number < len(questions):
+        raise ValueError(
+            f"cannot hold out {number} of {len(questions)} questions. Expected 0 to {len(questions) - 1}."
+        )
+    ids = questions["id"][:]
+    order = sorted(range(len(ids)), key=lambda i: hashlib.sha256(ids[i].encode()).digest())
+    return questions.select(sorted(order[number:])), questions.select(order[:number])
