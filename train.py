@@ -1,0 +1,219 @@
+"""
+Train a search agent with IGPO: a language model that searches a corpus of passages and answers questions.
+
+    accelerate launch train.py --config configs/hotpotqa_cpu.yaml
+
+Every argument of the configuration file can be overridden on the command line, as in `--learning_rate 1e-6`.
+`--help` lists them all.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOTrainer, ModelConfig, TrlParser, get_kbit_device_map, get_peft_config, get_quantization_config
+
+from igpo_trl import IGPOConfig, IGPOTrainer
+from igpo_trl.data import NO_THINK_SYSTEM_PROMPT, THINK_SYSTEM_PROMPT, hold_out, load_questions
+from igpo_trl.rewards import exact_match, extract_answer, make_answer_reward
+from igpo_trl.search import BM25Index, SearchTool
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SYSTEM_PROMPTS = {"think": THINK_SYSTEM_PROMPT, "no_think": NO_THINK_SYSTEM_PROMPT, "none": None}
+
+
+@dataclass
+class ScriptArguments:
+    """Arguments of this script; those of the trainer are `IGPOConfig`'s, those of the model TRL's `ModelConfig`'s."""
+
+    questions: str = field(metadata={"help": "File of training questions: .jsonl, .jsonl.gz or .parquet."})
+    corpus: str | None = field(
+        default=None, metadata={"help": "Passages to search, .jsonl or .jsonl.gz with `id`, `title` and `text`."}
+    )
+    index_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Directory of a BM25 index. Built there from `corpus` if there is none yet. By default the index "
+            "of `corpus` is kept in a cache ($IGPO_CACHE, or else ~/.cache/igpo_trl)."
+        },
+    )
+    eval_questions: str | None = field(
+        default=None,
+        metadata={"help": "File of questions to evaluate on. By default some of `questions` are held out."},
+    )
+    num_eval_questions: int = field(
+        default=100,
+        metadata={"help": "Questions to evaluate on before and after training; 0 for no evaluation at all."},
+    )
+    system_prompt: str = field(
+        default="think",
+        metadata={"help": "`think`, `no_think`, `none`, or the text of a system prompt."},
+    )
+    search_k: int = field(default=3, metadata={"help": "Passages that one search returns."})
+    search_max_words: int = field(default=200, metadata={"help": "Longest passage shown, in words."})
+    method: str = field(default="igpo", metadata={"help": "`igpo`, or `grpo` for plain GRPO with the same arguments."})
+
+
+def check_arguments(script: ScriptArguments, training: IGPOConfig, model: ModelConfig) -> None:
+    """Errors that would otherwise come late."""
+    if not model.model_name_or_path:
+        raise ValueError("`model_name_or_path` is missing: the name of a model on the hub, or a directory.")
+    looks_like_path = model.model_name_or_path.startswith((".", "/", "~")) or model.model_name_or_path.count("/") > 1
+    if looks_like_path and not Path(model.model_name_or_path).is_dir():
+        raise FileNotFoundError(
+            f"no such model directory: {model.model_name_or_path}. A tiny model for a CPU is made by: "
+            "igpo tiny-model DIR --corpus FILE --questions FILE"
+        )
+    if script.corpus is None and script.index_dir is None:
+        raise ValueError("give `corpus` (passages) or `index_dir` (an index of them).")
+    for name in ("questions", "eval_questions", "corpus"):
+        path = getattr(script, name)
+        if path is not None and not Path(path).is_file():
+            raise FileNotFoundError(f"`{name}`: no such file: {path}")
+    if script.method not in ("igpo", "grpo"):
+        raise ValueError(f"`method` must be igpo or grpo, got {script.method!r}.")
+    if script.num_eval_questions < 0:
+        raise ValueError(f"`num_eval_questions` must not be negative, got {script.num_eval_questions}.")
+    for name in ("search_k", "search_max_words"):
+        if getattr(script, name) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {getattr(script, name)}.")
+    last = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+    if last is not None and training.resume_from_checkpoint is None:
+        raise FileExistsError(
+            f"{training.output_dir} holds checkpoints of an earlier run. Add --resume_from_checkpoint true to go on "
+            "with it, or choose another --output_dir."
+        )
+
+
+def checkpoint_to_resume(training: IGPOConfig) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` means: `true` is the last one, or a fresh start without one."""
+    wanted = training.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() == "true":
+        return get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+    if not Path(wanted).is_dir():
+        raise FileNotFoundError(f"`resume_from_checkpoint`: no such directory: {wanted}. Give one, or `true`.")
+    return wanted
+
+
+def load_data(script: ScriptArguments) -> tuple["Dataset", "Dataset | None"]:
+    """Training and evaluation questions."""
+    system_prompt = SYSTEM_PROMPTS.get(script.system_prompt, script.system_prompt)
+    questions = load_questions(script.questions, system_prompt)
+    if script.num_eval_questions == 0:
+        return questions, None
+    if script.eval_questions is None:
+        return hold_out(questions, script.num_eval_questions)
+    held_out = load_questions(script.eval_questions, system_prompt)
+    return questions, held_out.select(range(min(script.num_eval_questions, len(held_out))))
+
+
+def load_index(script: ScriptArguments) -> BM25Index:
+    """The index to search, built first where there is none yet."""
+    if script.index_dir is not None:
+        directory = Path(script.index_dir)
+    else:
+        corpus = Path(str(script.corpus)).resolve()
+        stamp = f"{corpus}|{corpus.stat().st_size}|{corpus.stat().st_mtime_ns}"
+        cache = Path(os.environ.get("IGPO_CACHE") or Path.home() / ".cache" / "igpo_trl")
+        directory = cache / "bm25" / hashlib.sha256(stamp.encode()).hexdigest()[:16]
+    try:
+        return BM25Index.load(directory)
+    except FileNotFoundError:
+        if script.corpus is None:
+            raise
+    except ValueError:
+        if script.index_dir is not None:
+            raise
+    BM25Index.build(str(script.corpus)).save(directory)
+    return BM25Index.load(directory)
+
+
+def exact_match_reward(completions: list[Any], answers: list[list[str]], **_: Any) -> list[float]:
+    """Exact match of the answer in the last assistant turn."""
+    last = [completion[-1] for completion in completions]
+    texts = [m.get("content") or "" if m["role"] == "assistant" and not m.get("tool_calls") else "" for m in last]
+    return [exact_match(extract_answer(text), truth) for text, truth in zip(texts, answers, strict=True)]
+
+
+def evaluate(trainer: GRPOTrainer, name: str) -> None:
+    """Rolls out on the evaluation questions, and adds the scores to `evaluation.json` under a name."""
+    trainer.evaluate()
+    # What the trainer returns lacks the metrics of the rollouts; what it has logged has them.
+    logged = next(row for row in reversed(trainer.state.log_history) if "eval_reward" in row)
+    columns = {
+        "f1": "eval_rewards/f1/mean",
+        "exact_match": "eval_rewards/exact_match/mean",
+        "reward": "eval_reward",
+        "searches": "eval_tools/call_frequency",
+        "tokens": "eval_completions/mean_length",
+    }
+    scores = {key: logged[column] for key, column in columns.items() if column in logged}
+    if trainer.accelerator.is_main_process:
+        path = Path(trainer.args.output_dir) / "evaluation.json"
+        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        results[name] = scores
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    trainer.accelerator.print(f"{name} training: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
+
+
+def main(script: ScriptArguments, training: IGPOConfig, model: ModelConfig) -> None:
+    """Loads, trains, evaluates, saves."""
+    check_arguments(script, training, model)
+    checkpoint = checkpoint_to_resume(training)
+    train_dataset, eval_dataset = load_data(script)
+    with PartialState().main_process_first():
+        index = load_index(script)
+
+    quantization = get_quantization_config(model)
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **({"quantization_config": quantization, "device_map": get_kbit_device_map()} if quantization else {}),
+        **(training.model_init_kwargs or {}),
+    }
+    # F1 is learned from; F1 without the penalty and exact match are only measured.
+    f1 = make_answer_reward(training.answer_column, format_penalty=0.0)
+    f1.__name__ = "f1"
+    exact_match_reward.__name__ = "exact_match"
+    rewards = [make_answer_reward(training.answer_column, training.format_penalty), f1, exact_match_reward]
+    training.reward_weights = [1.0, 0.0, 0.0]
+    trainer_class = IGPOTrainer if script.method == "igpo" else GRPOTrainer
+    trainer = trainer_class(
+        model=model.model_name_or_path,
+        reward_funcs=rewards,
+        args=training,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        tools=[SearchTool(index, k=script.search_k, max_words=script.search_max_words)],
+        peft_config=get_peft_config(model),
+    )
+    trainer.accelerator.print(
+        f"{len(train_dataset)} questions to train on, {len(eval_dataset or [])} to evaluate on, {len(index)} passages."
+    )
+    if eval_dataset is not None and checkpoint is None:
+        evaluate(trainer, "before")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    if eval_dataset is not None:
+        evaluate(trainer, "after")
+    if training.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.print(f"Saved to {training.output_dir}.")
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    parser = TrlParser((ScriptArguments, IGPOConfig, ModelConfig), description=__doc__)
+    main(*parser.parse_args_and_config())
