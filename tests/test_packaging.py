@@ -1,0 +1,82 @@
+"""The files around the code agree with it and with one another."""
+
+import re
+import tomllib
+from importlib.metadata import entry_points, requires, version
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from packaging.requirements import Requirement
+
+import igpo_trl
+from igpo_trl.checks import SUPPORTED_TRL
+
+
+@pytest.fixture(scope="module")
+def project(repository):
+    return tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+
+
+def test_version_is_the_same_everywhere(repository, project):
+    citation = yaml.safe_load((repository / "CITATION.cff").read_text())
+    assert igpo_trl.__version__ == version("igpo-trl") == project["version"] == citation["version"]
+
+
+def test_pins_lie_within_the_bounds(repository, project):
+    lines = (repository / "constraints.txt").read_text().splitlines()
+    pins = dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
+    extras = [line for group in project["optional-dependencies"].values() for line in group]
+    for requirement in map(Requirement, project["dependencies"] + extras):
+        if requirement.name in pins:
+            assert requirement.specifier.contains(pins[requirement.name]), requirement
+    for requirement in map(Requirement, project["dependencies"] + project["optional-dependencies"]["dev"]):
+        assert requirement.name == project["name"] or requirement.name.lower() in pins, f"{requirement} has no pin"
+
+
+def test_one_minor_version_of_trl(project):
+    trl = next(r for r in map(Requirement, project["dependencies"]) if r.name == "trl")
+    assert trl.specifier.contains(f"{SUPPORTED_TRL}.0") and trl.specifier.contains(f"{SUPPORTED_TRL}.99")
+    major, minor = map(int, SUPPORTED_TRL.split("."))
+    assert not trl.specifier.contains(f"{major}.{minor + 1}.0") and not trl.specifier.contains(
+        f"{major}.{minor - 1}.9"
+    )
+
+
+def test_extras_in_error_messages_exist(repository, project):
+    named = {
+        extra.strip()
+        for file in [*(repository / "src").rglob("*.py"), *repository.glob("*.md"), *repository.rglob("docs/*.md")]
+        for match in re.findall(r"igpo[-_]trl\[([\w, -]+)\]", file.read_text(encoding="utf-8"))
+        for extra in match.split(",")
+    }
+    assert named <= set(project["optional-dependencies"])
+    assert {"plots"} <= named
+
+
+def test_console_script():
+    (script,) = entry_points(group="console_scripts", name="igpo")
+    assert script.load() is __import__("igpo_trl.cli", fromlist=["app"]).app
+    assert any(line.startswith("trl") for line in requires("igpo-trl") or [])
+
+
+@pytest.mark.parametrize(
+    ("name", "distributed_type", "cpu"),
+    [
+        ("cpu", "NO", True),
+        ("single_gpu", "NO", False),
+        ("ddp", "MULTI_GPU", False),
+        ("fsdp2", "FSDP", False),
+        ("zero2", "DEEPSPEED", False),
+        ("zero3", "DEEPSPEED", False),
+    ],
+)
+def test_accelerate_reads_its_configs(repository, name, distributed_type, cpu):
+    config = load_config_from_file(str(repository / "accelerate_configs" / f"{name}.yaml"))
+    assert config.distributed_type == distributed_type
+    assert config.use_cpu is cpu
+    assert (config.num_processes == 1) is (distributed_type == "NO")
+    if name == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+    if distributed_type == "DEEPSPEED":
+        assert config.deepspeed_config["zero_stage"] == int(name[-1])
