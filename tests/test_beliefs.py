@@ -1,0 +1,401 @@
+import math
+
+import oracles
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from igpo_trl.beliefs import (
+    DEFAULT_TEMPLATE,
+    NO_THINK_TEMPLATE,
+    AnswerProbe,
+    build_probes,
+    fit_template,
+    packed_obstacle,
+    reduce_aliases,
+    score_beliefs,
+)
+
+FULL_ATTENTION = ["qwen2", "qwen3", "llama", "gpt2"]
+SLIDING = ["mistral", "qwen2_sliding"]
+VOCABULARY = 400
+NATS = 2e-5  # what two ways to compute the same float32 number may differ by
+
+
+@pytest.fixture(scope="module")
+def models():
+    """One model per family, made when first asked for."""
+    made = {}
+
+    def get(family):
+        if family not in made:
+            made[family] = tiny.make_model(family, VOCABULARY).eval()
+        return made[family]
+
+    return get
+
+
+def tokens(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
+
+
+def probe(prefix, answer, suffix=2, seed=0):
+    return AnswerProbe(tokens(prefix + answer + suffix, seed), prefix, prefix + answer)
+
+
+def ragged_batch():
+    """Rollouts that differ in everything: length, number and place of boundaries, aliases, lengths of answers."""
+    sequences = [tokens(40, 1), tokens(9, 2), tokens(73, 3), tokens(23, 4)]
+    boundaries = [[10, 25, 40], [4], [1, 2, 30, 31, 73], [23, 12]]
+    probes = [
+        [probe(6, 3, seed=5), probe(6, 1, seed=6)],
+        [probe(0, 4, seed=7)],  # the answer comes right behind the context
+        [probe(3, 1, 0, seed=8), probe(0, 1, 0, seed=9), probe(11, 7, 5, seed=10)],
+        [probe(2, 2, seed=11)],
+    ]
+    return sequences, boundaries, probes
+
+
+def assert_beliefs(actual, expected, nats=NATS):
+    assert len(actual) == len(expected)
+    for got, want in zip(actual, expected, strict=True):
+        assert got.dtype == torch.float32
+        assert not got.requires_grad
+        torch.testing.assert_close(got.double(), torch.tensor(want, dtype=torch.float64), atol=nats, rtol=0.0)
+
+
+# --- equal to the oracle ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+@pytest.mark.parametrize("method", ["packed", "per_turn", "auto"])
+@pytest.mark.parametrize("family", FULL_ATTENTION)
+def test_equals_oracle(models, family, method, batch_size):
+    model, batch = models(family), ragged_batch()
+    assert_beliefs(score_beliefs(model, *batch, method=method, batch_size=batch_size), oracles.beliefs(model, *batch))
+
+
+def test_eager_attention_equals_oracle():
+    model = tiny.make_model("qwen3", VOCABULARY, attn_implementation="eager")
+    assert packed_obstacle(model) is None
+    batch = ragged_batch()
+    assert_beliefs(score_beliefs(model, *batch, method="packed"), oracles.beliefs(model, *batch))
+
+
+@st.composite
+def rollouts(draw):
+    length = draw(st.integers(1, 24))
+    boundaries = draw(st.lists(st.integers(1, length), min_size=1, max_size=4))
+    probes = draw(
+        st.lists(
+            st.builds(probe, st.integers(0, 4), st.integers(1, 4), st.integers(0, 2), st.integers(0, 99)),
+            min_size=1,
+            max_size=2,
+        )
+    )
+    return tokens(length, draw(st.integers(0, 99))), boundaries, probes
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(rollouts(), min_size=1, max_size=3))
+def test_any_shape_equals_oracle(batch):
+    model = _shared_qwen3()
+    batch = tuple(zip(*batch, strict=True))
+    expected = oracles.beliefs(model, *batch)
+    for method in ("packed", "per_turn"):
+        assert_beliefs(score_beliefs(model, *batch, method=method, batch_size=2), expected)
+
+
+def _shared_qwen3(made=[]):  # noqa: B006  (hypothesis takes no function-scoped fixtures)
+    if not made:
+        made.append(tiny.make_model("qwen3", VOCABULARY).eval())
+    return made[0]
+
+
+def test_by_hand():
+    """
+    A model that gives each token the probability of a table, whatever the context: the mean log-prob is that of the
+    table's entries. Embedding 0, so all logits are the LM head's bias, made of the logs of 1/2, 1/4, 1/8, 1/8.
+    """
+
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.tensor([0.5, 0.25, 0.125, 0.125]).log())
+            self.config = tiny.make_model("qwen3").config
+
+        def forward(self, input_ids, attention_mask=None, use_cache=None):
+            from transformers.modeling_outputs import CausalLMOutput
+
+            return CausalLMOutput(logits=self.bias.expand(*input_ids.shape, -1))
+
+    # Answer tokens 0, 1, 2 between template tokens 3: (log 1/2 + log 1/4 + log 1/8) / 3 = 2 log 1/2.
+    probes = [AnswerProbe([3, 0, 1, 2, 3], 1, 4), AnswerProbe([3, 3, 0], 2, 3)]
+    (actual,) = score_beliefs(Table(), [[3, 3, 0]], [[1, 3]], [probes])
+    torch.testing.assert_close(actual, torch.tensor([[2.0, 1.0], [2.0, 1.0]]) * math.log(0.5))
+
+
+@pytest.mark.parametrize("family", SLIDING)
+def test_sliding_windows_are_never_packed_wrongly(models, family):
+    model, batch = models(family), ragged_batch()
+    expected = oracles.beliefs(model, *batch)
+    # The window of 8 matters: with every past token in sight the beliefs are others.
+    full = tiny.make_model(family, VOCABULARY, sliding_window=1000).eval()
+    full.load_state_dict(model.state_dict())
+    assert (torch.tensor(oracles.beliefs(full, *batch)[2]) - torch.tensor(expected[2])).abs().max() > 0.01
+
+    assert_beliefs(score_beliefs(model, *batch, method="auto"), expected)
+    assert_beliefs(score_beliefs(model, *batch, method="per_turn", batch_size=3), expected)
+    assert packed_obstacle(model)
+    with pytest.raises(ValueError, match="Use 'auto' or 'per_turn'"):
+        score_beliefs(model, *batch, method="packed")
+
+
+# --- invariances -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["packed", "per_turn"])
+def test_alone_or_in_a_batch(models, method):
+    model, (sequences, boundaries, probes) = models("qwen3"), ragged_batch()
+    together = score_beliefs(model, sequences, boundaries, probes, method=method, batch_size=4)
+    for i, rollout in enumerate(zip(sequences, boundaries, probes, strict=True)):
+        (alone,) = score_beliefs(model, *([part] for part in rollout), method=method)
+        torch.testing.assert_close(alone, together[i], atol=NATS, rtol=0.0)
+    reverse = score_beliefs(model, sequences[::-1], boundaries[::-1], probes[::-1], method=method, batch_size=4)
+    for got, want in zip(reverse[::-1], together, strict=True):
+        torch.testing.assert_close(got, want, atol=NATS, rtol=0.0)
+
+
+@pytest.mark.parametrize("method", ["packed", "per_turn"])
+def test_mistake_1_a_longer_earlier_batch_leaves_nothing_behind(models, method):
+    model, batch = models("qwen3"), ragged_batch()
+    short = [tokens(5, 1)], [[3, 5]], [[probe(1, 2)]]
+    before = score_beliefs(model, *short, method=method)
+    score_beliefs(model, *batch, method=method)
+    after = score_beliefs(model, *short, method=method)
+    assert torch.equal(before[0], after[0])
+
+
+@pytest.mark.parametrize("method", ["packed", "per_turn"])
+def test_only_the_context_and_what_precedes_an_answer_token_count(models, method):
+    model, sequence, boundaries = models("qwen3"), tokens(20, 1), [8, 14]
+    base = probe(3, 2, 2, seed=5)
+    (expected,) = score_beliefs(model, [sequence], [boundaries], [[base]], method=method)
+
+    changed = sequence[:14] + tokens(6, 99)  # behind the last boundary
+    (actual,) = score_beliefs(model, [changed], [boundaries], [[base]], method=method)
+    torch.testing.assert_close(actual, expected, atol=NATS, rtol=0.0)
+
+    suffix = AnswerProbe(base.token_ids[:5] + [7, 8, 9], 3, 5)  # behind the answer
+    (actual,) = score_beliefs(model, [sequence], [boundaries], [[suffix]], method=method)
+    torch.testing.assert_close(actual, expected, atol=NATS, rtol=0.0)
+
+    middle = sequence[:8] + tokens(6, 98) + sequence[14:]  # between the boundaries: the first belief stays
+    (actual,) = score_beliefs(model, [middle], [boundaries], [[base]], method=method)
+    torch.testing.assert_close(actual[0], expected[0], atol=NATS, rtol=0.0)
+    assert (actual[1] - expected[1]).abs().max() > 1e-3
+
+    template = AnswerProbe([7, *base.token_ids[1:]], 3, 5)  # before the answer: both change
+    (actual,) = score_beliefs(model, [sequence], [boundaries], [[template]], method=method)
+    assert (actual - expected).abs().min() > 1e-3
+
+
+def test_a_longer_template_is_not_part_of_the_mean(models):
+    # The answer's log-prob is the mean over its own tokens: from the probe's [0:2] and [2:3] follows that of [0:3].
+    model, context, ids = models("qwen3"), tokens(6), tokens(3, 5)
+    probes = [AnswerProbe(ids, 0, 2), AnswerProbe(ids, 2, 3), AnswerProbe(ids, 0, 3)]
+    for method in ("packed", "per_turn"):
+        (values,) = score_beliefs(model, [context], [[6]], [probes], method=method)
+        first, second, whole = values[0].tolist()
+        assert whole == pytest.approx((2 * first + second) / 3, abs=NATS)
+
+
+def test_nothing_to_score(models):
+    assert score_beliefs(models("qwen3"), [], [], []) == []
+    values = score_beliefs(models("qwen3"), [tokens(4), tokens(4)], [[], [2]], [[probe(1, 1)], []])
+    assert [tuple(value.shape) for value in values] == [(0, 1), (1, 0)]
+
+
+# --- how the model is run --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["packed", "per_turn"])
+def test_dropout_is_off_and_every_mode_is_restored(method):
+    model = tiny.make_model("qwen3", VOCABULARY, attention_dropout=0.5)
+    batch = ragged_batch()
+    expected = oracles.beliefs(model, *batch)
+    model.train()
+    model.model.layers[0].eval()  # frozen in eval mode by its owner
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert_beliefs(score_beliefs(model, *batch, method=method), expected)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_modes_are_restored_after_an_error():
+    model = tiny.make_model("qwen3", VOCABULARY).train()
+    with pytest.raises(IndexError):
+        score_beliefs(model, [[VOCABULARY + 5, 3]], [[2]], [[probe(1, 1)]])
+    assert all(module.training for module in model.modules())
+
+
+def test_no_gradient_is_recorded():
+    model = tiny.make_model("qwen3", VOCABULARY).train()
+    recording = []
+    model.model.register_forward_hook(lambda module, inputs, output: recording.append(output[0].requires_grad))
+    for method in ("packed", "per_turn"):
+        score_beliefs(model, *ragged_batch(), method=method)
+    assert recording
+    assert not any(recording)
+    assert torch.is_grad_enabled()
+
+
+def test_packed_runs_the_trajectory_once():
+    model = tiny.make_model("qwen3", VOCABULARY)
+    widths = []
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: widths.append(inputs[0].shape))
+    sequence, boundaries = tokens(60), [10, 20, 30, 40, 50, 60]
+    score_beliefs(model, [sequence], [boundaries], [[probe(3, 2)]], method="packed")
+    # The trunk, then 6 probes of 3 + 2 - 1 tokens: the last answer token predicts nothing that is asked for.
+    assert widths == [(1, 60), (1, 24)]
+    widths.clear()
+    score_beliefs(model, [sequence], [boundaries], [[probe(3, 2)]], method="per_turn")
+    assert sum(rows * width for rows, width in widths) >= sum(boundaries)
+
+
+@pytest.mark.parametrize("method", ["packed", "per_turn"])
+def test_softmax_is_in_float32_for_a_bfloat16_model(method):
+    model, batch = tiny.make_model("qwen3", VOCABULARY).to(torch.bfloat16), ragged_batch()
+    # What bfloat16 rounds in the hidden states may differ (a few hundredths of a nat); the softmax adds nothing to it.
+    assert_beliefs(score_beliefs(model, *batch, method=method), oracles.beliefs(model, *batch), nats=0.15)
+
+    # One token of context, one answer token behind it: the same bfloat16 logits by either way.
+    ids = torch.tensor([[5]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, -1]
+    assert logits.dtype == torch.bfloat16
+    (actual,) = score_beliefs(model, [[5]], [[1]], [[AnswerProbe([9], 0, 1)]], method="per_turn")
+    assert actual.item() == pytest.approx(torch.log_softmax(logits.float(), -1)[9].item(), abs=1e-6)
+    # In bfloat16 the softmax itself would have been wrong by more than that.
+    assert abs(torch.log_softmax(logits, -1)[9].item() - actual.item()) > 1e-4
+
+
+def test_mistake_17_every_process_makes_the_same_number_of_forwards(models):
+    model, batch = models("qwen3"), ragged_batch()
+    count = [0]
+    hook = model.register_forward_hook(lambda *_: count.__setitem__(0, count[0] + 1))
+    expected = score_beliefs(model, *batch, method="packed", batch_size=2)
+    own = count[0]
+    count[0] = 0
+    asked = []
+
+    def synchronize(batches):
+        asked.append(batches)
+        return 5  # another process has five batches
+
+    actual = score_beliefs(model, *batch, method="packed", batch_size=2, synchronize=synchronize)
+    assert asked == [2]
+    assert count[0] == own // 2 * 5  # trunk and probes of each batch
+    for got, want in zip(actual, expected, strict=True):
+        assert torch.equal(got, want)
+    # A process without anything to score takes part all the same.
+    count[0] = 0
+    assert score_beliefs(model, [], [], [], method="packed", synchronize=lambda batches: 3) == []
+    assert count[0] == 3 * own // 2
+    hook.remove()
+
+
+def test_peft_model_is_packed():
+    peft = pytest.importorskip("peft")
+    model = tiny.make_model("qwen3", VOCABULARY)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    assert packed_obstacle(model) is None
+    batch = ragged_batch()
+    expected = oracles.beliefs(model, *batch)
+    assert_beliefs(score_beliefs(model, *batch, method="packed"), expected)
+    with model.disable_adapter():
+        other = oracles.beliefs(model, *batch)
+    assert abs(other[0][0][0] - expected[0][0][0]) > 1e-3  # the adapter is part of the policy
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"boundaries": [[1], [2]]}, "got 1, 2 and 1"),
+        ({"boundaries": [[5]]}, "Rollout 0 has 4 tokens, got the boundary 5"),
+        ({"boundaries": [[-1]]}, "got the boundary -1"),
+        ({"boundaries": [[0]], "probes": [[probe(0, 1)]]}, "needs a context"),
+        ({"method": "fast"}, "got 'fast'"),
+    ],
+)
+def test_errors(models, change, message):
+    arguments = {"sequences": [tokens(4)], "boundaries": [[2]], "probes": [[probe(1, 1)]]} | change
+    with pytest.raises(ValueError, match=message):
+        score_beliefs(models("qwen3"), **arguments)
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 0), (2, 2), (3, 2), (0, 4), (-1, 2)])
+def test_probe_rejects_an_empty_or_outside_span(start, end):
+    with pytest.raises(ValueError, match="3 tokens"):
+        AnswerProbe([1, 2, 3], start, end)
+
+
+# --- probes from text ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", [DEFAULT_TEMPLATE, NO_THINK_TEMPLATE, "The answer is {answer}.", "{answer}"])
+@pytest.mark.parametrize("answer", ["Paris", "the author", "x", "Beyoncé", "3.14", "東京"])
+def test_probe_is_the_rendered_template(template, answer):
+    tokenizer = tiny.make_tokenizer()
+    (made,) = build_probes(tokenizer, [answer], template)
+    assert tokenizer.decode(made.token_ids) == template.replace("{answer}", answer)
+    span = tokenizer.decode(made.token_ids[made.answer_start : made.answer_end])
+    assert answer in span
+    # At most a character beside the answer, merged with it (here the space before it).
+    assert span.strip(" \n.") == answer
+    assert answer not in tokenizer.decode(made.token_ids[: made.answer_start])
+
+
+def test_probe_of_an_answer_that_merges_with_the_template():
+    # " Paris" is one piece for a tokenizer that merges the space: the merged tokens are the answer's.
+    tokenizer = tiny.make_tokenizer()
+    (made,) = build_probes(tokenizer, ["Paris"], "It is {answer}")
+    assert tokenizer.decode(made.token_ids[made.answer_start : made.answer_end]) == " Paris"
+
+
+def test_answer_that_looks_like_the_template():
+    tokenizer = tiny.make_tokenizer()
+    (made,) = build_probes(tokenizer, ["answer"], "<answer>{answer}</answer>")
+    assert tokenizer.decode(made.token_ids[: made.answer_start]) == "<answer>"
+
+
+@pytest.mark.parametrize("template", ["no slot", "{answer} {answer}", "{answers}", ""])
+def test_template_needs_one_slot(template):
+    with pytest.raises(ValueError, match="exactly once"):
+        build_probes(tiny.make_tokenizer(), ["Paris"], template)
+
+
+def test_empty_answer_is_an_error():
+    with pytest.raises(ValueError, match="''"):
+        build_probes(tiny.make_tokenizer(), [""], DEFAULT_TEMPLATE)
+
+
+def test_thought_is_not_opened_twice():
+    assert fit_template(DEFAULT_TEMPLATE, "<|im_start|>assistant\n") == DEFAULT_TEMPLATE
+    opened = fit_template(DEFAULT_TEMPLATE, "<|im_start|>assistant\n<think>\n")
+    assert opened == DEFAULT_TEMPLATE.removeprefix("<think>\n")
+    closed = fit_template(DEFAULT_TEMPLATE, "<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert closed == NO_THINK_TEMPLATE
+    assert fit_template(NO_THINK_TEMPLATE, "<|im_start|>assistant\n<think>\n\n</think>\n\n") == NO_THINK_TEMPLATE
+
+
+def test_alias_reductions_by_hand():
+    log_probs = torch.tensor([[0.5, 0.25], [0.1, 0.3]]).log()
+    torch.testing.assert_close(reduce_aliases(log_probs, "max").exp(), torch.tensor([0.5, 0.3]))
+    torch.testing.assert_close(reduce_aliases(log_probs, "mean").exp(), torch.tensor([0.375, 0.2]))
+    torch.testing.assert_close(reduce_aliases(log_probs, "first").exp(), torch.tensor([0.5, 0.1]))
+    with pytest.raises(ValueError, match="got 'min'"):
+        reduce_aliases(log_probs, "min")
