@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 from transformers.trainer_utils import get_last_checkpoint
-from trl import GRPOTrainer, ModelConfig, TrlParser, get_kbit_device_map, get_peft_config, get_quantization_config
+from trl import GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.data import NO_THINK_SYSTEM_PROMPT, THINK_SYSTEM_PROMPT, hold_out, load_questions
@@ -174,12 +174,10 @@ def main(script: ScriptArguments, training: IGPOConfig, model: ModelConfig) -> N
     with PartialState().main_process_first():
         index = load_index(script)
 
-    quantization = get_quantization_config(model)
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
-        **({"quantization_config": quantization, "device_map": get_kbit_device_map()} if quantization else {}),
         **(training.model_init_kwargs or {}),
     }
     # F1 is learned from; F1 without the penalty and exact match are only measured.
@@ -197,6 +195,7 @@ def main(script: ScriptArguments, training: IGPOConfig, model: ModelConfig) -> N
         eval_dataset=eval_dataset,
         tools=[SearchTool(index, k=script.search_k, max_words=script.search_max_words)],
         peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
     )
     trainer.accelerator.print(
         f"{len(train_dataset)} questions to train on, {len(eval_dataset or [])} to evaluate on, {len(index)} passages."

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from transformers.utils import get_json_schema
+from trl import GRPOConfig, GRPOTrainer
 
 from igpo_trl.search import BM25Index, Passage, SearchTool
 
@@ -294,6 +296,57 @@ def test_tool_is_what_chat_templates_and_trl_take(index):
 def test_tool_refuses_bad_limits(index, arguments):
     with pytest.raises(ValueError, match="expected at least 1"):
         SearchTool(index, **arguments)
+
+
+class ScriptedGRPO(tiny.Scripted, GRPOTrainer):
+    scripts = [
+        [tiny.call("port city"), tiny.call("Frank Herbert"), tiny.answer("Seattle")],
+        [tiny.call(""), tiny.answer("none")],
+        ['<tool_call>\n{"name": "search", "arguments": {"query": [1, 2]}}\n</tool_call>', tiny.answer("none")],
+        [tiny.call("xyzzy"), tiny.answer("none")],
+    ]
+
+
+def test_tool_in_a_rollout_of_trl(index, tmp_path):
+    rollouts = []
+
+    def keep(completions, **columns):
+        rollouts.extend(completions)
+        return [float(len(completion)) for completion in completions]
+
+    config = GRPOConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=512,
+        max_steps=1,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    trainer = ScriptedGRPO(
+        tiny.make_model("qwen3"),
+        keep,
+        config,
+        tiny.make_dataset(),
+        processing_class=tiny.make_tokenizer(),
+        tools=[SearchTool(index, k=1, max_words=5)],
+    )
+    trainer.train()
+
+    results = [[m["content"] for m in rollout if m["role"] == "tool"] for rollout in rollouts]
+    assert results == [
+        ["[1] Tacoma\nA port city on Puget …", "[1] Frank Herbert\nAn American writer, born in …"],
+        ["Error: the query is empty. Say what to look for."],
+        ["Error: the query must be a string, got list."],
+        ["No passage matches this query. Try other words."],
+    ]
+    (log,) = [row for row in trainer.state.log_history if "tools/call_frequency" in row]
+    assert log["tools/call_frequency"] == 5 / 4
+    assert log["tools/failure_frequency"] == 0  # each of them an observation to learn from, none a failure of the tool
 
 
 # Real passages

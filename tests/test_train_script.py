@@ -1,0 +1,189 @@
+"""train.py, from the command line to the saved model, on a corpus and a model made for the test."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+from test_tiny_model import world, write
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig, TrlParser
+
+from igpo_trl import IGPOConfig
+from igpo_trl.search import BM25Index
+from igpo_trl.tiny_model import SYSTEM_PROMPT, make_tiny_model
+from igpo_trl.trajectory import read_jsonl
+
+
+@pytest.fixture(scope="module")
+def train(repository) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train", repository / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train"] = module  # dataclasses look their own module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("files")
+    passages, questions = world()
+    corpus, questions = write(folder / "corpus.jsonl", passages), write(folder / "questions.jsonl", questions)
+    make_tiny_model(
+        folder / "model",
+        corpus,
+        questions,
+        minutes=1,
+        max_steps=60,
+        max_words=12,
+        vocab_size=700,
+        hidden_size=64,
+        num_layers=2,
+        batch_size=4,
+        learning_rate=5e-3,
+        show_progress=False,
+    )
+    return {"corpus": corpus, "questions": questions, "model": folder / "model"}
+
+
+@pytest.fixture
+def arguments(files, tmp_path, repository, monkeypatch) -> list[str]:
+    """The shipped CPU recipe on the test's own files."""
+    monkeypatch.setenv("IGPO_CACHE", str(tmp_path / "cache"))
+    options = {
+        "config": repository / "configs/hotpotqa_cpu.yaml",
+        "questions": files["questions"],
+        "corpus": files["corpus"],
+        "model_name_or_path": files["model"],
+        "output_dir": tmp_path / "run",
+        "num_eval_questions": 2,
+        "search_max_words": 12,
+        "max_steps": 2,
+        "save_steps": 1,
+        "num_generations": 2,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 2,
+        "max_completion_length": 192,
+        "disable_tqdm": "true",
+    }
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def parse(train, arguments: list[str]):
+    parser = TrlParser((train.ScriptArguments, IGPOConfig, ModelConfig))
+    return parser.parse_args_and_config(arguments)
+
+
+def test_trains_saves_and_resumes_from_the_command_line(train, arguments, repository, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
+    path = os.pathsep.join([str(repository / "src"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*command, "train.py", *arguments],
+        cwd=repository,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "5 questions to train on, 2 to evaluate on, 12 passages." in done.stdout
+    assert sorted(json.loads((run / "evaluation.json").read_text())) == ["after", "before"]
+    assert AutoModelForCausalLM.from_pretrained(run).num_parameters() > 0
+    trajectories = list(read_jsonl(run / "trajectories/rank0.jsonl"))
+    assert len(trajectories) == 8  # 2 steps of 4 rollouts
+    assert {t.step for t in trajectories} == {0, 1}
+    assert all(set(t.rewards) == {"answer_reward", "f1", "exact_match"} for t in trajectories)
+    assert any(turn.info_gain for t in trajectories for turn in t.turns)
+
+    with pytest.raises(FileExistsError, match="--resume_from_checkpoint true"):
+        train.main(*parse(train, arguments))
+    before = json.loads((run / "evaluation.json").read_text())["before"]
+    more = [*arguments, "--resume_from_checkpoint", "true", "--max_steps", "3"]
+    train.main(*parse(train, more))
+    assert json.loads((run / "trainer_state.json").read_text())["global_step"] == 3
+    assert [t.step for t in read_jsonl(run / "trajectories/rank0.jsonl")][-5:] == [1, 2, 2, 2, 2]
+    assert json.loads((run / "evaluation.json").read_text())["before"] == before
+
+
+def test_trains_grpo_with_lora_and_an_index(train, arguments, tmp_path, files):
+    BM25Index.build(files["corpus"], show_progress=False).save(tmp_path / "index")
+    options = "--method grpo --max_steps 1 --num_eval_questions 0 --use_peft true --lora_r 4 --index_dir"
+    train.main(*parse(train, [*arguments, *options.split(), str(tmp_path / "index")]))
+    assert (tmp_path / "run/adapter_model.safetensors").exists()
+    assert not (tmp_path / "run/evaluation.json").exists()
+    assert not (tmp_path / "cache").exists()  # the given index was used
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (["--questions", "absent.jsonl"], FileNotFoundError, "`questions`: no such file: absent.jsonl"),
+        (["--corpus", "absent.jsonl"], FileNotFoundError, "`corpus`: no such file: absent.jsonl"),
+        (["--eval_questions", "absent.jsonl"], FileNotFoundError, "`eval_questions`: no such file"),
+        (["--model_name_or_path", "./absent"], FileNotFoundError, "igpo tiny-model"),
+        (["--method", "ppo"], ValueError, "igpo or grpo, got 'ppo'"),
+        (["--search_k", "0"], ValueError, "`search_k` must be at least 1"),
+        (["--num_eval_questions", "-1"], ValueError, "must not be negative"),
+        (["--num_eval_questions", "7"], ValueError, "cannot hold out 7 of 7"),
+        (["--resume_from_checkpoint", "absent"], FileNotFoundError, "`resume_from_checkpoint`: no such directory"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_loaded(train, arguments, monkeypatch, options, error, message):
+    monkeypatch.setattr(train, "load_index", lambda script: pytest.fail("went on to load the index"))
+    with pytest.raises(error, match=message):
+        train.main(*parse(train, [*arguments, *options]))
+
+
+def test_no_passages_at_all_is_refused(train, arguments):
+    script, training, model = parse(train, arguments)
+    script.corpus = None
+    with pytest.raises(ValueError, match="`corpus`"):
+        train.main(script, training, model)
+
+
+def test_index_is_built_once_and_again_for_another_corpus(train, arguments, files, tmp_path, monkeypatch):
+    script, *_ = parse(train, [*arguments, "--corpus", str(write(tmp_path / "c.jsonl", world()[0]))])
+    assert len(train.load_index(script)) == 12
+    with monkeypatch.context() as patch:
+        patch.setattr(BM25Index, "build", lambda *_, **__: pytest.fail("was built again"))
+        assert len(train.load_index(script)) == 12
+    write(tmp_path / "c.jsonl", world()[0][:3])
+    assert len(train.load_index(script)) == 3
+
+
+def test_a_damaged_index_is_rebuilt_in_the_cache_and_reported_elsewhere(train, arguments, tmp_path):
+    script, *_ = parse(train, arguments)
+    train.load_index(script)
+    (cached,) = (tmp_path / "cache/bm25").iterdir()
+    (cached / "vocab.index.json").write_text("{}")
+    assert len(train.load_index(script)) == 12
+    (cached / "vocab.index.json").write_text("{}")
+    script.index_dir = str(cached)
+    with pytest.raises(ValueError, match="incomplete"):
+        train.load_index(script)
+
+
+@pytest.mark.parametrize("name", ["think", "no_think", "none", "Be brief."])
+def test_system_prompts(train, arguments, name):
+    script, *_ = parse(train, [*arguments, "--system_prompt", name])
+    expected = {"think": train.THINK_SYSTEM_PROMPT, "no_think": train.NO_THINK_SYSTEM_PROMPT, "none": None}
+    first = train.load_data(script)[0][0]["prompt"][0]
+    assert first["content"] == expected.get(name, name) if name != "none" else first["role"] == "user"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_recipes_hold_known_arguments(train, path):
+    options = ["--config", str(path), "--use_cpu", "true", "--bf16", "false"]
+    script, training, model = parse(train, options)
+    assert model.model_name_or_path
+    assert training.generation_batch_size % training.num_generations == 0
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+    if path.stem == "hotpotqa_cpu":
+        assert script.system_prompt == SYSTEM_PROMPT
