@@ -1,0 +1,39 @@
+"""Every notebook runs from top to bottom, in a folder of its own, and is stored without outputs."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return nbformat.read(request.param, as_version=4)
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+@pytest.mark.slow
+def test_notebook_runs(notebook, tmp_path, monkeypatch):
+    monkeypatch.setenv("IGPO_SMALL", "1")
+    monkeypatch.setenv("IGPO_CACHE", str(tmp_path / "cache"))
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    kinds = {
+        kind
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        for kind in output.get("data", {output.output_type: None})
+    }
+    assert "image/png" in kinds and "error" not in kinds
+
+
+def test_notebook_is_short_and_stored_without_outputs(notebook):
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert sum(len(cell.source.splitlines()) for cell in code) <= 80
+    for cell in code:
+        assert cell.outputs == [] and cell.execution_count is None
