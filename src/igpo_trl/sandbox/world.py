@@ -1,0 +1,158 @@
+"""A synthetic world of multi-hop questions: a fresh graph for every question, one fact for every search.
+
+Each world has 24 people in 6 families of 4. A family shares its surname, and 4 of the 8 relations stay inside the
+family, so that a middle hop already says something about the answer. Nothing can be learned by heart: names are dealt
+anew in every world. A question is the composition of 2 or 3 relations; a search returns one fact.
+"""
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+GIVEN_NAMES = (
+    "Ada Ben Cleo Dan Eve Finn Gwen Hugo Iris Jack Kate Liam Mona Noah Olga Paul Quinn Rosa Sam Tess Umar Vera Will Zoe"
+).split()
+SURNAMES = "Brown Chen Diaz Evans Fox Green".split()
+FAMILY_SIZE = 4
+FAMILY_RELATIONS = ("mother", "father", "sister", "brother")
+OTHER_RELATIONS = ("friend", "teacher", "doctor", "rival")
+RELATIONS = FAMILY_RELATIONS + OTHER_RELATIONS
+HOPS = (2, 3)
+MAX_SEARCHES = 4
+
+_RELATION_INDEX = {name: i for i, name in enumerate(RELATIONS)}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and the chain of facts that answers it.
+
+    Attributes:
+        text: The question in words.
+        answer: The gold answer, a full name.
+        path: People on the way, by index: `hops + 1` of them, all different, from the one named to the answer.
+        relations: The relation of each hop, by index, in the order in which they have to be looked up.
+    """
+
+    text: str
+    answer: str
+    path: tuple[int, ...]
+    relations: tuple[int, ...]
+
+    @property
+    def hops(self) -> int:
+        """Number of facts needed."""
+        return len(self.relations)
+
+
+class World:
+    """The graph of one question, a function of `(seed, index)` alone.
+
+    Args:
+        seed: Stream of worlds: training, validation and test use different ones.
+        index: Position in the stream.
+    """
+
+    def __init__(self, seed: int, index: int) -> None:
+        self.seed, self.index = seed, index
+        rng = np.random.default_rng((seed, index))
+        people, families = len(GIVEN_NAMES), len(SURNAMES)
+        given = rng.permutation(people)
+        surname = np.repeat(rng.permutation(families), FAMILY_SIZE)
+        self.names = [f"{GIVEN_NAMES[g]} {SURNAMES[s]}" for g, s in zip(given, surname, strict=True)]
+        self._person = {name: i for i, name in enumerate(self.names)}
+        person = np.arange(people)[:, None]
+        first_of_family, place = person - person % FAMILY_SIZE, person % FAMILY_SIZE
+        inside = (place + rng.integers(1, FAMILY_SIZE, (people, len(FAMILY_RELATIONS)))) % FAMILY_SIZE
+        outside = rng.integers(FAMILY_SIZE, people, (people, len(OTHER_RELATIONS)))
+        self._target = np.hstack([first_of_family + inside, (first_of_family + outside) % people])  # (people, relations)
+        self.question = self._ask(rng)
+
+    def _ask(self, rng: np.random.Generator) -> Question:
+        hops = HOPS[rng.integers(len(HOPS))]
+        while True:
+            relations = tuple(int(r) for r in rng.permutation(len(RELATIONS))[:hops])
+            path = [int(rng.integers(len(self.names)))]
+            for relation in relations:
+                path.append(self.follow(path[-1], relation))
+            if len(set(path)) == len(path):
+                break
+        chain = " of ".join(f"the {RELATIONS[r]}" for r in reversed(relations))
+        text = f"Who is {chain} of {self.names[path[0]]}?"
+        return Question(text, self.names[path[-1]], tuple(path), relations)
+
+    def follow(self, person: int, relation: int) -> int:
+        """Index of the person that `relation` leads to from `person`."""
+        return int(self._target[person, relation])
+
+    def query(self, person: int, relation: int) -> str:
+        """The search query for one fact: `"Ada Brown mother"`."""
+        return f"{self.names[person]} {RELATIONS[relation]}"
+
+    def fact(self, person: int, relation: int) -> str:
+        """The passage for one fact: `"The mother of Ada Brown is Eve Brown."`."""
+        return f"The {RELATIONS[relation]} of {self.names[person]} is {self.names[self.follow(person, relation)]}."
+
+    def search(self, query: str) -> str:
+        """The fact that the query names, or else an irrelevant fact, the same one for the same query."""
+        name, _, relation = query.rpartition(" ")
+        if name in self._person and relation in _RELATION_INDEX:
+            return self.fact(self._person[name], _RELATION_INDEX[relation])
+        return self.irrelevant_fact(zlib.crc32(query.encode()))
+
+    def irrelevant_fact(self, draw: int) -> str:
+        """A fact off the question's path, chosen by the number `draw`."""
+        needed = set(zip(self.question.path, self.question.relations, strict=False))
+        facts = [(p, r) for p in range(len(self.names)) for r in range(len(RELATIONS)) if (p, r) not in needed]
+        return self.fact(*facts[draw % len(facts)])
+
+
+def rows(seed: int, count: int, start: int = 0) -> Iterator[dict[str, Any]]:
+    """Dataset rows of the worlds `(seed, start)` to `(seed, start + count - 1)`."""
+    for index in range(start, start + count):
+        question = World(seed, index).question
+        yield {
+            "prompt": [{"role": "user", "content": question.text}],
+            "answers": [question.answer],
+            "hops": question.hops,
+            "id": f"sandbox-{seed}-{index}",
+            "world_seed": seed,
+            "world_index": index,
+        }
+
+
+def make_dataset(seed: int, count: int, start: int = 0) -> Dataset:
+    """Questions as a `datasets.Dataset`: `prompt`, `answers`, `hops`, `id` and the two numbers that rebuild the world."""
+    return Dataset.from_list(list(rows(seed, count, start)))
+
+
+class SearchEnvironment:
+    """The world as TRL sees it: `environment_factory=SearchEnvironment` gives every rollout its own."""
+
+    def __init__(self) -> None:
+        self._world: World | None = None
+
+    def reset(self, **row: Any) -> None:
+        """Go to the world of a dataset row.
+
+        Args:
+            **row: A row of `make_dataset`; `world_seed` and `world_index` are read.
+        """
+        self._world = World(row["world_seed"], row["world_index"])
+
+    def search(self, query: str) -> str:
+        """Look up one fact about a person.
+
+        Args:
+            query: A full name and a relation, such as "Ada Brown mother".
+
+        Returns:
+            One sentence.
+        """
+        if self._world is None:
+            raise RuntimeError("SearchEnvironment.search was called before reset(world_seed=..., world_index=...)")
+        return self._world.search(query)
