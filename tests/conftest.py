@@ -8,6 +8,7 @@ import tempfile
 _cache = tempfile.TemporaryDirectory(prefix="igpo-trl-tests-", ignore_cleanup_errors=True)
 os.environ.update(
     HF_HOME=_cache.name,
+    IGPO_CACHE=_cache.name,
     HF_HUB_OFFLINE="1",
     HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
