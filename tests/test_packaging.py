@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from importlib.metadata import entry_points, requires, version
+from importlib.metadata import PackageNotFoundError, entry_points, requires, version
 
 import pytest
 import yaml
@@ -12,6 +12,12 @@ from packaging.requirements import Requirement
 import igpo_trl
 from igpo_trl.checks import SUPPORTED_TRL
 
+try:
+    INSTALLED = version("igpo-trl")
+except PackageNotFoundError:
+    INSTALLED = ""
+needs_installation = pytest.mark.skipif(not INSTALLED, reason="the package runs from its source tree, not installed")
+
 
 @pytest.fixture(scope="module")
 def project(repository):
@@ -20,7 +26,9 @@ def project(repository):
 
 def test_version_is_the_same_everywhere(repository, project):
     citation = yaml.safe_load((repository / "CITATION.cff").read_text())
-    assert igpo_trl.__version__ == version("igpo-trl") == project["version"] == citation["version"]
+    assert project["version"] == citation["version"]
+    assert igpo_trl.__version__ == (INSTALLED or "0+unknown")
+    assert INSTALLED in ("", project["version"])
 
 
 def test_pins_lie_within_the_bounds(repository, project):
@@ -54,6 +62,7 @@ def test_extras_in_error_messages_exist(repository, project):
     assert {"plots"} <= named
 
 
+@needs_installation
 def test_console_script():
     (script,) = entry_points(group="console_scripts", name="igpo")
     assert script.load() is __import__("igpo_trl.cli", fromlist=["app"]).app
