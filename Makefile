@@ -21,7 +21,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .PHONY: help demo test lint format clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+	@sed '/^$$/,$$d; s/^# \{0,1\}//' Makefile
 
 demo: $(VENV)/.installed-demo
 	@echo "==> Running the demonstration: igpo demo $(DEMO)"
@@ -48,7 +48,7 @@ clean:
 	rm -rf src/*.egg-info
 
 $(VENV)/.created:
-	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer found. Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@command -v "$(PYTHON)" > /dev/null || { echo "No Python 3.11 or newer found (PYTHON=$(PYTHON)). Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "$(PYTHON) is Python %d.%d; igpo_trl needs 3.11 or newer: make PYTHON=/path/to/python3.12" % sys.version_info[:2])'
 	@echo "==> Creating a virtual environment in $(VENV) with $(PYTHON)"
 	$(PYTHON) -m venv --clear $(VENV)
