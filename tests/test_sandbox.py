@@ -64,7 +64,9 @@ def test_an_oracle_reaches_the_answer_through_the_tool():
         environment.reset(**row)
         question = row["prompt"][0]["content"]
         # "Who is the R2 of the R1 of Ada Brown?": the relations from the last to the first, then the name
-        *relations, name = question.removeprefix("Who is the ").removesuffix("?").replace(" of the ", " of ").split(" of ")
+        *relations, name = (
+            question.removeprefix("Who is the ").removesuffix("?").replace(" of the ", " of ").split(" of ")
+        )
         assert len(relations) == row["hops"] <= MAX_SEARCHES
         for relation in reversed(relations):
             name = environment.search(f"{name} {relation}").removesuffix(".").split(" is ")[1]
@@ -123,7 +125,7 @@ def test_trl_can_call_tools_with_it_and_the_frame_of_a_call_is_two_tokens(tokeni
     assert len(turn) == 2 + 3 + 1  # frame, given name, surname and relation, end of turn
     parsed = parse_response(tokenizer, turn, prefix=prompt, tools=[SearchEnvironment().search])
     assert parsed["tool_calls"] == [call]
-    text = f'<tool_call>{json.dumps(call["function"])}</tool_call><|im_end|>'
+    text = f"<tool_call>{json.dumps(call['function'])}</tool_call><|im_end|>"
     assert tokenizer.decode(turn) == text
 
 

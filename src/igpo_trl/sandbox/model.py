@@ -1,14 +1,9 @@
 """The sandbox's own tokenizer and model, built in code: nothing is downloaded."""
 
-from typing import TYPE_CHECKING
-
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from .world import GIVEN_NAMES, RELATIONS, SURNAMES
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 ANSWER_TEMPLATE = "<answer>{answer}</answer>"
 
@@ -27,7 +22,8 @@ _CHAT_TEMPLATE = (
     "{{- message.content or '' -}}"
     "{%- for call in message.tool_calls or [] -%}"
     "{%- set call = call.function if call.function is defined else call -%}"
-    "{{- '<tool_call>{\"name\": \"' + call.name + '\", \"arguments\": ' + (call.arguments | tojson) + '}</tool_call>' -}}"
+    '{{- \'<tool_call>{"name": "\' + call.name + \'", "arguments": \' -}}'
+    "{{- (call.arguments | tojson) + '}</tool_call>' -}}"
     "{%- endfor -%}"
     "{{- '<|im_end|>' -}}"
     "{%- endgeneration -%}"
@@ -57,17 +53,15 @@ _RESPONSE_TEMPLATE = {
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Word-level tokenizer of the world, with a chat template and a response template that TRL can call tools with.
 
-    Words are joined by one space; markers and punctuation are glued to their neighbours. Any sequence of ids decodes to
-    a text that encodes to the same ids.
+    Words are joined by one space; markers and punctuation are glued to their neighbours. Any sequence of ids decodes
+    to a text that encodes to the same ids.
     """
     special = (_PAD, _END, _UNKNOWN, _USER, _ASSISTANT, _TOOL)
     markers = (*special, *_GLUED)
     vocabulary = {token: i for i, token in enumerate((*markers, *_WORDS))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    unglue: Sequence[decoders.Decoder] = [
-        decoders.Replace(spaced, marker) for marker in markers for spaced in (f" {marker}", f"{marker} ")
-    ]
+    unglue = [decoders.Replace(spaced, marker) for marker in markers for spaced in (f" {marker}", f"{marker} ")]
     spaced_words = [decoders.Replace(Regex("^"), " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     core.decoder = decoders.Sequence([*spaced_words, *unglue])
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])

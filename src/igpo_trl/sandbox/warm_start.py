@@ -85,9 +85,7 @@ def demonstration(world: World, rng: np.random.Generator, random_share: float) -
     return messages
 
 
-def make_examples(
-    config: WarmStartConfig, tokenizer: PreTrainedTokenizerFast
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def make_examples(config: WarmStartConfig, tokenizer: PreTrainedTokenizerFast) -> list[tuple[np.ndarray, np.ndarray]]:
     """Token ids and labels of all demonstrations; labels are -100 where no loss is taken."""
     rng = np.random.default_rng((config.seed, 1))
     conversations, reading = [], np.arange(config.demonstrations) % 2 == 1
@@ -133,7 +131,9 @@ def train_warm_start(config: WarmStartConfig) -> tuple[Qwen2ForCausalLM, PreTrai
         model = make_model(tokenizer, config.width)
     steps = config.epochs * -(-config.demonstrations // config.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=steps, pct_start=0.1, anneal_strategy="linear")
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_steps=steps, pct_start=0.1, anneal_strategy="linear"
+    )
     opening = tokenizer.convert_tokens_to_ids("<answer>")
     closing = torch.tensor(tokenizer.convert_tokens_to_ids(["</answer>", tokenizer.eos_token]))
     rest_per_batch = config.batch_size * (sum((labels != IGNORE).sum() for _, labels in examples) / len(examples) - 2)

@@ -14,7 +14,8 @@ import numpy as np
 from datasets import Dataset
 
 GIVEN_NAMES = (
-    "Ada Ben Cleo Dan Eve Finn Gwen Hugo Iris Jack Kate Liam Mona Noah Olga Paul Quinn Rosa Sam Tess Umar Vera Will Zoe"
+    "Ada Ben Cleo Dan Eve Finn Gwen Hugo Iris Jack Kate Liam "
+    "Mona Noah Olga Paul Quinn Rosa Sam Tess Umar Vera Will Zoe"
 ).split()
 SURNAMES = "Brown Chen Diaz Evans Fox Green".split()
 FAMILY_SIZE = 4
@@ -69,7 +70,9 @@ class World:
         first_of_family, place = person - person % FAMILY_SIZE, person % FAMILY_SIZE
         inside = (place + rng.integers(1, FAMILY_SIZE, (people, len(FAMILY_RELATIONS)))) % FAMILY_SIZE
         outside = rng.integers(FAMILY_SIZE, people, (people, len(OTHER_RELATIONS)))
-        self._target = np.hstack([first_of_family + inside, (first_of_family + outside) % people])  # (people, relations)
+        self._target = np.hstack(
+            [first_of_family + inside, (first_of_family + outside) % people]
+        )  # (people, relations)
         self.question = self._ask(rng)
 
     def _ask(self, rng: np.random.Generator) -> Question:
@@ -126,7 +129,7 @@ def rows(seed: int, count: int, start: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def make_dataset(seed: int, count: int, start: int = 0) -> Dataset:
-    """Questions as a `datasets.Dataset`: `prompt`, `answers`, `hops`, `id` and the two numbers that rebuild the world."""
+    """Questions as a `datasets.Dataset`: `prompt`, `answers`, `hops`, `id` and the numbers that rebuild the world."""
     return Dataset.from_list(list(rows(seed, count, start)))
 
 

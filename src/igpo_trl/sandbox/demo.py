@@ -1,0 +1,181 @@
+"""The demo: GRPO and IGPO from the same warm start, on the same questions, side by side in a table."""
+
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from ..trajectory import Trajectory, write_jsonl
+from .evaluate import Scores, rollouts
+from .train import LABELS, Budget, Run, make_trainer, train
+from .warm_start import WarmStartConfig, cache_dir, warm_start
+from .world import HOPS, make_dataset
+
+# World streams of the demo; the warm start has stream `seed` itself.
+_TRAIN, _CURVE, _TEST = 1_000_001, 1_000_002, 1_000_003
+
+
+@dataclass(frozen=True)
+class DemoPlan:
+    """What a demo runs.
+
+    Attributes:
+        methods: Method and KL weight, in the order of the table; the weights are those that `benchmarks/learning.py`
+            picked on its tuning seeds.
+        budget: Of the training of each method.
+        warm: The warm start, but for its seed.
+        test_questions: Held-out questions, answered once greedily and once by sampling.
+    """
+
+    methods: tuple[tuple[str, float], ...] = (("grpo", 0.0), ("grpo_batch", 0.0), ("igpo_critic", 0.0))
+    budget: Budget = Budget()
+    warm: WarmStartConfig = WarmStartConfig()
+    test_questions: int = 512
+
+
+QUICK = DemoPlan(
+    methods=(("grpo", 0.0), ("igpo_critic", 0.0)),
+    budget=Budget(steps=20, eval_every=5),
+    warm=WarmStartConfig(epochs=1),
+    test_questions=128,
+)
+
+
+def run_demo(output_dir: Path, quick: bool = False, seed: int = 0, plan: DemoPlan | None = None) -> None:
+    """Warm start, train GRPO and IGPO with the same budget, evaluate, print the table, write curves and trajectories.
+
+    Args:
+        output_dir: Made if missing; files of an earlier demo are replaced.
+        quick: A minute or two instead of ten: a shorter warm start and fewer steps. It shows that everything runs;
+            its numbers say nothing about the methods.
+        seed: Of everything: warm start, questions, sampling.
+        plan: Another plan than the two of `quick`.
+    """
+    plan = plan or (QUICK if quick else DemoPlan())
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between TRL and transformers, nothing a reader can act on
+        bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # matrices this small are slower on two
+        try:
+            files = _run(output_dir, seed, plan, console)
+        finally:
+            torch.set_num_threads(threads)
+            if bars:
+                transformers_logging.enable_progress_bar()
+    console.print(f"\nDone in {(time.perf_counter() - started) / 60:.1f} minutes. Files:")
+    for path, what in files.items():
+        console.print(f"  {path}  [dim]{what}[/dim]", soft_wrap=True)
+
+
+def _run(output_dir: Path, seed: int, plan: DemoPlan, console: Console) -> dict[Path, str]:
+    console.print(
+        f"[bold]1. Warm start[/bold]: a policy that can search, but poorly; kept in {cache_dir()}",
+        soft_wrap=True,
+    )
+    model = warm_start(WarmStartConfig(**vars(plan.warm) | {"seed": seed}))
+    questions = list(make_dataset(seed + _TEST, plan.test_questions))
+    files: dict[Path, str] = {}
+    table: list[tuple[str, Run | None, Scores, Scores]] = []
+    for number, (method, beta) in enumerate(plan.methods, start=2):
+        budget = plan.budget
+        console.print(
+            f"[bold]{number}. {LABELS[method]}[/bold]: {budget.steps} steps of {budget.questions} questions x "
+            f"{budget.rollouts} rollouts, KL {beta:g}"
+        )
+        folder = output_dir / method
+        (folder / "trajectories" / "rank0.jsonl").unlink(missing_ok=True)
+        trainer = make_trainer(
+            method,
+            model,
+            folder,
+            beta=beta,
+            budget=budget,
+            seed=seed,
+            data_seed=seed + _TRAIN,
+            save_trajectories=True,
+        )
+        if not table:
+            table.append(("Warm start", None, *_evaluate(trainer, questions, seed, output_dir / "warm_start", files)))
+        run = train(trainer, budget, seed + _CURVE)
+        files[folder / "trajectories" / "rank0.jsonl"] = "every training rollout"
+        table.append((LABELS[method], run, *_evaluate(trainer, questions, seed, folder, files)))
+    console.print(_table(table, plan))
+    runs = [run for _, run, _, _ in table if run is not None]
+    files[plot_curves(runs, output_dir / "curves.png")] = "held-out EM, outcome and collapse during training"
+    return files
+
+
+def _evaluate(
+    trainer: Any, questions: list[dict[str, Any]], seed: int, folder: Path, files: dict[Path, str]
+) -> tuple[Scores, Scores]:
+    """Greedy and sampled scores on the held-out questions; the rollouts go to `folder`."""
+    scores = []
+    for name, sample in (("greedy", False), ("sampled", True)):
+        trajectories: list[Trajectory] = rollouts(trainer, questions, sample=sample, seed=seed, beliefs=True)
+        path = folder / f"test_{name}.jsonl"
+        write_jsonl(path, trajectories)
+        files[path] = f"{name} rollouts on the held-out questions, with the belief before each turn"
+        scores.append(Scores.of(trajectories))
+    return scores[0], scores[1]
+
+
+def _table(rows: list[tuple[str, Run | None, Scores, Scores]], plan: DemoPlan) -> Table:
+    table = Table(
+        title=f"{plan.test_questions} held-out questions in new worlds", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for name in ("policy", "decoded"):
+        table.add_column(name, no_wrap=True)
+    for name in ("EM", "F1", *(f"{hops} hops" for hops in HOPS), "searches", "area", "collapsed", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for label, run, greedy, sampled in rows:
+        training = ["", "", ""]
+        if run is not None:
+            collapsed = sum(run.collapse) / len(run.collapse)
+            training = [f"{run.area:.2f}", f"{collapsed:.0%}", f"{run.seconds:.0f} s"]
+        for name, scores, rest in (("greedy", greedy, training), ("sampled", sampled, ["", "", ""])):
+            by_hops = [f"{scores.em_by_hops.get(hops, float('nan')):.2f}" for hops in HOPS]
+            cells = [f"{scores.em:.2f}", f"{scores.f1:.2f}", *by_hops, f"{scores.searches:.1f}", *rest]
+            table.add_row(label if name == "greedy" else "", name, *cells)
+    table.caption = (
+        "2 hops, 3 hops: EM of these questions. area: mean greedy EM over training. collapsed:\n"
+        "share of groups whose rollouts all had the same outcome. One seed: differences of a\n"
+        "few points are chance; benchmarks/learning.py compares over seeds."
+    )
+    return table
+
+
+def plot_curves(runs: list[Run], path: Path) -> Path:
+    """Plot held-out EM, mean outcome and collapsed groups of each run against the step; returns `path`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    em, reward, collapse = figure.subplots(1, 3)
+    for run in runs:
+        label = LABELS[run.method]
+        em.plot(list(run.curve), [scores.em for scores in run.curve.values()], label=label)
+        reward.plot(_smooth(run.reward), label=label)
+        collapse.plot(_smooth(run.collapse), label=label)
+    em.set(title="Held-out EM, greedy", xlabel="step", ylim=(0, None))
+    reward.set(title="Outcome of the training rollouts (F1)", xlabel="step", ylim=(0, None))
+    collapse.set(title="Groups with equal outcomes", xlabel="step", ylim=(0, 1))
+    em.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _smooth(values: list[float], span: int = 10) -> list[float]:
+    """Mean of the last `span` values."""
+    return [sum(values[max(0, i - span + 1) : i + 1]) / min(i + 1, span) for i in range(len(values))]

@@ -1,0 +1,169 @@
+"""The sandbox's training loop, evaluation, demo and benchmark with a budget too small to learn anything."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+import torch
+from trl import GRPOTrainer
+
+from igpo_trl.sandbox.demo import DemoPlan, run_demo
+from igpo_trl.sandbox.evaluate import Scores, rollouts
+from igpo_trl.sandbox.model import make_model, make_tokenizer
+from igpo_trl.sandbox.train import Budget, Run, make_trainer, train
+from igpo_trl.sandbox.warm_start import WarmStartConfig
+from igpo_trl.sandbox.world import make_dataset
+from igpo_trl.trajectory import read_jsonl
+
+# TRL still reads names that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+BUDGET = Budget(steps=2, questions=2, rollouts=4, eval_every=1, curve_questions=4)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    """A warm-started model's directory, with weights that are not trained."""
+    path = tmp_path_factory.mktemp("policy")
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    make_model(tokenizer).save_pretrained(path)
+    return path
+
+
+def scripted(monkeypatch, trainer, turns):
+    """Let the policy say the given turns, the last one for ever."""
+    ids = [trainer.processing_class(turn)["input_ids"] for turn in turns]
+    said = iter(ids)
+
+    def say(prompt_ids, *args, **kwargs):
+        turn = next(said, ids[-1])
+        return [list(turn) for _ in prompt_ids], None
+
+    monkeypatch.setattr(trainer, "_generate_single_turn", say)
+
+
+def test_evaluation_reads_the_scripted_policy(policy, tmp_path, monkeypatch):
+    trainer = make_trainer("grpo", policy, tmp_path, budget=BUDGET)
+    questions = list(make_dataset(11, 4))
+    call = '<tool_call>{"name": "search", "arguments": {"query": "Ada Brown mother"}}</tool_call><|im_end|>'
+    gold = questions[0]["answers"][0]
+    scripted(monkeypatch, trainer, [call, f"<answer>{gold}</answer><|im_end|>"])
+    before = torch.random.get_rng_state()
+    trajectories = rollouts(trainer, questions, sample=True, beliefs=True)
+    assert torch.equal(before, torch.random.get_rng_state())
+    first = trajectories[0]
+    assert [turn.text for turn in first.turns] == [call, f"<answer>{gold}</answer><|im_end|>"]
+    assert first.turns[0].observation.startswith("<|im_start|>tool\nThe ")
+    assert first.turns[0].observation.endswith("<|im_start|>assistant\n")
+    assert (first.info["em"], first.info["f1"], first.info["searches"]) == (1.0, 1.0, 1)
+    assert first.turns[0].info_gain == pytest.approx(first.turns[1].belief - first.turns[0].belief)
+    assert first.turns[1].info_gain is None
+    scores = Scores.of(trajectories)
+    assert scores.searches == 1
+    assert scores.em == sum(gold in row["answers"] for row in questions) / 4
+    # The settings of training come back
+    assert trainer.generation_config.do_sample
+    assert trainer.sink is None
+    trainer.model.train()
+    rollouts(trainer, questions)
+    assert trainer.model.training
+
+
+def test_cached_suffixes_are_those_of_trl(policy, tmp_path):
+    trainer = make_trainer("grpo", policy, tmp_path, budget=BUDGET)
+    messages = [{"role": "tool", "name": "search", "content": "The mother of Ada Brown is Eve Brown."}]
+    expected = GRPOTrainer._get_tool_suffix_ids(trainer, messages)
+    first = trainer._get_tool_suffix_ids(messages)
+    first.append(-1)  # the caller's copy is its own
+    assert trainer._get_tool_suffix_ids(messages) == expected
+
+
+def test_greedy_evaluation_repeats_and_sampling_follows_its_seed(policy, tmp_path):
+    trainer = make_trainer("grpo", policy, tmp_path, budget=BUDGET)
+    questions = list(make_dataset(11, 4))
+
+    def texts(**options):
+        return [[turn.text for turn in trajectory.turns] for trajectory in rollouts(trainer, questions, **options)]
+
+    assert texts() == texts()
+    assert texts(sample=True, seed=1) == texts(sample=True, seed=1)
+    assert texts(sample=True, seed=1) != texts(sample=True, seed=2)
+
+
+@pytest.mark.parametrize("method", ["grpo_batch", "igpo_separate", "igpo_critic"])
+def test_two_steps_train(policy, tmp_path, method):
+    trainer = make_trainer(method, policy, tmp_path, beta=0.1, budget=BUDGET, save_trajectories=True)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    run = train(trainer, BUDGET, curve_seed=12)
+    assert list(run.curve) == [0, 1, 2]
+    assert len(run.reward) == len(run.collapse) == 2
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert len(before) == len(list(trainer.model.parameters()))
+    saved = list(read_jsonl(tmp_path / "trajectories" / "rank0.jsonl"))
+    assert len(saved) == 2 * 8
+    assert {(record.step, record.group) for record in saved} == {(s, g) for s in (0, 1) for g in (0, 1)}
+
+
+def test_area_is_the_mean_of_the_trapezoids():
+    def scores(em):
+        return Scores(em, em, {}, 0.0)
+
+    run = Run("grpo", 0.0, curve={0: scores(0.0), 10: scores(0.2), 40: scores(0.4)})
+    assert run.area == pytest.approx((10 * 0.1 + 30 * 0.3) / 40)
+
+
+def test_demo_prints_the_table_and_writes_what_it_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("IGPO_CACHE", str(tmp_path / "cache"))
+    plan = DemoPlan(
+        methods=(("grpo", 0.0), ("igpo_critic", 0.0)),
+        budget=BUDGET,
+        warm=WarmStartConfig(demonstrations=64, epochs=1),
+        test_questions=8,
+    )
+    run_demo(tmp_path / "out", plan=plan)
+    printed = capsys.readouterr().out
+    for words in ("Warm start", "GRPO", "IGPO critic"):
+        assert words in printed
+    names = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert names == sorted(
+        ["curves.png"]
+        + [
+            f"{folder}/test_{how}.jsonl"
+            for folder in ("warm_start", "grpo", "igpo_critic")
+            for how in ("greedy", "sampled")
+        ]
+        + [f"{folder}/trajectories/rank0.jsonl" for folder in ("grpo", "igpo_critic")]
+    )
+    assert len(list(read_jsonl(tmp_path / "out/grpo/test_sampled.jsonl"))) == 8
+    assert printed.count(".jsonl") == 8
+
+
+# --- benchmarks/learning.py
+
+
+@pytest.fixture(scope="module")
+def learning(repository_root):
+    spec = importlib.util.spec_from_file_location("learning", repository_root / "benchmarks" / "learning.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def repository_root(request):
+    return request.config.rootpath
+
+
+def test_paired_difference_and_its_interval(learning):
+    # Differences 1, 2, 3: mean 2, sd 1, standard error 1/sqrt(3), t(2) = 4.30, half width 2.483
+    assert learning.paired([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == "+2.000 [-0.483, +4.483], 3/3"
+    assert learning.spread([1.0, 3.0]) == f"2.000 ± {math.sqrt(2):.3f}"
+
+
+def test_finished_runs_are_not_repeated(learning, tmp_path):
+    row = {"method": "grpo", "beta": 0.0, "seed": 1, "steps": 5, "greedy_em": 0.5}
+    results = tmp_path / "results.jsonl"
+    results.write_text(json.dumps(row) + "\n")
+    assert learning.run_all([("grpo", 0.0, 1)], results, 1, steps=5) == [row]
