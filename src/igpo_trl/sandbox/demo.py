@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from ..report import plot_curves
 from ..trajectory import Trajectory, write_jsonl
 from .evaluate import Scores, rollouts
 from .train import LABELS, Budget, Run, make_trainer, train
@@ -114,7 +115,8 @@ def _run(output_dir: Path, seed: int, plan: DemoPlan, console: Console) -> dict[
         table.append((LABELS[method], run, *_evaluate(trainer, questions, seed, folder, files)))
     console.print(_table(table, plan))
     runs = [run for _, run, _, _ in table if run is not None]
-    files[plot_curves(runs, output_dir / "curves.png")] = "held-out EM, outcome and collapse during training"
+    plot_curves(_panels(runs), output_dir / "curves.png")
+    files[output_dir / "curves.png"] = "held-out EM, reward and collapse during training"
     return files
 
 
@@ -157,25 +159,19 @@ def _table(rows: list[tuple[str, Run | None, Scores, Scores]], plan: DemoPlan) -
     return table
 
 
-def plot_curves(runs: list[Run], path: Path) -> Path:
-    """Plot held-out EM, mean outcome and collapsed groups of each run against the step; returns `path`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    em, reward, collapse = figure.subplots(1, 3)
+def _panels(runs: list[Run]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """The learning curves of all runs, by panel and label."""
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {
+        title: {} for title in ("Held-out EM, greedy", "Reward (F1) in training", "Groups with equal outcomes")
+    }
     for run in runs:
-        label = LABELS[run.method]
-        em.plot(list(run.curve), [scores.em for scores in run.curve.values()], label=label)
-        reward.plot(_smooth(run.reward), label=label)
-        collapse.plot(_smooth(run.collapse), label=label)
-    em.set(title="Held-out EM, greedy", xlabel="step", ylim=(0, None))
-    reward.set(title="Outcome of the training rollouts (F1)", xlabel="step", ylim=(0, None))
-    collapse.set(title="Groups with equal outcomes", xlabel="step", ylim=(0, 1))
-    em.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    return path
+        held_out = [(float(step), scores.em) for step, scores in run.curve.items()]
+        lines = (held_out, _smooth(run.reward), _smooth(run.collapse))
+        for panel, line in zip(panels.values(), lines, strict=True):
+            panel[LABELS[run.method]] = line
+    return panels
 
 
-def _smooth(values: list[float], span: int = 10) -> list[float]:
-    """Mean of the last `span` values."""
-    return [sum(values[max(0, i - span + 1) : i + 1]) / min(i + 1, span) for i in range(len(values))]
+def _smooth(values: list[float], span: int = 10) -> list[tuple[float, float]]:
+    """Step and mean of the last `span` values."""
+    return [(i + 1.0, sum(values[max(0, i - span + 1) : i + 1]) / min(i + 1, span)) for i in range(len(values))]
