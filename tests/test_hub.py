@@ -71,23 +71,8 @@ def push(output_dir: str) -> None:
     class Trainer(tiny.Scripted, IGPOTrainer):
         scripts = [[tiny.call("Paris"), tiny.answer("Paris")], ["?"]]
 
-    args = IGPOConfig(
-        output_dir,
-        hub_model_id="tester/policy",
-        hub_token="hf_none",
-        per_device_train_batch_size=2,
-        num_generations=2,
-        max_completion_length=128,
-        max_steps=1,
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        disable_tqdm=True,
-    )
-    model, tokenizer = tiny.make_model("qwen3"), tiny.make_tokenizer()
-    trainer = Trainer(
-        model, args=args, train_dataset=tiny.make_dataset(), processing_class=tokenizer, tools=[tiny.search]
-    )
+    options = {"hub_model_id": "tester/policy", "hub_token": "hf_none", "per_device_train_batch_size": 2}
+    trainer = tiny.make_trainer(Trainer, IGPOConfig, output_dir, **options)
     trainer.train()
     trainer.push_to_hub(dataset_name="hotpotqa/hotpot_qa")
 

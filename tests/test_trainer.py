@@ -44,30 +44,10 @@ class ScriptedGRPO(tiny.Scripted, GRPOTrainer):
 
 @pytest.fixture
 def make(tmp_path):
-    """Make a trainer on tiny things; keyword arguments go to the config or, where it has none, to the trainer."""
+    """Make a trainer on tiny things, see `tiny.make_trainer`."""
 
     def make(trainer_class=ScriptedIGPO, config_class=IGPOConfig, **options):
-        config = {
-            "output_dir": str(tmp_path / trainer_class.__name__),
-            "per_device_train_batch_size": 4,
-            "num_generations": 2,
-            "max_completion_length": 256,
-            "max_steps": 1,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "disable_tqdm": True,
-        }
-        arguments = {"train_dataset": tiny.make_dataset(), "tools": [tiny.search]}
-        for name, value in options.items():
-            (config if name in config_class.__dataclass_fields__ else arguments)[name] = value
-        arguments.setdefault("model", tiny.make_model("qwen3"))
-        arguments.setdefault("processing_class", tiny.make_tokenizer())
-        arguments.setdefault("args", config_class(**config))
-        return trainer_class(**arguments)
+        return tiny.make_trainer(trainer_class, config_class, tmp_path / trainer_class.__name__, **options)
 
     return make
 
@@ -474,8 +454,8 @@ def test_every_mode_trains(make, normalization):
     assert metrics["rollout/turns/mean"] == 7 / 4
 
 
-def test_a_gradient_reaches_the_policy_and_ratios_are_live(make, make_saved_model):
-    # Mistake 14: with detached values the second pass over a batch would clip nothing and learn nothing.
+def test_mistake_14_a_gradient_reaches_the_policy_and_ratios_are_live(make, make_saved_model):
+    # With detached values the second pass over a batch would clip nothing and learn nothing.
     trainer = make(model=make_saved_model(dropout=0.0), max_steps=2, num_iterations=2, learning_rate=0.05, beta=0.1)
     trainer.train()
     first, second = trainer.state.log_history[:2]

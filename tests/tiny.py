@@ -111,15 +111,15 @@ def make_dataset(num_rows: int = 8, **columns: Any) -> Dataset:
 
 class Scripted:
     """
-    Trainer mixin: rollout i of every global generation batch says `scripts[i]`, one text per turn.
+    Trainer mixin: rollout i of every global generation batch says `scripts[i]`, one text (or list of ids) per turn.
 
     The trainer's tool loop, masks, rewards and loss are untouched: only the sampling is replaced.
     """
 
-    scripts: Sequence[Sequence[str]] = ()
+    scripts: Sequence[Sequence[str | list[int]]] = ()
 
     def _generate(self, prompts):
-        self._rollouts: list[tuple[list[int], list[str]]] = []  # ids so far, texts still to say
+        self._rollouts: list[tuple[list[int], list[str | list[int]]]] = []  # ids so far, what is still to be said
         return super()._generate(prompts)
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
@@ -138,10 +138,34 @@ class Scripted:
                 i += 1
         completions = []
         for row, ids in zip(rows, prompt_ids, strict=True):
-            text = self._rollouts[row][1].pop(0)
-            said = self._tokenizer.encode(text, add_special_tokens=False)
-            if not text.endswith("…"):  # cut off in the middle of a turn
-                said = said + [self._tokenizer.eos_token_id]
+            said = self._rollouts[row][1].pop(0)
+            if isinstance(said, str):
+                said = [*self._tokenizer.encode(said, add_special_tokens=False), self._tokenizer.eos_token_id]
             completions.append(said)
             self._rollouts[row] = (list(ids) + said, self._rollouts[row][1])
         return completions, None
+
+
+def make_trainer(trainer_class: Any, config_class: Any, output_dir: Any, **options: Any) -> Any:
+    """A trainer on tiny things; an option goes to the config or, where it has no such field, to the trainer."""
+    config: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": 4,
+        "num_generations": 2,
+        "max_completion_length": 256,
+        "max_steps": 1,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+    }
+    arguments: dict[str, Any] = {"train_dataset": make_dataset(), "tools": [search]}
+    for name, value in options.items():
+        (config if name in config_class.__dataclass_fields__ else arguments)[name] = value
+    arguments.setdefault("model", make_model("qwen3"))
+    arguments.setdefault("processing_class", make_tokenizer())
+    arguments.setdefault("args", config_class(**config))
+    return trainer_class(**arguments)

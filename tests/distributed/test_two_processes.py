@@ -1,0 +1,68 @@
+"""Two processes compute the numbers of one process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.distributed
+
+SCRIPT = Path(__file__).with_name("script.py")
+
+
+def launch(folder, num_processes, repository):
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(repository / "src"), str(repository / "tests")]),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    command = [sys.executable]
+    if num_processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    command += [str(SCRIPT), str(folder), str(num_processes)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"rank{rank}of{num_processes}.pt") for rank in range(num_processes)]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, repository):
+    folder = tmp_path_factory.mktemp("distributed")
+    (single,) = launch(folder, 1, repository)
+    return single, launch(folder, 2, repository)
+
+
+def test_advantages_are_those_of_one_process(runs):
+    single, ranks = runs
+    for one, *parts in zip(single, *ranks, strict=True):
+        assert one["ids"] == [ids for part in parts for ids in part["ids"]], one["case"]
+        advantages = [row for part in parts for row in part["advantages"]]
+        assert any(row.abs().max() > 0.3 for row in advantages)
+        for row, expected in zip(advantages, one["advantages"], strict=True):
+            torch.testing.assert_close(row, expected, atol=2e-4, rtol=0.0, msg=str(one["case"]))
+
+
+def test_metrics_are_those_of_the_whole_batch(runs):
+    single, (first, _) = runs
+    for one, two in zip(single, first, strict=True):
+        for name in one["log"]:
+            if name.startswith(("info_gain", "belief", "collapse", "rollout", "advantages", "reward")):
+                assert two["log"][name] == pytest.approx(one["log"][name], abs=1e-5), (name, one["case"])
+
+
+def test_both_processes_end_with_the_parameters_of_one(runs):
+    single, ranks = runs
+    for one, first, second in zip(single, *ranks, strict=True):
+        for name, value in one["parameters"].items():
+            assert torch.equal(first["parameters"][name], second["parameters"][name])
+            torch.testing.assert_close(first["parameters"][name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_mistake_17_both_processes_make_the_same_number_of_forwards(runs):
+    single, (first, second) = runs
+    assert [one["forwards"] for one in first] == [one["forwards"] for one in second]
+    # The second process has no rollout with a gain to score (but the critic's), and runs along all the same.
+    assert all(one["forwards"] > 0 for one in second)
