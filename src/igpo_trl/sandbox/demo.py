@@ -16,7 +16,7 @@ from ..report import plot_curves
 from ..trajectory import Trajectory, write_jsonl
 from .evaluate import Scores, rollouts
 from .train import LABELS, Budget, Run, make_trainer, train
-from .warm_start import WarmStartConfig, cache_dir, warm_start
+from .warm_start import WarmStartConfig, cache_dir, cache_key, warm_start
 from .world import HOPS, make_dataset
 
 # World streams of the demo; the warm start has stream `seed` itself.
@@ -82,11 +82,11 @@ def run_demo(output_dir: Path, quick: bool = False, seed: int = 0, plan: DemoPla
 
 
 def _run(output_dir: Path, seed: int, plan: DemoPlan, console: Console) -> dict[Path, str]:
-    console.print(
-        f"[bold]1. Warm start[/bold]: a policy that can search, but poorly; kept in {cache_dir()}",
-        soft_wrap=True,
-    )
-    model = warm_start(WarmStartConfig(**vars(plan.warm) | {"seed": seed}))
+    warm = WarmStartConfig(**vars(plan.warm) | {"seed": seed})
+    entry = cache_dir() / f"warm-start-{cache_key(warm)}"
+    how = "found in" if entry.exists() else f"learned once from {warm.demonstrations:,} demonstrations, kept in"
+    console.print(f"[bold]1. Warm start[/bold]: a policy that can search, but poorly; {how} {entry}", soft_wrap=True)
+    model = warm_start(warm)
     questions = list(make_dataset(seed + _TEST, plan.test_questions))
     files: dict[Path, str] = {}
     table: list[tuple[str, Run | None, Scores, Scores]] = []
