@@ -42,7 +42,7 @@ def files(tmp_path_factory) -> dict[str, Path]:
         max_steps=60,
         max_words=12,
         vocab_size=700,
-        hidden_size=64,
+        hidden_size=128,
         num_layers=2,
         batch_size=4,
         learning_rate=5e-3,

@@ -46,6 +46,7 @@ _QUESTION_WORDS = frozenset(
 
 Messages = list[dict[str, Any]]
 IGNORE = -100
+HEAD = 64  # dimensions of an attention head
 
 
 def make_tiny_model(
@@ -114,8 +115,10 @@ def make_tiny_model(
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not empty. Choose another directory or remove it.")
-    if hidden_size % 64:
-        raise ValueError(f"got hidden_size={hidden_size}, expected a multiple of 64, the size of a head.")
+    if hidden_size % HEAD or hidden_size < 2 * HEAD:
+        raise ValueError(f"got hidden_size={hidden_size}, expected a multiple of {HEAD} (one head), at least two.")
+    if num_layers < 2:
+        raise ValueError(f"got num_layers={num_layers}, expected at least 2.")
     dataset = load_questions(questions, system_prompt=SYSTEM_PROMPT)
     dataset, held_out = hold_out(dataset, min(eval_questions, len(dataset) // 2))
     passages = list(read_passages(corpus))
@@ -196,8 +199,12 @@ def make_tokenizer(
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 192, num_layers: int = 3) -> Qwen2ForCausalLM:
-    """A small Qwen2 with full attention in float32; weights from torch's global generator."""
-    heads = hidden_size // 64
+    """
+    A small Qwen2 with full attention in float32; weights from torch's global generator.
+
+    It can copy from the start, see `_wire_copying`.
+    """
+    heads = hidden_size // HEAD
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -207,6 +214,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 192, num_l
         num_key_value_heads=heads,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         use_sliding_window=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -216,7 +224,42 @@ def make_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 192, num_l
     model = Qwen2ForCausalLM(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    _wire_copying(model)
     return model
+
+
+@torch.no_grad()
+def _wire_copying(model: Qwen2ForCausalLM) -> None:
+    """
+    Sets one head in each of the first two layers so that the model continues a text that it has seen in its context.
+
+    This is the induction circuit of Olsson et al. (arXiv 2209.11895). A model of this size would not find it in the
+    minutes that there are, and without it cannot search for a name in the question nor answer with one in a passage.
+
+    Layer 1 attends to the token before, by position alone: for frequencies f of RoPE and biases k = (1, 0) and
+    q = (cos f, -sin f), the score of the token d places back is the sum of cos(f (d - 1)), largest at d = 1. It writes
+    what it read to a subspace of its own. Layer 2 looks there for its own token, through the rotations that are slow
+    enough not to depend on the distance, and so finds the token that followed; its embedding is the prediction.
+    """
+    config, (first, second) = model.config, (layer.self_attn for layer in model.model.layers[:2])
+    embedding = model.model.embed_tokens.weight
+    embedding.normal_(0, 0.1)
+    directions = torch.linalg.qr(torch.randn(config.hidden_size, config.hidden_size))[0].T
+    read, write = directions[:HEAD], directions[HEAD : 2 * HEAD]
+    frequency = config.rope_parameters["rope_theta"] ** (-torch.arange(HEAD // 2) / (HEAD // 2))
+    slow = (frequency < 2e-3).nonzero().flatten()
+    slow = torch.cat([slow, slow + HEAD // 2])  # the two coordinates of a rotation are half a head apart
+
+    for attention in (first, second):
+        attention.q_proj.weight[:HEAD] = 0
+        attention.k_proj.weight[:HEAD] = 0
+        attention.v_proj.weight[:HEAD] = read
+    first.k_proj.bias[:HEAD] = 60**0.5 * torch.cat([torch.ones(HEAD // 2), torch.zeros(HEAD // 2)])
+    first.q_proj.bias[:HEAD] = 60**0.5 * torch.cat([frequency.cos(), -frequency.sin()])
+    first.o_proj.weight[:, :HEAD] = 0.1 * write.T
+    second.q_proj.weight[slow] = 8**0.5 * read[: len(slow)]
+    second.k_proj.weight[slow] = 8**0.5 * write[: len(slow)]
+    second.o_proj.weight[:, :HEAD] = 1.5 * read.T
 
 
 # Conversations
