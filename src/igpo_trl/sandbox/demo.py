@@ -33,12 +33,14 @@ class DemoPlan:
         budget: Of the training of each method.
         warm: The warm start, but for its seed.
         test_questions: Held-out questions, answered once greedily and once by sampling.
+        note: Printed below the table.
     """
 
     methods: tuple[tuple[str, float], ...] = (("grpo", 0.0), ("grpo_batch", 0.0), ("igpo_critic", 0.0))
     budget: Budget = Budget()
     warm: WarmStartConfig = WarmStartConfig()
     test_questions: int = 512
+    note: str = "One seed: small differences are chance, see benchmarks/learning.py."
 
 
 QUICK = DemoPlan(
@@ -46,6 +48,7 @@ QUICK = DemoPlan(
     budget=Budget(steps=20, eval_every=5),
     warm=WarmStartConfig(epochs=1),
     test_questions=128,
+    note="Quick: far too few steps to learn anything, the numbers say nothing about the methods.",
 )
 
 
@@ -140,7 +143,7 @@ def _table(rows: list[tuple[str, Run | None, Scores, Scores]], plan: DemoPlan) -
     )
     for name in ("policy", "decoded"):
         table.add_column(name, no_wrap=True)
-    for name in ("EM", "F1", *(f"{hops} hops" for hops in HOPS), "searches", "area", "collapsed", "time"):
+    for name in ("EM", "F1", *(f"{hops} hops" for hops in HOPS), "searches", "area", "collapse", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for label, run, greedy, sampled in rows:
         training = ["", "", ""]
@@ -152,9 +155,8 @@ def _table(rows: list[tuple[str, Run | None, Scores, Scores]], plan: DemoPlan) -
             cells = [f"{scores.em:.2f}", f"{scores.f1:.2f}", *by_hops, f"{scores.searches:.1f}", *rest]
             table.add_row(label if name == "greedy" else "", name, *cells)
     table.caption = (
-        "2 hops, 3 hops: EM of these questions. area: mean greedy EM over training. collapsed:\n"
-        "share of groups whose rollouts all had the same outcome. One seed: differences of a\n"
-        "few points are chance; benchmarks/learning.py compares over seeds."
+        "2 hops, 3 hops: EM of these questions. area: mean greedy EM over training.\n"
+        "collapse: share of groups whose rollouts all had the same outcome.\n" + plan.note
     )
     return table
 

@@ -32,7 +32,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 LABELS = {
     "grpo": "GRPO",
-    "grpo_batch": "GRPO batch-scaled",
+    "grpo_batch": "GRPO batch std",
     "igpo_separate": "IGPO separate",
     "igpo_critic": "IGPO critic",
 }
