@@ -138,10 +138,9 @@ def _evaluate(
 
 
 def _table(rows: list[tuple[str, Run | None, Scores, Scores]], plan: DemoPlan) -> Table:
-    table = Table(
-        title=f"{plan.test_questions} held-out questions in new worlds", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    for name in ("policy", "decoded"):
+    title = f"{plan.test_questions} held-out questions in new worlds"
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=0, caption_justify="left")
+    for name in ("policy", ""):
         table.add_column(name, no_wrap=True)
     for name in ("EM", "F1", *(f"{hops} hops" for hops in HOPS), "searches", "area", "collapse", "time"):
         table.add_column(name, justify="right", no_wrap=True)
