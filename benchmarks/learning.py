@@ -28,6 +28,8 @@ MEASURES = {
 # Seeds of world streams: a stream's number is the seed's block plus its purpose.
 TRAIN, CURVE, TEST = 1, 2, 3
 FIRST_TUNING_SEED = 900
+# Rows of the results file that were made with other options are not taken up
+SAME: dict[str, Any] = {"steps": 120, "test_questions": 512, "warm": {}}
 Job = tuple[str, float, int]  # method, KL weight, seed
 
 
@@ -60,7 +62,7 @@ def run_job(job: Job, steps: int, test_questions: int, warm: dict[str, Any]) -> 
         greedy = Scores.of(rollouts(trainer, questions))
         sampled = Scores.of(rollouts(trainer, questions, sample=True, seed=seed))
     return {
-        "method": method, "beta": beta, "seed": seed, "steps": steps, "base_em": base.em,
+        "method": method, "beta": beta, "seed": seed, "steps": steps, "test_questions": test_questions, "warm": warm, "base_em": base.em,
         "greedy_em": greedy.em, "greedy_f1": greedy.f1, "greedy_em_by_hops": greedy.em_by_hops,
         "sampled_em": sampled.em, "sampled_f1": sampled.f1, "searches": sampled.searches, "area": run.area,
         "curve": {step: scores.em for step, scores in run.curve.items()},
@@ -74,10 +76,11 @@ def run_all(jobs: list[Job], results: Path, workers: int, **options: Any) -> lis
     if results.exists():
         for line in results.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            if row["steps"] == options["steps"]:
+            if all(row.get(name, default) == options[name] for name, default in SAME.items()):
                 done[row["method"], row["beta"], row["seed"]] = row
     todo = [job for job in jobs if job not in done]
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them in {results}", flush=True)
+    prepare(sorted({seed for _, _, seed in todo}), workers, options["warm"])
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(run_job, job, **options) for job in todo]
         for future in as_completed(futures):
@@ -117,12 +120,19 @@ def report(rows: list[dict[str, Any]], betas: dict[str, float], methods: list[st
         for method in methods
         for measure in (*MEASURES, "searches", "collapse", "seconds")
     }
+    for method in methods:
+        chosen = [row for seed in seeds for row in rows if (row["method"], row["seed"]) == (method, seed)]
+        for hops in ("2", "3"):
+            values[method, hops] = [{str(k): v for k, v in r["greedy_em_by_hops"].items()}[hops] for r in chosen]
     base = [next(row["base_em"] for row in rows if row["seed"] == seed) for seed in seeds]
     lines = [f"{len(seeds)} seeds; sampled EM of the warm start {spread(base)}.", ""]
-    lines.append("| method | KL | " + " | ".join(MEASURES.values()) + " | searches | collapsed groups | s/run |")
-    lines.append("|---|---|" + "---|" * (len(MEASURES) + 3))
+    lines.append(
+        "| method | KL | " + " | ".join(MEASURES.values()) + " | greedy EM 2 / 3 hops | searches | collapse | s/run |"
+    )
+    lines.append("|---|---|" + "---|" * (len(MEASURES) + 4))
     for method in methods:
         cells = [spread(values[method, measure]) for measure in MEASURES]
+        cells.append(" / ".join(f"{statistics.fmean(values[method, hops]):.2f}" for hops in ("2", "3")))
         cells += [f"{statistics.fmean(values[method, m]):.2f}" for m in ("searches", "collapse")]
         cells.append(f"{statistics.fmean(values[method, 'seconds']):.0f}")
         lines.append(f"| {method} | {betas[method]:g} | " + " | ".join(cells) + " |")
@@ -157,8 +167,6 @@ def main() -> None:
 
     tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + args.tuning_seeds)
     seeds = list(range(args.first_seed, args.first_seed + args.seeds))
-    # Together with the first test seeds, so that no worker is idle
-    prepare([*tuning_seeds, *seeds[: -len(tuning_seeds) % args.workers]], args.workers, args.warm_start)
     tuning = [(method, beta, seed) for seed in tuning_seeds for method in args.methods for beta in args.betas]
     rows = run_all(tuning, args.results, args.workers, **options)
     area = {
@@ -168,7 +176,6 @@ def main() -> None:
     }
     betas = {method: max(args.betas, key=lambda beta: area[method, beta]) for method in args.methods}
     print("KL weight by area on the tuning seeds:", {f"{m} {b:g}": round(a, 3) for (m, b), a in area.items()})
-    prepare(seeds, args.workers, args.warm_start)
     jobs = [(method, betas[method], seed) for seed in seeds for method in args.methods]
     rows = run_all(jobs, args.results, args.workers, **options)
     print("\n" + report(rows, betas, args.methods, seeds))
@@ -176,6 +183,8 @@ def main() -> None:
 
 def prepare(seeds: list[int], workers: int, warm: dict[str, Any]) -> None:
     """Train the warm starts that are not cached yet, so that no two runs train the same one."""
+    if not seeds:
+        return
     print(f"Warm starts of the seeds {', '.join(map(str, seeds))}, unless they are cached", flush=True)
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_prepare_one, seeds, [warm] * len(seeds)))

@@ -166,4 +166,5 @@ def test_finished_runs_are_not_repeated(learning, tmp_path):
     row = {"method": "grpo", "beta": 0.0, "seed": 1, "steps": 5, "greedy_em": 0.5}
     results = tmp_path / "results.jsonl"
     results.write_text(json.dumps(row) + "\n")
-    assert learning.run_all([("grpo", 0.0, 1)], results, 1, steps=5) == [row]
+    options = {"steps": 5, "test_questions": 512, "warm": {}}
+    assert learning.run_all([("grpo", 0.0, 1)], results, 1, **options) == [row]
