@@ -62,7 +62,8 @@ def run_job(job: Job, steps: int, test_questions: int, warm: dict[str, Any]) -> 
         greedy = Scores.of(rollouts(trainer, questions))
         sampled = Scores.of(rollouts(trainer, questions, sample=True, seed=seed))
     return {
-        "method": method, "beta": beta, "seed": seed, "steps": steps, "test_questions": test_questions, "warm": warm, "base_em": base.em,
+        "method": method, "beta": beta, "seed": seed, "steps": steps, "test_questions": test_questions,
+        "warm": warm, "base_em": base.em,
         "greedy_em": greedy.em, "greedy_f1": greedy.f1, "greedy_em_by_hops": greedy.em_by_hops,
         "sampled_em": sampled.em, "sampled_f1": sampled.f1, "searches": sampled.searches, "area": run.area,
         "curve": {step: scores.em for step, scores in run.curve.items()},
