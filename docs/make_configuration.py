@@ -1,6 +1,6 @@
 """Write docs/configuration.md from the help texts of `IGPOConfig`, where they stand once and for all.
 
-    python docs/make_configuration.py
+python docs/make_configuration.py
 """
 
 import dataclasses
