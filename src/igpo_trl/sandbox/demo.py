@@ -36,7 +36,7 @@ class DemoPlan:
         note: Printed below the table.
     """
 
-    methods: tuple[tuple[str, float], ...] = (("grpo", 0.0), ("grpo_batch", 0.0), ("igpo_critic", 0.0))
+    methods: tuple[tuple[str, float], ...] = (("grpo", 0.0), ("grpo_batch", 0.1), ("igpo_critic", 0.0))
     budget: Budget = Budget()
     warm: WarmStartConfig = WarmStartConfig()
     test_questions: int = 512
