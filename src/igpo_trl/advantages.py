@@ -89,27 +89,20 @@ def turn_advantages(
     _check(info_gain, outcome, num_turns, num_generations, normalization, scale, beliefs)
     scale = _SCALES[scale]
     # Statistics in float64: sums then do not depend on padding or on the other groups to float32 precision.
-    gain, out = info_gain.double(), outcome.double()
-    turn = torch.arange(gain.shape[1], device=gain.device)
     last = (num_turns - 1)[:, None]
-    scorable = ~out.isnan()[:, None]
-    is_outcome = (turn == last) & scorable
-    is_turn = (turn <= last) & scorable
-    is_gain = (turn < last) & scorable & gain.isfinite()
-    rewards = torch.where(is_outcome, out[:, None], torch.where(is_gain, gain, 0.0))
-    weight = torch.full_like(gain, info_gain_weight).masked_fill(is_outcome, outcome_weight)
+    turn = torch.arange(info_gain.shape[1], device=info_gain.device)
+    scored = ~outcome.isnan()[:, None]
+    is_turn = (turn <= last) & scored
+    is_gain = (turn < last) & scored & info_gain.isfinite()
+    gain = info_gain.double().masked_fill(~is_gain, 0.0)
+    final = outcome.double()[:, None].masked_fill(~scored, 0.0)  # (B, 1), the reward of the last turn
 
     if normalization == "critic":
-        if beliefs is None:
-            gains_only = torch.where(is_gain, gain, 0.0)
-            beliefs = gains_only.cumsum(dim=1) - gains_only
-        beliefs = beliefs.double().nan_to_num(0.0).masked_fill(~is_turn, 0.0)
-        rewards = rewards * weight
-        reached = outcome_weight * out + info_gain_weight * beliefs.gather(1, last)[:, 0]
+        belief = gain.cumsum(dim=1) - gain if beliefs is None else beliefs.double().nan_to_num(0.0)
         advantages = critic_advantages(
-            rewards,
-            beliefs,
-            reached,
+            (info_gain_weight * gain).scatter_(1, last, outcome_weight * final),
+            belief.masked_fill_(~is_turn, 0.0),
+            (outcome_weight * final + info_gain_weight * belief.gather(1, last))[:, 0],
             is_turn,
             num_generations,
             gamma=gamma,
@@ -119,13 +112,16 @@ def turn_advantages(
         )
     else:
         if normalization == "joint":
-            z = _standardize(rewards, is_gain | is_outcome, num_generations, scale, std_floor)
+            z = _standardize(
+                gain.scatter_(1, last, final), is_gain.scatter(1, last, scored), num_generations, scale, std_floor
+            )
+            z_final = z.gather(1, last)
         else:
-            per_turn = normalization == "per_turn"
-            z = _standardize(rewards, is_gain, num_generations, scale, std_floor, per_turn=per_turn)
-            z = z + _standardize(rewards, is_outcome, num_generations, scale, std_floor)
-        advantages = _discounted_sum(z * weight, gamma)
-    return advantages.masked_fill(~is_turn, 0.0).to(info_gain.dtype)
+            z = _standardize(gain, is_gain, num_generations, scale, std_floor, per_turn=normalization == "per_turn")
+            z_final = _standardize(final, scored, num_generations, scale, std_floor)
+        z = z.mul_(info_gain_weight).scatter_(1, last, outcome_weight * z_final)
+        advantages = _discounted_sum(z, gamma).masked_fill_(~is_turn, 0.0)
+    return advantages.to(info_gain.dtype)
 
 
 def critic_advantages(
@@ -208,19 +204,23 @@ def _standardize(
     weight = mask.view(-1, num_generations, num_turns).to(values.dtype)
     values = values.view(-1, num_generations, num_turns) * weight
     pool = (1,) if per_turn else (1, 2)
-    count = weight.sum(dim=pool, keepdim=True).clamp(min=1)
-    mean = values.sum(dim=pool, keepdim=True) / count
-    centred = (values - mean) * weight
-    std = (centred.square().sum(dim=pool, keepdim=True) / count).sqrt()
+    mean, std = _mean_and_std(values, weight, pool)
     # Equal values must give exactly 0: their rounded mean can miss them, and rounding noise over its own std is 1.
     distinct = std > 1e-12 * mean.abs()
     if scale == "batch":
-        pool = (0, *pool)
-        count = weight.sum(dim=pool, keepdim=True).clamp(min=1)
-        mean = values.sum(dim=pool, keepdim=True) / count
-        std = (((values - mean) * weight).square().sum(dim=pool, keepdim=True) / count).sqrt()
+        _, std = _mean_and_std(values, weight, (0, *pool))
     divisor = std.clamp(min=max(std_floor, torch.finfo(values.dtype).tiny)) if scale != "none" else 1.0
-    return (centred * (distinct / divisor)).view(-1, num_turns)
+    return values.sub_(mean).mul_(weight).mul_(distinct / divisor).view(-1, num_turns)
+
+
+def _mean_and_std(
+    values: torch.Tensor, weight: torch.Tensor, dims: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Population statistics over `dims` where the 0/1 weight is 1; `values` are 0 elsewhere."""
+    count = weight.sum(dim=dims, keepdim=True).clamp(min=1)
+    mean = values.sum(dim=dims, keepdim=True) / count
+    centred = (values - mean).mul_(weight)
+    return mean, (centred.square_().sum(dim=dims, keepdim=True) / count).sqrt()
 
 
 def _discounted_sum(values: torch.Tensor, gamma: float) -> torch.Tensor:
