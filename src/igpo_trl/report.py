@@ -206,6 +206,7 @@ def plot_curves(
         axes.spines["bottom"].set_color(GREY)
         axes.tick_params(colors=GREY, labelsize=8, length=0)
         axes.set_axisbelow(True)
+        axes.locator_params(axis="x", integer=True)
         if i > len(panels) - columns:
             axes.set_xlabel(xlabel, fontsize=9, color=GREY)
     handles = [_line(colours[name], name) for name in names]
