@@ -63,7 +63,7 @@ def make_tiny_model(
     hidden_size: int = 192,
     num_layers: int = 3,
     batch_size: int = 8,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 1.5e-3,
     seed: int = 0,
     show_progress: bool = True,
 ) -> dict[str, float]:
@@ -71,9 +71,9 @@ def make_tiny_model(
     Makes a tokenizer and a small Qwen2 model, teaches it to search and answer, and saves both.
 
     The tokenizer is a byte-level BPE of the corpus, with Qwen2.5's chat template. The model then learns from
-    conversations made up from the questions and from sentences of the corpus with a name left out: a search with words
-    of the question, what the BM25 index really returns, perhaps a search for a title found there, the gold answer. The
-    loss is on the assistant's tokens alone.
+    conversations made up from the questions and from sentences of the corpus with a name left out: a search for a
+    name or some words of it, what the BM25 index really returns, perhaps a search for a title found there, the gold
+    answer. The loss is on the assistant's tokens alone.
 
     Args:
         directory (`str` or `Path`):
@@ -96,7 +96,7 @@ def make_tiny_model(
             Size of the model; the defaults give 2.5 million parameters. Heads have 64 dimensions.
         batch_size (`int`, *optional*, defaults to `8`):
             Conversations per step.
-        learning_rate (`float`, *optional*, defaults to `2e-3`):
+        learning_rate (`float`, *optional*, defaults to `1.5e-3`):
             Its peak.
         seed (`int`, *optional*, defaults to `0`):
             Seed of weights and conversations. Two runs differ all the same where the machine's speed does.
@@ -285,7 +285,7 @@ def make_conversations(
 def _conversation(
     prompt: Messages, answer: str, titles: list[str], tool: Callable[[str], str], rng: random.Random
 ) -> Messages:
-    """The question, a search with words of it, perhaps one for a title in what came back, the answer."""
+    """The question, a search for words of it, perhaps one for a title in what came back, the answer."""
     messages = list(prompt)
     query = _query(prompt[-1]["content"], rng)
     observation = tool(query)
@@ -295,8 +295,8 @@ def _conversation(
     mentioned = [title for title in titles if title in observation and title not in shown]
     found = mentioned or shown
     if found and rng.random() < (0.9 if mentioned else 0.4):
-        title = rng.choice(found)
-        messages += _call(title, tool(title))
+        query = _spaced(rng.choice(found))
+        messages += _call(query, tool(query))
     messages.append({"role": "assistant", "content": ANSWER_TEMPLATE.format(answer=answer)})
     return messages
 
@@ -322,14 +322,19 @@ def _names(text: str) -> list[str]:
 
 
 def _query(question: str, rng: random.Random) -> str:
-    """A name in the question, or a run of its words."""
+    """A name in the question, or a short run of its words."""
     names = _names(question)
     if names and rng.random() < 0.7:
-        return rng.choice(names)
+        return _spaced(rng.choice(names))
     words = question.rstrip(" ?").split()
-    length = min(len(words), rng.randint(4, 10))
+    length = min(len(words), rng.randint(3, 7))
     start = rng.randint(0, len(words) - length)
-    return " ".join(words[start : start + length])
+    return _spaced(" ".join(words[start : start + length]))
+
+
+def _spaced(words: str) -> str:
+    """With a space in front, words are the tokens that they are in the middle of a text, and can be copied."""
+    return f" {words}"
 
 
 def _cloze(passage: Passage, rng: random.Random) -> tuple[str, str] | None:
