@@ -74,6 +74,15 @@ def test_tokenizer_is_lossless_and_keeps_markers_whole(parts):
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<tool_call></tool_call><answer>"
 
 
+def test_the_loaded_tokenizer_splits_as_the_one_that_was_learned_with(parts, tmp_path):
+    tokenizer = parts[3]
+    tokenizer.save_pretrained(tmp_path)
+    make_model(tokenizer, 128, 2).save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("In 1969 it wasn't 21,345 km\n\n  away.", "Gödel — Wien\r\n \U0001f30a", *(p.text for p in parts[0])):
+        assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"], text
+
+
 def test_conversations_search_read_and_end_in_an_answer(parts):
     passages, tool, dataset, _ = parts
     stream = make_conversations(dataset, passages, tool, random.Random(0))
@@ -158,8 +167,8 @@ def test_makes_a_model_that_searches(files, tmp_path):
         tmp_path / "model",
         corpus,
         questions,
-        minutes=2,
-        max_steps=150,
+        minutes=30,  # the steps decide, on a slow machine too
+        max_steps=450,
         max_words=12,
         eval_questions=0,
         vocab_size=700,
@@ -169,9 +178,9 @@ def test_makes_a_model_that_searches(files, tmp_path):
         learning_rate=5e-3,
         show_progress=False,
     )
-    assert stats["steps"] <= 150
+    assert stats["steps"] <= 450
     assert stats["loss"] < 1.0
-    assert stats["valid_search_share"] >= 0.5  # all of them, given some more steps
+    assert stats["valid_search_share"] >= 0.5  # of 7 sampled rollouts; usually all of them
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert model.num_parameters() == stats["parameters"]

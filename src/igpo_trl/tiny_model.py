@@ -18,7 +18,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from .data import hold_out, load_questions
 from .search import BM25Index, Passage, SearchTool
@@ -158,7 +158,9 @@ def make_tokenizer(
     from trl.chat_template_utils import add_response_schema, qwen2_5_chat_template
 
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # `AutoTokenizer` splits the words of every Qwen2 model as Qwen2 does, whatever was saved with it.
+    qwen2 = Qwen2Tokenizer().backend_tokenizer
+    core.normalizer, core.pre_tokenizer = qwen2.normalizer, qwen2.pre_tokenizer
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
