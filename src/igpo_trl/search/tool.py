@@ -64,7 +64,8 @@ def SearchTool(
             return "No passage matches this query. Try other words."
         return "\n\n".join(f"[{i}] {_render(passage, max_words)}" for i, passage in enumerate(passages, start=1))
 
-    # Chat templates show this docstring to the policy.
+    # Chat templates show this docstring to the policy, and a call with wrong arguments the qualified name.
+    search.__qualname__ = "search"
     search.__doc__ = f"{description}\n\nArgs:\n    query: What to look for, in a few words."
     return search
 
