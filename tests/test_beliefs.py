@@ -13,11 +13,11 @@ from igpo_trl.beliefs import (
     NO_THINK_TEMPLATE,
     AnswerProbe,
     build_probes,
-    fit_template,
     packed_obstacle,
     reduce_aliases,
     score_beliefs,
 )
+from igpo_trl.probes import fit_template
 
 FULL_ATTENTION = ["qwen2", "qwen3", "llama", "gpt2"]
 SLIDING = ["mistral", "qwen2_sliding"]

@@ -17,7 +17,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / PACKAGE
 # Level -1: helpers on the standard library alone.
 LEVELS = {
     -1: {"_jsonl"},
-    0: {"advantages", "turns", "rewards", "data", "trajectory", "search"},
+    0: {"advantages", "probes", "turns", "rewards", "data", "trajectory", "search"},
     1: {"beliefs", "tooling", "evaluation", "diagnostics", "report"},
     2: {"checks", "config", "trainer"},
     3: {"sandbox", "tiny_model", "cli", "__main__", "__init__"},
@@ -25,7 +25,7 @@ LEVELS = {
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}
 
 # Modules that work where neither torch nor TRL is installed.
-WITHOUT_TORCH = {"trajectory", "report"}
+WITHOUT_TORCH = {"probes", "trajectory", "report"}
 OPTIONAL = {"bm25s", "deepspeed", "evaluate", "faiss", "matplotlib", "sentence_transformers", "vllm"}
 
 FILES = sorted(SOURCE.rglob("*.py"))

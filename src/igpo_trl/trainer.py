@@ -13,7 +13,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .advantages import turn_advantages
-from .beliefs import build_probes, fit_template, reduce_aliases, score_beliefs
+from .beliefs import reduce_aliases, score_beliefs
 from .checks import (
     answers_of,
     check_answers,
@@ -24,6 +24,7 @@ from .checks import (
     named_datasets,
 )
 from .config import IGPOConfig
+from .probes import build_probes, fit_template
 from .rewards import make_answer_reward
 from .trajectory import Trajectory, Turn, write_jsonl
 from .turns import expand_to_tokens, turn_spans

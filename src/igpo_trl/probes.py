@@ -1,0 +1,92 @@
+"""Answer probes: the right answer inside its template, as tokens, and which of them are the answer's own."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+#: Template of the paper, after which the answer is scored.
+DEFAULT_TEMPLATE = "<think>\nNow there's enough information to answer\n</think>\n<answer>\n{answer}\n</answer>"
+#: The same for models that do not think aloud.
+NO_THINK_TEMPLATE = "<answer>\n{answer}\n</answer>"
+
+
+@dataclass(frozen=True)
+class AnswerProbe:
+    """
+    An answer in its template, as tokens.
+
+    Attributes:
+        token_ids (`list[int]`): tokens of the rendered template; what stands behind the answer is never run.
+        answer_start (`int`): index of the answer's first token.
+        answer_end (`int`): index behind its last token.
+    """
+
+    token_ids: list[int]
+    answer_start: int
+    answer_end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.answer_start < self.answer_end <= len(self.token_ids):
+            raise ValueError(
+                f"The answer must be a non-empty span of the probe's {len(self.token_ids)} tokens, got "
+                f"[{self.answer_start}, {self.answer_end})."
+            )
+
+
+def build_probes(tokenizer: Any, answers: Sequence[str], template: str = DEFAULT_TEMPLATE) -> list[AnswerProbe]:
+    """
+    Tokenise each answer inside its template.
+
+    The answer's span is found by character offsets on the whole rendered template, because a tokenizer may merge
+    characters across the edges of the slot; a token that overlaps the answer counts as the answer's.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`): must give character offsets.
+        answers (list of `str`): the aliases, none empty.
+        template (`str`, *optional*): text with one `{answer}` slot.
+
+    Raises:
+        `ValueError`: if the template has no single slot, an answer is empty, or the tokenizer gives no offsets.
+    """
+    prefix, suffix = split_template(template)
+    probes = []
+    for answer in answers:
+        text = prefix + answer + suffix
+        try:
+            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"Beliefs need the character offsets of a fast tokenizer, got {type(tokenizer).__name__}. Load it "
+                "with `AutoTokenizer.from_pretrained(..., use_fast=True)`."
+            ) from error
+        first, last = len(prefix), len(prefix) + len(answer)
+        inside = [i for i, (start, end) in enumerate(encoded["offset_mapping"]) if start < last and end > first]
+        if not inside:
+            raise ValueError(
+                f"The answer {answer!r} has no token of its own in the template {template!r}. Remove empty answers."
+            )
+        probes.append(AnswerProbe(list(encoded["input_ids"]), inside[0], inside[-1] + 1))
+    return probes
+
+
+def split_template(template: str) -> tuple[str, str]:
+    """The text before and behind the template's one `{answer}` slot; raises `ValueError` if there is not just one."""
+    parts = template.split("{answer}")
+    if len(parts) != 2:
+        raise ValueError(f"The answer template must contain `{{answer}}` exactly once, got {template!r}.")
+    return parts[0], parts[1]
+
+
+def fit_template(template: str, generation_prompt: str) -> str:
+    """
+    Leave out of `template` what the chat template's generation prompt has opened already.
+
+    A generation prompt that ends in `<think>` continues with the template's thought; one that ends in a closed
+    (empty) thought continues with what follows the template's thought.
+    """
+    opened = generation_prompt.rstrip()
+    if opened.endswith("<think>") and template.lstrip().startswith("<think>"):
+        return template.lstrip().removeprefix("<think>").lstrip("\n")
+    if opened.endswith("</think>") and "</think>" in template:
+        return template.split("</think>", 1)[1].lstrip("\n")
+    return template
