@@ -168,26 +168,31 @@ def critic_advantages(
     leave_one_out = ((grouped.sum(dim=1, keepdim=True) - grouped) / others.clamp(min=1)).masked_fill(others < 1, 0.0)
     mask = is_turn.to(beliefs.dtype)
     beliefs = beliefs * mask
-    features = torch.stack([beliefs, beliefs.square(), leave_one_out.reshape(-1, 1) * mask])  # (F, B, K)
-    target = _discounted_sum(rewards, gamma) * mask
+    features = [beliefs, beliefs.square(), mask * leave_one_out.reshape(-1, 1)]  # F times (B, K)
+    target = _discounted_sum(rewards, gamma).mul_(mask)
 
     # Normal equations in blocks: the one-hot columns are never written out (their own block is diagonal).
-    num_features, _, num_turns = features.shape
+    num_features, num_turns = len(features), mask.shape[1]
     num_rows = mask.sum().clamp(min=1)
     normal = beliefs.new_zeros(num_turns + num_features, num_turns + num_features)
     normal[:num_turns, :num_turns] = torch.diag(mask.sum(dim=0) + _RIDGE_INTERCEPT * num_rows)
-    normal[num_turns:, :num_turns] = features.sum(dim=1)
-    normal[:num_turns, num_turns:] = features.sum(dim=1).T
-    flat = features.flatten(1)
-    normal[num_turns:, num_turns:] = flat @ flat.T + _RIDGE * num_rows * torch.eye(num_features).to(flat)
-    solution = torch.linalg.solve(normal, torch.cat([target.sum(dim=0), flat @ target.flatten()]))
-    value = (solution[:num_turns] + torch.tensordot(solution[num_turns:], features, dims=1)) * mask
+    normal[num_turns:, :num_turns] = torch.stack([feature.sum(dim=0) for feature in features])
+    normal[:num_turns, num_turns:] = normal[num_turns:, :num_turns].T
+    flat = [feature.view(-1) for feature in features]
+    products = torch.stack([torch.stack([one @ other for other in flat]) for one in flat])
+    normal[num_turns:, num_turns:] = products + _RIDGE * num_rows * torch.eye(num_features).to(products)
+    moments = torch.stack([one @ target.view(-1) for one in flat])
+    solution = torch.linalg.solve(normal, torch.cat([target.sum(dim=0), moments]))
+    value = mask * solution[:num_turns]
+    for feature, coefficient in zip(features, solution[num_turns:].tolist(), strict=True):
+        value.add_(feature, alpha=coefficient)
 
-    next_value = torch.nn.functional.pad(value[:, 1:], (0, 1))
-    advantages = _discounted_sum((rewards + gamma * next_value - value) * mask, gamma * gae_lambda) * mask
+    delta = rewards.masked_fill(~is_turn, 0.0).sub_(value)  # 0 behind the last turn, as the value is
+    delta[:, :-1].add_(value[:, 1:], alpha=gamma)
+    advantages = _discounted_sum(delta, gamma * gae_lambda)
     if scale:
-        root_mean_square = (advantages.square().sum() / num_rows).sqrt()
-        advantages = advantages / root_mean_square.clamp(min=max(scale_floor, torch.finfo(advantages.dtype).tiny))
+        root_mean_square = torch.linalg.vector_norm(advantages) / num_rows.sqrt()
+        advantages.div_(root_mean_square.clamp(min=max(scale_floor, torch.finfo(advantages.dtype).tiny)))
     return advantages
 
 
