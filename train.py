@@ -65,7 +65,8 @@ def check_arguments(script: ScriptArguments, training: IGPOConfig, model: ModelC
     """Errors that would otherwise come late."""
     if not model.model_name_or_path:
         raise ValueError("`model_name_or_path` is missing: the name of a model on the hub, or a directory.")
-    looks_like_path = model.model_name_or_path.startswith((".", "/", "~")) or model.model_name_or_path.count("/") > 1
+    name = model.model_name_or_path
+    looks_like_path = name.startswith((".", "/", "~", "outputs/")) or name.count("/") > 1  # else a name on the hub
     if looks_like_path and not Path(model.model_name_or_path).is_dir():
         raise FileNotFoundError(
             f"no such model directory: {model.model_name_or_path}. A tiny model for a CPU is made by: "

@@ -130,6 +130,7 @@ def test_trains_grpo_with_lora_and_an_index(train, arguments, tmp_path, files):
         (["--corpus", "absent.jsonl"], FileNotFoundError, "`corpus`: no such file: absent.jsonl"),
         (["--eval_questions", "absent.jsonl"], FileNotFoundError, "`eval_questions`: no such file"),
         (["--model_name_or_path", "./absent"], FileNotFoundError, "igpo tiny-model"),
+        (["--model_name_or_path", "outputs/absent"], FileNotFoundError, "igpo tiny-model"),
         (["--method", "ppo"], ValueError, "igpo or grpo, got 'ppo'"),
         (["--search_k", "0"], ValueError, "`search_k` must be at least 1"),
         (["--num_eval_questions", "-1"], ValueError, "must not be negative"),
