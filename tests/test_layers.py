@@ -16,10 +16,10 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / PACKAGE
 
 # Level -1: helpers on the standard library alone.
 LEVELS = {
-    -1: {"_jsonl"},
-    0: {"advantages", "probes", "turns", "rewards", "data", "trajectory", "search"},
-    1: {"beliefs", "tooling", "evaluation", "diagnostics", "report"},
-    2: {"checks", "config", "trainer"},
+    -1: {"_jsonl", "_tool_options"},
+    0: {"_tool_calls", "advantages", "probes", "turns", "rewards", "data", "trajectory", "search"},
+    1: {"beliefs", "tooling", "observations", "prefix_cache", "malformed", "evaluation", "diagnostics", "report"},
+    2: {"checks", "config", "rollout", "trainer"},
     3: {"sandbox", "tiny_model", "cli", "__main__", "__init__"},
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}
