@@ -114,6 +114,74 @@ class IGPOConfig(GRPOConfig):
         metadata={"help": "Rollouts per forward of the belief pass. `None` is `per_device_train_batch_size`."},
     )
 
+    # Rollout
+    max_turns: int | None = field(
+        default=None,
+        metadata={
+            "help": "Turns of a rollout, the answer included; `None` for no limit. With `forced_answer` one turn more. "
+            "`max_tool_calling_iterations` of TRL limits the rounds of tool calls, and both hold."
+        },
+    )
+    max_turn_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Sampled tokens of one turn; `None` is `max_completion_length`, which limits a whole rollout, "
+            "observations included."
+        },
+    )
+    max_tool_response_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of one tool result; a longer one is cut between two tokens and ends in a marker that says "
+            "so. `None` for no limit: a result that leaves no room for another turn then ends the rollout."
+        },
+    )
+    forced_answer: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether a rollout that reaches a limit is asked to answer, behind its last observation, and gets "
+            "one last turn without tools."
+        },
+    )
+    forced_answer_prompt: str = field(
+        default="You cannot call any more tools. Give your final answer now.",
+        metadata={"help": "The user message that asks for it. Its tokens are an observation: never trained on."},
+    )
+    forced_answer_length: int = field(
+        default=64,
+        metadata={
+            "help": "Tokens kept free for a forced answer: tool results are cut down to that. At most an eighth of "
+            "`max_completion_length`."
+        },
+    )
+    on_malformed_tool_call: str = field(
+        default="observe",
+        metadata={
+            "help": "What follows a tool call that cannot be read: `observe`, a tool result that says what was wrong, "
+            "or `end`, the end of the rollout (in TRL, too, such a turn is the last)."
+        },
+    )
+    max_concurrent_tool_calls: int = field(
+        default=64,
+        metadata={
+            "help": "Tool calls that run at the same time, on each process. 1 for tools that are not thread-safe."
+        },
+    )
+    tool_timeout: float | None = field(
+        default=60.0,
+        metadata={
+            "help": "Seconds after which a tool call is given up, retries included; the policy reads an error. `None` "
+            "for no limit."
+        },
+    )
+    reuse_prefixes: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the transformers backend keeps the KV cache of a rollout between its turns, where the "
+            "model's cache can be cut back."
+        },
+    )
+
     # Records
     save_trajectories: bool = field(
         default=False,
@@ -129,6 +197,14 @@ class IGPOConfig(GRPOConfig):
         self._check_choice("info_gain", ("prob_diff", "log_prob_diff"))
         self._check_choice("normalization", NORMALIZATIONS)
         self._check_choice("belief_method", ("auto", "packed", "per_turn"))
+        self._check_choice("on_malformed_tool_call", ("observe", "end"))
+        for name in ("max_turns", "max_turn_length", "forced_answer_length", "max_concurrent_tool_calls"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.tool_timeout is not None and self.tool_timeout <= 0:
+            raise ValueError(f"`tool_timeout` must be positive, or `None` for no limit, got {self.tool_timeout}.")
+        if self.forced_answer and not self.forced_answer_prompt.strip():
+            raise ValueError("`forced_answer=True` needs a `forced_answer_prompt`, got an empty one.")
         split_template(self.answer_template)
         if self.info_gain_weight is None:
             self.info_gain_weight = 0.0 if self.normalization == "critic" else 1.0

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoProcessor, PreTrainedTokenizerBase
-from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .advantages import turn_advantages
@@ -24,13 +23,15 @@ from .checks import (
     named_datasets,
 )
 from .config import IGPOConfig
+from .observations import ObservationEncoder
 from .probes import build_probes, fit_template
 from .rewards import make_answer_reward
+from .rollout import MultiTurnTrainer
 from .trajectory import Trajectory, Turn, write_jsonl
 from .turns import expand_to_tokens, turn_spans
 
 
-class IGPOTrainer(GRPOTrainer):
+class IGPOTrainer(MultiTurnTrainer):
     """
     Trainer for Information Gain-based Policy Optimization (IGPO, arXiv 2510.14967).
 
@@ -40,6 +41,8 @@ class IGPOTrainer(GRPOTrainer):
       over a turn is that turn's reward, and the sum of the reward functions that of the last turn.
     - `advantages` are (B, T) instead of (B,): each sampled token gets the advantage of its turn. Statistics are those
       of the whole group, also where it lies across processes.
+    - The rounds of a rollout: all tool calls of all rollouts at once, limits with names, the KV cache kept from turn to
+      turn, processes in step ([`igpo_trl.rollout`]).
     - `reward_funcs` may be left out: [`answer_reward`] then scores the F1 of the last turn's answer.
     - Metrics of gains, beliefs, turns and collapse; optional records of every rollout (`save_trajectories`).
 
@@ -114,6 +117,8 @@ class IGPOTrainer(GRPOTrainer):
                 stacklevel=2,
             )
         check_processing_class(processing_class, uses_tools)
+        if uses_tools and args.max_tool_response_tokens is not None:
+            ObservationEncoder(processing_class, max_tokens=args.max_tool_response_tokens)  # raises if that is too few
         default_reward = reward_funcs is None and not environment_rewards(kwargs.get("environment_factory"))
         if args.uses_beliefs or default_reward:
             check_answers(train_dataset, args.answer_column, "train_dataset")
@@ -292,6 +297,7 @@ class IGPOTrainer(GRPOTrainer):
         first = self.accelerator.process_index * len(inputs)
         outcome = self._outcome()[first : first + len(inputs)].tolist()
         rewards = self._outcomes[first : first + len(inputs)].tolist()  # type: ignore[index]
+        stops = self._log_of_rounds.stops if self._log_of_rounds else []
         trajectories = []
         for i, row in enumerate(inputs):
             advantages = batch.advantages[i].tolist() if batch.advantages is not None else None
@@ -308,6 +314,7 @@ class IGPOTrainer(GRPOTrainer):
                     rewards={n: _number(r) for n, r in zip(self.reward_func_names, rewards[i], strict=True)},
                     step=self.state.global_step,
                     group=(first + i) // self.num_generations,
+                    stop_reason=stops[i] if stops else None,
                 )
             )
         folder = Path(self.args.output_dir) / "trajectories"

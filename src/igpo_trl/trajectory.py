@@ -7,8 +7,28 @@ line.
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+
+class StopReason(StrEnum):
+    """Why a rollout ended."""
+
+    ANSWERED = "answered"
+    """The policy ended its turn without calling a tool, or gave an answer."""
+    TURN_LIMIT = "turn_limit"
+    """It called a tool in the last turn that `max_turns` or `max_tool_calling_iterations` allows."""
+    TURN_LENGTH_LIMIT = "turn_length_limit"
+    """`max_turn_length` cut a turn off before any call was complete."""
+    LENGTH_LIMIT = "length_limit"
+    """`max_completion_length` was reached, or left no room for an observation and a turn behind it."""
+    CONTEXT_LIMIT = "context_limit"
+    """The same with the model's context."""
+    MALFORMED = "malformed"
+    """It sampled a tool call that cannot be read, and `on_malformed_tool_call="end"`."""
+    EMPTY = "empty"
+    """The backend sampled nothing."""
 
 
 @dataclass
@@ -46,6 +66,7 @@ class Trajectory:
         rewards (`dict[str, float | None]`): each reward function's value.
         step (`int`): optimizer step at which it was sampled.
         group (`int`): number of its group within the batch.
+        stop_reason (`str` or `None`): why it ended, a [`StopReason`]; `None` where it is not known.
         info (`dict`): anything else, JSON-serialisable.
     """
 
@@ -56,6 +77,7 @@ class Trajectory:
     rewards: dict[str, float | None] = field(default_factory=dict)
     step: int = 0
     group: int = 0
+    stop_reason: str | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
     @property
