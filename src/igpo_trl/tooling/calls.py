@@ -1,56 +1,20 @@
-"""What a policy wrote, read as tool calls, and what a tool returned, written as text.
-
-Nothing here is run. Whatever a policy sends has a defined outcome; nothing is raised for it.
-"""
+"""Tool calls as a policy wrote them, checked against the tools there are."""
 
 import inspect
 import json
-import reprlib
 import typing
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any, NamedTuple, NotRequired
+from typing import Any, NotRequired
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 from typing_extensions import TypedDict  # Pydantic takes that of `typing` from Python 3.12 on only
 
-MAX_ERROR_CHARACTERS = 500
+from .results import ToolErrorKind, ToolResult, clean, cut, describe, error_result, show
+
 MAX_NAME_CHARACTERS = 64
-MEDIA_TYPES = frozenset(
-    f"{prefix}{kind}{suffix}"
-    for kind in ("image", "audio", "video")
-    for prefix in ("", "input_")
-    for suffix in ("", "_url")
-)
-
-
-class ToolErrorKind(StrEnum):
-    """Why a call gave no result."""
-
-    MALFORMED = "malformed"
-    UNKNOWN_TOOL = "unknown_tool"
-    BAD_ARGUMENTS = "bad_arguments"
-    RAISED = "raised"
-    TIMEOUT = "timeout"
-    NOT_TEXT = "not_text"
-
-
-class ToolResult(NamedTuple):
-    """
-    What the policy reads as the answer to a call.
-
-    Attributes:
-        text (`str`): The observation. Can be encoded as UTF-8; an error begins with "Error: ".
-        error (`ToolErrorKind`, *optional*): The kind of error, `None` for a result of the tool.
-        seconds (`float`, *optional*): How long it took from the moment it began to run, `None` if nothing was run.
-    """
-
-    text: str
-    error: ToolErrorKind | None = None
-    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,9 +35,6 @@ class ToolCall:
     function: Callable[..., Any] | None
     serial: Hashable | None = None
     problem: ToolResult | None = None
-
-
-# Reading what the policy wrote
 
 
 def read_calls(
@@ -109,15 +70,15 @@ def _read_call(
 
     if not isinstance(entry, dict):
         return wrong(ToolErrorKind.MALFORMED, f"a tool call must be an object, got {show(entry)}.")
-    if entry.get("type", "function") != "function":
+    if entry.get("type") not in (None, "function"):
         return wrong(ToolErrorKind.MALFORMED, f"a tool call of type {show(entry['type'])}, expected 'function'.")
     call = entry.get("function", entry)
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return wrong(ToolErrorKind.MALFORMED, f"a tool call must have a 'name' that is a string, got {show(call)}.")
-    name = _clean(call["name"])
+    name = clean(call["name"])
     function = tools.get(name)
     if function is None:
-        name = _cut(name, MAX_NAME_CHARACTERS)
+        name = cut(name, MAX_NAME_CHARACTERS)
         available = ", ".join(tools) or "none"
         return wrong(ToolErrorKind.UNKNOWN_TOOL, f"there is no tool {name!r}. Available: {available}.", name)
 
@@ -137,6 +98,8 @@ def _read_call(
         arguments = signature.check(arguments)
     except ValidationError as error:
         return wrong(ToolErrorKind.BAD_ARGUMENTS, f"{name}: {signature.explain(error)}", name)
+    except Exception as error:  # a type of the tool's own that does not check what it is given
+        return wrong(ToolErrorKind.BAD_ARGUMENTS, f"{name}: {describe(error)}", name)
     return ToolCall(name, arguments, function, serial(function))
 
 
@@ -150,20 +113,22 @@ class Signature:
     returns: tuple[type, ...] = ()  # kinds of JSON values, other than text, that it declares to return
 
     def check(self, arguments: dict[Any, Any]) -> dict[str, Any]:
+        """The arguments, converted where a type allows it; raises `pydantic.ValidationError`."""
         return arguments if self.adapter is None else self.adapter.validate_python(arguments)
 
     def explain(self, error: ValidationError) -> str:
         """One clause per bad argument: which, what was expected, what was got."""
         clauses: dict[Any, str] = {}
         for detail in error.errors(include_url=False, include_context=False):
-            name, *path = detail["loc"] or ("arguments",)
+            name, *path = detail["loc"]
+            argument = cut(repr(name), MAX_NAME_CHARACTERS)
             if detail["type"] == "missing" and not path:
-                clause = f"argument {show(name)} is missing"
+                clause = f"argument {argument} is missing"
             elif detail["type"] in ("extra_forbidden", "invalid_key") and not path:
-                clause = f"there is no argument {show(name)}"
+                clause = f"there is no argument {argument}"
             else:
                 expected = detail["msg"].removeprefix("Input ")
-                clause = f"argument {show(name)} {expected}, got {show(detail['input'])}"
+                clause = f"argument {argument} {expected}, got {show(detail['input'])}"
             clauses.setdefault(name, clause)
             if len(clauses) == 3:
                 break
@@ -175,6 +140,7 @@ _signatures: weakref.WeakKeyDictionary[Any, dict[bool, Signature]] = weakref.Wea
 
 
 def signature_of(function: Callable[..., Any]) -> Signature:
+    """The signature of a tool, read once."""
     bound = inspect.ismethod(function)
     try:
         known = _signatures.setdefault(function.__func__ if bound else function, {})  # type: ignore[attr-defined]
@@ -218,7 +184,8 @@ def _read_signature(function: Callable[..., Any]) -> Signature:
 
 
 def _adapter(fields: dict[str, Any], config: ConfigDict) -> TypeAdapter[dict[str, Any]]:
-    arguments: Any = TypedDict("arguments", fields)  # type: ignore[misc]  # takes any name, unlike a model
+    typed_dict: Any = TypedDict  # it takes any name for a field, as no model does
+    arguments = typed_dict("arguments", fields)
     arguments.__pydantic_config__ = config
     return TypeAdapter(arguments)
 
@@ -240,64 +207,3 @@ def _json_kinds(annotation: Any) -> tuple[type, ...]:
     if issubclass(kind, Mapping):
         return (dict,)
     return (list, tuple) if issubclass(kind, Sequence) and not issubclass(kind, (str, bytes, bytearray)) else ()
-
-
-# Texts for the policy to read
-
-
-def _clean(text: str) -> str:
-    """The same text, plain and encodable: a lone surrogate becomes U+FFFD."""
-    text = str.__str__(text)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _cut(text: str, limit: int = MAX_ERROR_CHARACTERS) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 1]}…"
-
-
-def show(value: Any) -> str:
-    try:
-        return f"{reprlib.repr(value)} ({type(value).__name__})"
-    except Exception:  # an integer of thousands of digits, an object that cannot show itself
-        return f"a value of type {type(value).__name__}"
-
-
-def error_result(kind: ToolErrorKind, text: str, seconds: float | None = None) -> ToolResult:
-    return ToolResult(_cut(_clean(f"Error: {text}")), kind, seconds)
-
-
-def describe(error: BaseException) -> str:
-    try:
-        message = str(error)
-    except Exception:
-        message = ""
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
-
-
-def as_text(name: str, value: Any, returns: tuple[type, ...]) -> str | None:
-    """The text of a tool's result, `None` if it is none; see [`ToolRunner.run`]."""
-    if isinstance(value, str):
-        return _clean(value)
-    if isinstance(value, list) and value and all(isinstance(block, dict) for block in value):
-        kinds = [block.get("type") for block in value]
-        media = [kind for kind in kinds if isinstance(kind, str) and kind in MEDIA_TYPES]
-        if media:
-            raise ValueError(
-                f"the tool {name!r} returned content of type {media[0]!r}; multi-modal tool results are not "
-                "supported. Return a string that says what the policy needs to know of it."
-            )
-        texts = [block.get("text") for block in value]
-        if all(kind == "text" for kind in kinds) and all(isinstance(text, str) for text in texts):
-            return _clean("\n".join(texts))
-    if not isinstance(value, returns):
-        return None
-    if isinstance(value, (bool, int, float)):
-        return _clean(str(value))
-    try:
-        return _clean(json.dumps(value, ensure_ascii=False))
-    except (TypeError, ValueError, RecursionError):
-        return None

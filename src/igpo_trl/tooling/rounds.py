@@ -1,19 +1,12 @@
-"""All tool calls of all rollouts of one round, run together.
-
-A bad call is data, not a crash: whatever a policy sends and whatever a tool does ends as a text for the policy to
-read, with a named kind of error to count. Only `KeyboardInterrupt` and errors of the program itself are raised.
-"""
+"""One round of tool calls: what is run together, and the running of it on an event loop."""
 
 import asyncio
-import concurrent.futures
 import functools
 import inspect
 import logging
 import math
 import random
-import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -22,20 +15,9 @@ import anyio
 import anyio.to_thread
 import tenacity
 
-from ._tool_calls import (
-    ToolCall,
-    ToolErrorKind,
-    ToolResult,
-    as_text,
-    describe,
-    error_result,
-    read_calls,
-    show,
-    signature_of,
-)
-from ._tool_options import ToolOptions, options_of, tool
-
-__all__ = ["ToolCall", "ToolErrorKind", "ToolOptions", "ToolResult", "ToolRunner", "read_calls", "tool"]
+from .._tool_options import ToolOptions, options_of
+from .calls import ToolCall, signature_of
+from .results import ToolErrorKind, ToolResult, as_text, describe, error_result, show
 
 logger = logging.getLogger(__name__)
 
@@ -43,129 +25,6 @@ FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled before each furt
 LONGEST_PAUSE = 10.0
 # Calls that take microseconds would spend most of their time on the way to a thread and back: they share the way.
 SHARED_TRIP = 1e-3  # seconds after which a thread takes no further call before it returns
-
-
-class ToolRunner:
-    """
-    Runs the tool calls of one round, those of all rollouts, together.
-
-    Plain functions run in threads, asynchronous ones on an event loop in a daemon thread. An asynchronous tool must
-    not block: while it computes, everything on the loop waits, its own timeout included. A plain function that runs
-    out of time cannot be stopped: its thread is left behind, and does not keep the interpreter from ending.
-
-    Args:
-        max_concurrent (`int`, *optional*, defaults to `64`):
-            Calls that run at a time, a batch counting as one. 1 for tools that are not thread-safe.
-        timeout (`float`, *optional*, defaults to `60.0`):
-            Seconds that a call may take unless its [`ToolOptions`] say otherwise; `None` for no limit.
-        loop (`asyncio.AbstractEventLoop`, *optional*):
-            A loop that runs in another thread. Without one, the runner starts its own at the first call.
-
-    Raises:
-        ValueError: `max_concurrent` or `timeout` is not positive.
-    """
-
-    def __init__(
-        self,
-        *,
-        max_concurrent: int = 64,
-        timeout: float | None = 60.0,
-        loop: asyncio.AbstractEventLoop | None = None,
-    ) -> None:
-        if max_concurrent < 1:
-            raise ValueError(f"got max_concurrent={max_concurrent}, expected at least 1.")
-        if timeout is not None and not timeout > 0:
-            raise ValueError(f"got timeout={timeout}, expected seconds above 0, or None for no limit.")
-        self.max_concurrent = max_concurrent
-        self.timeout = timeout
-        self._loop = loop
-        self._thread: threading.Thread | None = None
-        self._finalizer: Callable[[], Any] | None = None
-        self._running: set[Hashable] = set()  # the `serial` of every call that has not ended
-        self._warned: set[int] = set()
-
-    def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
-        """
-        Run all calls of a round.
-
-        A string is taken as it is. A value of a kind that the return annotation declares (numbers, lists,
-        dictionaries) is written out, containers as JSON, and a list of text blocks is joined. Anything else is no
-        text and an error for the policy to read.
-
-        Args:
-            calls (`Sequence[ToolCall]`): Calls of any number of rollouts; those with a `problem` are not run.
-
-        Returns:
-            `list[ToolResult]`: One per call, in order.
-
-        Raises:
-            ValueError: A tool returned an image, sound or video.
-            KeyboardInterrupt: Raised here or in a tool. The runner can be used again.
-            RuntimeError: Called on the event loop itself, which would wait for itself, or the loop has stopped.
-        """
-        round_ = _Round(self, calls)
-        if round_.plain or round_.units:
-            loop = self._start()
-            future = asyncio.run_coroutine_threadsafe(round_.run(), loop)
-            try:
-                while not future.done():
-                    concurrent.futures.wait([future], timeout=1.0)
-                    if not future.done() and not (self._thread.is_alive() if self._thread else loop.is_running()):
-                        raise RuntimeError("the event loop that runs the tools has stopped.")
-                failure = future.result()
-            except BaseException:
-                future.cancel()
-                raise
-            if failure is not None:
-                raise failure
-        for i, first in round_.copies.items():
-            round_.results[i] = round_.results[first]
-        return round_.results
-
-    def close(self) -> None:
-        """Stop the runner's own event loop, if it has one; a later call starts a new one."""
-        if self._finalizer is not None:
-            self._finalizer()
-            self._loop = self._thread = self._finalizer = None
-
-    def _start(self) -> asyncio.AbstractEventLoop:
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=_serve, args=(self._loop,), name="igpo-tools", daemon=True)
-            self._thread.start()
-            # Runs when the runner is collected or the interpreter ends, too.
-            self._finalizer = weakref.finalize(self, _stop, self._loop, self._thread)
-        try:
-            inside = asyncio.get_running_loop() is self._loop
-        except RuntimeError:
-            inside = False
-        if inside:
-            raise RuntimeError("`ToolRunner.run` waits: it cannot be called on the event loop that runs the tools.")
-        return self._loop
-
-
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    """Run a loop until it is stopped, then end what still runs on it."""
-    asyncio.set_event_loop(loop)
-    while True:
-        try:
-            loop.run_forever()
-            break
-        except (KeyboardInterrupt, SystemExit):
-            continue  # of a task that a tool started; the tool that waits for the task sees it
-    tasks = asyncio.all_tasks(loop)
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        loop.run_until_complete(asyncio.wait(tasks, timeout=1.0))
-    loop.run_until_complete(loop.shutdown_asyncgens())
-    loop.close()
-
-
-def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    loop.call_soon_threadsafe(loop.stop)
-    if thread is not threading.current_thread():  # the collector may run on any thread
-        thread.join(timeout=2.0)
 
 
 class _Outcome(NamedTuple):
@@ -182,12 +41,22 @@ class _Unit(NamedTuple):
     batch: bool = False
 
 
-class _Round:
-    """One `run`: the plan, made at once, and its execution on the event loop."""
+class Round:
+    """One round: the plan, made at once, and its execution on the event loop."""
 
-    def __init__(self, runner: ToolRunner, calls: Sequence[ToolCall]) -> None:
-        self.runner = runner
+    def __init__(
+        self,
+        calls: Sequence[ToolCall],
+        max_concurrent: int,
+        timeout: float | None,
+        running: set[Hashable],
+        warned: set[int],
+    ) -> None:
         self.calls = calls
+        self.max_concurrent = max_concurrent
+        self.timeout = timeout
+        self.running = running
+        self.warned = warned
         self.results: list[Any] = [call.problem for call in calls]
         self.copies: dict[int, int] = {}  # calls that take the result of another
         self.plain: deque[int] = deque()  # calls of plain functions about which nothing is special
@@ -233,7 +102,7 @@ class _Round:
             async with anyio.create_task_group() as self.group:
                 self._hire(len(self.units))
                 number = 2
-                while self.plain and self.workers < self.runner.max_concurrent:
+                while self.plain and self.workers < self.max_concurrent:
                     self._hire(number)
                     await anyio.sleep(SHARED_TRIP)  # instant calls are done by now, and a thread each saved
                     number *= 4
@@ -242,7 +111,7 @@ class _Round:
         return self.failure
 
     def _hire(self, number: int) -> None:
-        for _ in range(min(number, self.runner.max_concurrent - self.workers)):
+        for _ in range(min(number, self.max_concurrent - self.workers)):
             self.workers += 1
             self.group.start_soon(self._work)
 
@@ -272,15 +141,14 @@ class _Round:
         """One trip to a thread with one plain call, or with several if they are instant."""
         begun: list[int] = []
         done: list[tuple[int, _Outcome, float]] = []
-        limit = self.runner.timeout
-        with anyio.move_on_after(limit):
-            await self._in_thread(self._run_some, begun, done, min(SHARED_TRIP, (limit or 1.0) / 10))
+        with anyio.move_on_after(self.timeout):
+            await self._in_thread(self._run_some, begun, done, min(SHARED_TRIP, (self.timeout or 1.0) / 10))
         for i in begun[len(done) :]:
-            self._settle(i, None, limit or 0.0)
+            self._settle(i, None, self.timeout or 0.0)
         for i, outcome, seconds in done:
             if inspect.isawaitable(outcome.value):  # a plain function may hand on what an asynchronous one gave it
                 finish = functools.partial(self._finish, outcome.value, None)
-                self._settle(i, *await self._in_time(limit, finish))
+                self._settle(i, *await self._in_time(self.timeout, finish))
             else:
                 self._settle(i, outcome, seconds)
 
@@ -299,7 +167,7 @@ class _Round:
 
     async def _run_one(self, i: int) -> None:
         call = self.calls[i]
-        if call.serial is not None and call.serial in self.runner._running:
+        if call.serial is not None and call.serial in self.running:
             # It ran out of time and could not be stopped; two at once is what `serial` forbids.
             text = f"{call.name} cannot run before an earlier call has ended."
             self.results[i] = error_result(ToolErrorKind.TIMEOUT, text)
@@ -321,8 +189,8 @@ class _Round:
                 values = [_Outcome(value) for value in values]
             else:
                 got = describe(outcome.error) if outcome.error else f"gave {show(values)}"
-                text = f"expected a list of {len(indices)} results. Its calls are run one by one."
-                self._warn(function, f"the batch of tool {function!r}: {got}, {text}")
+                expected = f"expected a list of {len(indices)} results. Its calls are run one by one."
+                self._warn(function, f"the batch of tool {self.calls[indices[0]].name!r}: {got}, {expected}")
                 values = None
             if values is not None:
                 for i, value in zip(indices, values, strict=True):
@@ -351,8 +219,10 @@ class _Round:
             sleep=anyio.sleep,
             retry_error_callback=lambda state: state.outcome.result(),  # type: ignore[union-attr]
         )
-        limit = self.runner.timeout if options.timeout is None else options.timeout
-        return await self._in_time(limit, (lambda: retrying(attempt)) if options.retry_on else attempt)
+        return await self._in_time(self._limit(options), (lambda: retrying(attempt)) if options.retry_on else attempt)
+
+    def _limit(self, options: ToolOptions) -> float | None:
+        return self.timeout if options.timeout is None else options.timeout
 
     async def _in_time(
         self, limit: float | None, attempt: Callable[[], Awaitable[_Outcome]]
@@ -368,23 +238,23 @@ class _Round:
 
     def _call(self, function: Callable[..., Any], arguments: dict[str, Any], serial: Hashable) -> _Outcome:
         """Call a tool; what it raises comes back as a value, lest it be taken for something of ours."""
-        self.runner._running.add(serial)
+        self.running.add(serial)
         try:
             return _Outcome(function(**arguments))
         except BaseException as error:
             return _Outcome(error=error)
         finally:
-            self.runner._running.discard(serial)
+            self.running.discard(serial)
 
     async def _finish(self, awaitable: Awaitable[Any], serial: Hashable) -> _Outcome:
         async def finish() -> _Outcome:
-            self.runner._running.add(serial)
+            self.running.add(serial)
             try:
                 return _Outcome(await awaitable)
             except BaseException as error:
                 return _Outcome(error=error)
             finally:
-                self.runner._running.discard(serial)
+                self.running.discard(serial)
 
         # In a task of its own: one that ignores its cancellation can be left behind.
         task = asyncio.ensure_future(finish())
@@ -396,27 +266,29 @@ class _Round:
 
     def _settle(self, i: int, outcome: _Outcome | None, seconds: float) -> None:
         """Write down what became of a call."""
-        call, name = self.calls[i], self.calls[i].name
-        if outcome is None:
-            text = f"{name} gave no result within {seconds:.3g} s."
-            self.results[i] = error_result(ToolErrorKind.TIMEOUT, text, seconds)
-        elif isinstance(outcome.error, KeyboardInterrupt):
+        call = self.calls[i]
+        function = _function(call)
+        if outcome is not None and isinstance(outcome.error, KeyboardInterrupt):
             raise outcome.error
+        if outcome is None:
+            kind, problem = ToolErrorKind.TIMEOUT, f"gave no result within {self._limit(options_of(function)):g} s."
         elif outcome.error is not None:
-            text = f"{name} failed: {describe(outcome.error)}"
-            self.results[i] = error_result(ToolErrorKind.RAISED, text, seconds)
-        elif (text_ := as_text(name, outcome.value, signature_of(_function(call)).returns)) is not None:
-            self.results[i] = ToolResult(text_, None, seconds)
+            kind, problem = ToolErrorKind.RAISED, f"failed: {describe(outcome.error)}"
+        elif (text := as_text(call.name, outcome.value, signature_of(function).returns)) is not None:
+            self.results[i] = ToolResult(text, None, seconds)
+            return
         else:
-            text = f"{name} returned a value of type {type(outcome.value).__name__}, which is not text."
-            self.results[i] = error_result(ToolErrorKind.NOT_TEXT, text, seconds)
-            self._warn(_function(call), f"{text} Return a string, or say by annotation what it returns (`-> dict`).")
+            kind = ToolErrorKind.NOT_TEXT
+            problem = f"returned a value of type {type(outcome.value).__name__}, which is not text."
+            advice = "Return a string, or declare what it returns (`-> dict`)."
+            self._warn(function, f"the tool {call.name!r} {problem} {advice}")
+        self.results[i] = error_result(kind, f"{call.name} {problem}", seconds)
 
     def _warn(self, function: Any, text: str) -> None:
         """Once per tool: only the policy reads the observation, and the tool is at fault."""
         key = id(getattr(function, "__func__", function))
-        if key not in self.runner._warned:
-            self.runner._warned.add(key)
+        if key not in self.warned:
+            self.warned.add(key)
             logger.warning(text)
 
 
