@@ -118,7 +118,7 @@ class IGPOConfig(GRPOConfig):
     max_turns: int | None = field(
         default=None,
         metadata={
-            "help": "Turns of a rollout, the answer included; `None` for no limit. With `forced_answer` one turn more. "
+            "help": "Turns of a rollout, the answer included; `None` for no limit. `forced_answer` adds one more. "
             "`max_tool_calling_iterations` of TRL limits the rounds of tool calls, and both hold."
         },
     )
@@ -163,9 +163,7 @@ class IGPOConfig(GRPOConfig):
     )
     max_concurrent_tool_calls: int = field(
         default=64,
-        metadata={
-            "help": "Tool calls that run at the same time, on each process. 1 for tools that are not thread-safe."
-        },
+        metadata={"help": "Tool calls that run at the same time, per process. 1 for tools that are not thread-safe."},
     )
     tool_timeout: float | None = field(
         default=60.0,

@@ -1,9 +1,9 @@
 """Observations: the token ids of what a policy reads between two of its turns.
 
-A tool may return any text: role markers, tool calls, answers, end-of-turn strings. In the policy's context they are text
-and nothing else. A marker that is one token of the tokenizer (`<|im_end|>`, `<tool_call>`, …) is therefore encoded in
-two halves where it stands in a message's content, and as that token only where the chat template put it. A content
-without any such marker is encoded exactly as the chat template's rendering would be.
+A tool may return any text: role markers, tool calls, answers, end-of-turn strings. In the policy's context they are
+text and nothing else. A marker that is one token of the tokenizer (`<|im_end|>`, `<tool_call>`, …) is therefore
+encoded in two halves where it stands in a message's content, and as that token only where the chat template put it. A
+content without any such marker is encoded exactly as the chat template's rendering would be.
 """
 
 import itertools
@@ -28,8 +28,8 @@ class ObservationEncoder:
         tokenizer (`PreTrainedTokenizerBase`): with a prefix-preserving chat template.
         chat_template (`str`, *optional*): used instead of the tokenizer's own.
         chat_template_kwargs (`dict`, *optional*): passed on to the template.
-        max_tokens (`int`, *optional*): longest content of one tool message, in tokens, the marker that says so included;
-            `None` for no limit.
+        max_tokens (`int`, *optional*): longest content of one tool message, in tokens, including the marker that
+            says so; `None` for no limit.
 
     Raises:
         `ValueError`: if `max_tokens` leaves no room beside the marker, or the tokenizer gives no character offsets.

@@ -1,11 +1,11 @@
 """Prefix reuse in multi-turn generation: the KV cache of a batch of rollouts, kept from one turn to the next.
 
-`generate` takes left-padded rows, and a cache that holds the first slots of all of them. At the next turn the rows have
-grown by observations of different lengths, some are gone, and of some the last tokens are not wanted. So each turn the
-cached keys and values are gathered anew for the rows that go on: with W the width of the new batch and N the largest
-number of tokens that a row still has to run, a row of length L keeps the L − N tokens in its slots W − L … W − N. The
-batch stays a plain left-padded one, exactly that which a generation without a cache would get, and the N columns that
-are run would have been run as padding anyway.
+`generate` takes left-padded rows, and a cache that holds the first slots of all of them. At the next turn the rows
+have grown by observations of different lengths, some are gone, and of some the last tokens are not wanted. So before
+each turn the cached keys and values are gathered anew for the rows that go on: with W the width of the new batch and N
+the largest number of tokens that a row still has to run, a row of length L keeps its first L − N tokens, in the slots
+W − L to W − N. The batch stays a plain left-padded one, exactly that which a generation without a cache would get, and a row
+with fewer than N new tokens runs some cached ones again where it would else run padding.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,8 @@ def reuse_obstacle(model: nn.Module, generation_config: Any) -> str | None:
 
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return "prompt-learning adapters put tokens of their own into the cache"
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     name = type(base).__name__
     if getattr(base, "_is_stateful", False) or not getattr(base, "_supports_default_dynamic_cache", lambda: True)():
         return f"{name} keeps a recurrent state, which cannot be cut back"

@@ -1,9 +1,9 @@
 """Multi-turn rollouts: all turns of all rollouts at once, token-faithful, bounded, in step across processes.
 
-[`MultiTurnTrainer`] replaces the tool loop of TRL's `GRPOTrainer`, and nothing else of it. In every round all tool calls
-of all rollouts run together ([`igpo_trl.tooling`]), their results are encoded once ([`igpo_trl.observations`]), and all
-rollouts that go on sample their next turn in one call of the parent's `_generate_single_turn`, on the transformers
-backend with the KV cache of their earlier turns ([`igpo_trl.prefix_cache`]).
+[`MultiTurnTrainer`] replaces the tool loop of TRL's `GRPOTrainer`, and nothing else of it. In every round all tool
+calls of all rollouts run together ([`igpo_trl.tooling`]), their results are encoded once ([`igpo_trl.observations`]),
+and all rollouts that go on sample their next turn in one call of the parent's `_generate_single_turn`, on the
+transformers backend with the KV cache of their earlier turns ([`igpo_trl.prefix_cache`]).
 
 A bad rollout is data: whatever a policy samples and a tool does ends in an observation or in a [`StopReason`].
 """
@@ -11,7 +11,6 @@ A bad rollout is data: whatever a policy samples and a tool does ends in an obse
 import copy
 import logging
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from .malformed import CallSyntax
 from .observations import ObservationEncoder
 from .prefix_cache import PrefixCache, reuse_obstacle
 from .rewards import extract_answer
+from .round_log import RoundLog
 from .tooling import ToolCall, ToolErrorKind, ToolResult, ToolRunner, read_calls
 from .trajectory import StopReason
 
@@ -54,18 +54,6 @@ class _Rollout:
     stop: StopReason | None = None
 
 
-@dataclass
-class _RoundLog:
-    """What the rounds of one generation batch were like."""
-
-    stops: list[StopReason] = field(default_factory=list)
-    forced: int = 0
-    calls: int = 0
-    truncated: int = 0
-    errors: Counter[ToolErrorKind] = field(default_factory=Counter)
-    seconds: list[float] = field(default_factory=list)
-
-
 class MultiTurnTrainer(GRPOTrainer):
     """`GRPOTrainer` with another tool loop; takes the rollout arguments of [`IGPOConfig`]. See the module."""
 
@@ -79,7 +67,7 @@ class MultiTurnTrainer(GRPOTrainer):
             given = self.generation_config.max_new_tokens or self._max_turn_length
             self.generation_config.max_new_tokens = min(given, self._max_turn_length)
             self.generation_kwargs["max_new_tokens"] = self.generation_config.max_new_tokens
-        self._log_of_rounds: _RoundLog | None = None
+        self._log_of_rounds: RoundLog | None = None
         self._prefix_cache: PrefixCache | None = None
         self._active: Sequence[int] = ()  # rollouts whose next turn is being sampled
         self._next_turn_length: int | None = None  # longest turn that any of them has room for
@@ -104,15 +92,13 @@ class MultiTurnTrainer(GRPOTrainer):
             return False  # these backends have prefix caches of their own
         obstacle = reuse_obstacle(self.accelerator.unwrap_model(self.model), self.generation_config)
         if obstacle:
-            logger.warning(
-                "The KV cache is not reused between turns: %s. Every turn runs its whole context.", obstacle
-            )
+            logger.warning("The KV cache is not kept between turns: %s. Every turn runs its whole context.", obstacle)
         return obstacle is None
 
     # ---------------------------------------------------------------------------------------------- parent's hooks
 
     def _generate(self, prompts: list[Any]) -> Any:
-        self._log_of_rounds = _RoundLog()
+        self._log_of_rounds = RoundLog()
         self._prefix_cache = PrefixCache() if self.tools and self._reuses_prefixes else None
         self._active, self._next_turn_length = range(len(prompts)), None
         try:
@@ -121,7 +107,9 @@ class MultiTurnTrainer(GRPOTrainer):
         finally:
             self._prefix_cache = None  # its memory is needed for training
         if self.tools and self.rollout_func is None:
-            self._log_rounds(self._log_of_rounds)
+            mode = "train" if self.model.training else "eval"
+            for name, value in self._log_of_rounds.metrics(self.accelerator).items():
+                self._metrics[mode][name].append(value)
         return result
 
     def _generate_single_turn(
@@ -226,17 +214,11 @@ class MultiTurnTrainer(GRPOTrainer):
             self._append_observation(rollout, messages, ids)
 
     def _run_tools(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
-        log = self._log_of_rounds
-        assert log is not None
+        assert self._log_of_rounds is not None  # set by `_generate`
         results = []
         for result in self._tool_runner.run(calls) if calls else []:
             text = self._observations.truncate(result.text)
-            log.truncated += text != result.text
-            log.calls += 1
-            if result.error is not None:
-                log.errors[result.error] += 1
-            if result.seconds is not None:
-                log.seconds.append(result.seconds)
+            self._log_of_rounds.add(result, text != result.text)
             results.append(result._replace(text=text))
         return results
 
@@ -378,34 +360,6 @@ class MultiTurnTrainer(GRPOTrainer):
     @property
     def _idle_prompt(self) -> list[int]:
         return [self._tokenizer.eos_token_id]
-
-    # --------------------------------------------------------------------------------------------------- metrics
-
-    def _log_rounds(self, log: _RoundLog) -> None:
-        mode = "train" if self.model.training else "eval"
-        metrics, device = self._metrics[mode], self.accelerator.device
-        stops = Counter(log.stops)
-        counts = [
-            len(log.stops), log.calls, log.forced, log.truncated,
-            *(stops[reason] for reason in StopReason),
-            *(log.errors[kind] for kind in ToolErrorKind),
-        ]  # fmt: skip
-        totals = self.accelerator.gather(torch.tensor([counts], device=device)).sum(dim=0).tolist()
-        rollouts, calls, forced, truncated = (max(1, totals[0]), max(1, totals[1]), *totals[2:4])
-        shares = totals[4:]
-        for reason, count in zip(StopReason, shares, strict=False):
-            metrics[f"rollout/stop/{reason}"].append(count / rollouts)
-        for kind, count in zip(ToolErrorKind, shares[len(StopReason) :], strict=True):
-            metrics[f"tools/errors/{kind}"].append(count / calls)
-        metrics["tools/truncated"].append(truncated / calls)
-        if self.args.forced_answer:
-            metrics["rollout/forced_answer"].append(forced / rollouts)
-        seconds = torch.tensor([*log.seconds, torch.nan], device=device)  # one value at least, for every process
-        seconds = self.accelerator.gather(self.accelerator.pad_across_processes(seconds, pad_index=torch.nan))
-        seconds = seconds[~seconds.isnan()]
-        if len(seconds):
-            for name, share in (("p50", 0.5), ("p95", 0.95)):
-                metrics[f"tools/latency/{name}"].append(seconds.quantile(share).item())
 
 
 @contextmanager

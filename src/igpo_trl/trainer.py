@@ -41,8 +41,8 @@ class IGPOTrainer(MultiTurnTrainer):
       over a turn is that turn's reward, and the sum of the reward functions that of the last turn.
     - `advantages` are (B, T) instead of (B,): each sampled token gets the advantage of its turn. Statistics are those
       of the whole group, also where it lies across processes.
-    - The rounds of a rollout: all tool calls of all rollouts at once, limits with names, the KV cache kept from turn to
-      turn, processes in step ([`igpo_trl.rollout`]).
+    - The rounds of a rollout: all tool calls of all rollouts at once, limits with names, the KV cache kept between
+      turns, processes in step ([`igpo_trl.rollout`]).
     - `reward_funcs` may be left out: [`answer_reward`] then scores the F1 of the last turn's answer.
     - Metrics of gains, beliefs, turns and collapse; optional records of every rollout (`save_trajectories`).
 
