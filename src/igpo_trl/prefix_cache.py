@@ -4,8 +4,8 @@
 have grown by observations of different lengths, some are gone, and of some the last tokens are not wanted. So before
 each turn the cached keys and values are gathered anew for the rows that go on: with W the width of the new batch and N
 the largest number of tokens that a row still has to run, a row of length L keeps its first L − N tokens, in the slots
-W − L to W − N. The batch stays a plain left-padded one, exactly that which a generation without a cache would get, and a row
-with fewer than N new tokens runs some cached ones again where it would else run padding.
+W − L to W − N. The batch stays a plain left-padded one, exactly that which a generation without a cache would get,
+and a row with fewer than N new tokens runs some cached ones again where it would else run padding.
 """
 
 from collections.abc import Callable, Sequence
