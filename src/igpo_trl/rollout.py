@@ -46,6 +46,7 @@ class _Rollout:
     messages: list[Message]
     tools: dict[str, Callable[..., Any]]
     environment: Any = None
+    read: list[int] = field(default_factory=list)  # the last observation
     rounds: int = 0  # of tool calls
     calls: list[ToolCall] = field(default_factory=list)  # to be run before the next turn
     cut: bool = False  # the last turn has no end-of-turn token, for `max_turn_length` cut it off
@@ -235,7 +236,8 @@ class MultiTurnTrainer(GRPOTrainer):
             rollout.calls, rollout.asks, rollout.stop = [], False, rollout.stop or reason
         if left < 0:
             return
-        rollout.ids += closing + ids
+        rollout.read = closing + ids
+        rollout.ids += rollout.read
         rollout.mask += [0] * len(closing + ids)
         if rollout.logprobs is not None:
             rollout.logprobs += [0.0] * len(closing + ids)
