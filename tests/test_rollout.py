@@ -139,7 +139,7 @@ def test_text_of_a_tool_changes_nothing(nasty_trainer):
 
 
 def every_turn_calls(turns):
-    """Stands for TRL's parser: the first turns are calls, whose length depends on the prompt and on what was sampled."""
+    """Stands for TRL's parser: the first turns are calls, their length depends on the prompt and what was sampled."""
 
     def parse(tokenizer, ids, prefix=None, tools=None):
         seen = re.findall(r"turn (\d) of (\d+)", tokenizer.decode(prefix)[-160:])
