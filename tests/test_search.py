@@ -17,6 +17,7 @@ from transformers.utils import get_json_schema
 from trl import GRPOConfig, GRPOTrainer
 
 from igpo_trl.search import BM25Index, Passage, SearchTool
+from igpo_trl.tooling import ToolCall, ToolRunner
 
 PASSAGES = [
     {"id": "a", "title": "Dune (novel)", "text": "A 1965 epic science fiction novel by American Frank Herbert."},
@@ -296,6 +297,38 @@ def test_tool_is_what_chat_templates_and_trl_take(index):
 def test_tool_refuses_bad_limits(index, arguments):
     with pytest.raises(ValueError, match="expected at least 1"):
         SearchTool(index, **arguments)
+
+
+class CountingIndex:
+    def __init__(self, index):
+        self.index = index
+        self.batches = []
+
+    def search_batch(self, queries, k=3):
+        self.batches.append(list(queries))
+        if "break" in queries:
+            raise RuntimeError("broken")
+        return self.index.search_batch(queries, k)
+
+
+def test_all_queries_of_a_round_are_one_call_of_the_index(index):
+    counting = CountingIndex(index)
+    tool = SearchTool(counting, k=1)
+    queries = ["port city", "", "Frank Herbert", "port city", "xyzzy", "\ud800"]
+    calls = [ToolCall("search", {"query": query}, tool) for query in queries]
+    runner = ToolRunner()
+    results = runner.run(calls)
+    assert counting.batches == [["port city", "Frank Herbert", "xyzzy", "\ud800"]]  # equal queries once, no bad ones
+    assert [result.text for result in results] == [tool(query) for query in queries]
+    assert {result.error for result in results} == {None}
+    assert tool.tool_options.batch(query=[3, " "]) == [tool(3), tool(" ")]
+    assert tool.tool_options.batch(query=[]) == []
+
+    # A query that breaks the index spoils no other.
+    results = runner.run([*calls[:3], ToolCall("search", {"query": "break"}, tool)])
+    assert [result.text for result in results[:3]] == [tool(query) for query in queries[:3]]
+    assert results[3].text == "Error: search failed: RuntimeError: broken"
+    runner.close()
 
 
 class ScriptedGRPO(tiny.Scripted, GRPOTrainer):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from .._tool_options import tool
 from .passages import Passage
 
 DESCRIPTION = "Search a collection of documents and read the passages that fit best."
@@ -22,7 +23,8 @@ def SearchTool(
 
     It is called `search` and takes one `query`. Chat templates accept plain functions only, not callable objects, so
     this returns a function. A bad query is answered with a text that says what is wrong with it, for the policy to
-    read: whatever a policy sends, nothing is raised.
+    read: whatever a policy sends, nothing is raised. The function's `tool_options` let a trainer look up all queries
+    of a round in one call of the index, equal queries once.
 
     Args:
         index (`Searchable`):
@@ -54,20 +56,29 @@ def SearchTool(
     if max_words is not None and max_words < 1:
         raise ValueError(f"got max_words={max_words}, expected at least 1, or None for no limit.")
 
+    def search_all(query: Sequence[str]) -> list[str]:
+        answers = [_problem(one) for one in query]
+        good = [i for i, problem in enumerate(answers) if not problem]
+        found = index.search_batch([query[i] for i in good], k) if good else []
+        for i, passages in zip(good, found, strict=True):
+            shown = [f"[{rank}] {_render(passage, max_words)}" for rank, passage in enumerate(passages, start=1)]
+            answers[i] = "\n\n".join(shown) or "No passage matches this query. Try other words."
+        return answers
+
+    @tool(pure=True, batch=search_all)
     def search(query: str) -> str:
-        if not isinstance(query, str):  # a policy sends what it likes
-            return f"Error: the query must be a string, got {type(query).__name__}."  # type: ignore[unreachable]
-        if not query.strip():
-            return "Error: the query is empty. Say what to look for."
-        (passages,) = index.search_batch([query], k)
-        if not passages:
-            return "No passage matches this query. Try other words."
-        return "\n\n".join(f"[{i}] {_render(passage, max_words)}" for i, passage in enumerate(passages, start=1))
+        return search_all([query])[0]
 
     # Chat templates show this docstring to the policy, and a call with wrong arguments the qualified name.
     search.__qualname__ = "search"
     search.__doc__ = f"{description}\n\nArgs:\n    query: What to look for, in a few words."
     return search
+
+
+def _problem(query: object) -> str:
+    if not isinstance(query, str):  # a policy sends what it likes
+        return f"Error: the query must be a string, got {type(query).__name__}."
+    return "" if query.strip() else "Error: the query is empty. Say what to look for."
 
 
 def _render(passage: Passage, max_words: int | None) -> str:
