@@ -120,15 +120,14 @@ class Signature:
         """One clause per bad argument: which, what was expected, what was got."""
         clauses: dict[Any, str] = {}
         for detail in error.errors(include_url=False, include_context=False):
-            name, *path = detail["loc"]
-            argument = cut(repr(name), MAX_NAME_CHARACTERS)
+            name, *path = detail["loc"] or (None,)  # None: a name that is no valid text
+            argument = "an argument's name" if name is None else f"argument {cut(repr(name), MAX_NAME_CHARACTERS)}"
             if detail["type"] == "missing" and not path:
-                clause = f"argument {argument} is missing"
+                clause = f"{argument} is missing"
             elif detail["type"] in ("extra_forbidden", "invalid_key") and not path:
-                clause = f"there is no argument {argument}"
+                clause = f"there is no {argument}"
             else:
-                expected = detail["msg"].removeprefix("Input ")
-                clause = f"argument {argument} {expected}, got {show(detail['input'])}"
+                clause = f"{argument} {detail['msg'].removeprefix('Input ')}, got {show(detail['input'])}"
             clauses.setdefault(name, clause)
             if len(clauses) == 3:
                 break
