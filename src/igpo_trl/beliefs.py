@@ -7,18 +7,23 @@ For the answer tokens a_1 … a_L and a context c (the prompt, and the turns and
 The module takes a model and token ids, never a trainer. `"packed"` scoring runs the trajectory once and keeps its KV
 cache, then runs the probes of all turns in one short forward against that cache: a probe sees the context up to its
 own boundary and itself, at the positions that it would have had there. `"per_turn"` runs one sequence per boundary and
-probe; it is exact for every causal model and is what models without a plain KV cache get.
+probe; it is exact for every causal model and is what models get whose cache cannot be branched.
 """
 
-import inspect
+import logging
 import math
+from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from functools import lru_cache
+from hashlib import blake2b
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
+from ._packing import Budget, PackedBatch, PlainBatch, Target, Unit, in_order, pack_rows, pack_trunks
+from ._support import base_model, branching_obstacle, uncompiled
+from .branching import evaluating, run_branches, run_rows, run_trunk
 from .probes import DEFAULT_TEMPLATE, NO_THINK_TEMPLATE, AnswerProbe, build_probes
 
 __all__ = [
@@ -26,6 +31,7 @@ __all__ = [
     "NO_THINK_TEMPLATE",
     "AnswerProbe",
     "build_probes",
+    "check_beliefs",
     "packed_obstacle",
     "reduce_aliases",
     "score_beliefs",
@@ -34,8 +40,7 @@ __all__ = [
 AliasReduction = Literal["max", "mean", "first"]
 Method = Literal["auto", "packed", "per_turn"]
 
-# Rows of logits turned to float32 at a time: bounds the memory of a 150k-token vocabulary to about 150 MB.
-_LOGIT_ROWS = 256
+logger = logging.getLogger(__name__)
 
 
 def reduce_aliases(log_probs: torch.Tensor, reduction: AliasReduction = "max") -> torch.Tensor:
@@ -65,23 +70,27 @@ def score_beliefs(
     probes: Sequence[Sequence[AnswerProbe]],
     *,
     method: Method = "auto",
-    batch_size: int = 8,
+    tokens_per_batch: int = 16384,
+    batch_size: int | None = None,
     synchronize: Callable[[int], int] | None = None,
 ) -> list[torch.Tensor]:
     """
     Mean log-probability of each probe's answer tokens after each context of each rollout (arXiv 2510.14967).
 
     No gradient is recorded and dropout is off; every module's train/eval mode is restored. The softmax is taken in
-    float32 whatever the model's dtype.
+    float32 whatever the model's dtype. Equal probes after equal contexts are run once, and so is what the probes after
+    one context begin with in common.
 
     Args:
-        model (`nn.Module`): causal language model (a PEFT or FSDP wrapper is fine).
+        model (`nn.Module`): causal language model (a PEFT, FSDP or compiled wrapper is fine).
         sequences (list of list of `int`): token ids of each rollout, prompt first.
         boundaries (list of list of `int`): context lengths of each rollout: boundary c is the context `sequence[:c]`.
         probes (list of list of [`AnswerProbe`]): what to score after each context, one list per rollout.
         method (`str`, *optional*, defaults to `"auto"`): `"packed"`, `"per_turn"`, or the first that is exact.
-        batch_size (`int`, *optional*, defaults to `8`): rollouts (packed) or contexts (per turn) per forward.
-        synchronize (`Callable`, *optional*): given the number of batches that this process needs, returns how many
+        tokens_per_batch (`int`, *optional*, defaults to `16384`): tokens of a forward, padding included. Bounds the
+            memory, whatever the number of rollouts, turns and probes; only a single rollout may be longer.
+        batch_size (`int`, *optional*): most rollouts (packed) or contexts (per turn) of a forward.
+        synchronize (`Callable`, *optional*): given the number of forwards that this process needs, returns how many
             all processes run (the maximum over processes). The difference is run on dummies, so that every process
             makes the same number of forwards: ZeRO-3 and FSDP hang otherwise.
 
@@ -93,78 +102,97 @@ def score_beliefs(
             nothing before it, or `"packed"` is asked of a model that it would be wrong on.
     """
     rollouts = _check(sequences, boundaries, probes)
-    if method not in ("auto", "packed", "per_turn"):
-        raise ValueError(f"`method` must be 'auto', 'packed' or 'per_turn', got {method!r}.")
-    obstacle = packed_obstacle(model)
-    if method == "packed" and obstacle:
-        raise ValueError(f"`method='packed'` would be wrong or slow here: {obstacle}. Use 'auto' or 'per_turn'.")
     results = [torch.zeros(len(rollout.boundaries), len(rollout.probes)) for rollout in rollouts]
-    use_packed = not obstacle and method != "per_turn"
-    units = _rollout_units(rollouts) if use_packed else _context_units(rollouts)
-    score = _score_packed if use_packed else _score_per_turn
-    # Longest first: little padding, and an out-of-memory error comes at once.
-    units.sort(key=lambda unit: -len(unit.context))
-    batches = [units[i : i + batch_size] for i in range(0, len(units), batch_size)]
+    units = _plan(rollouts)
+    budget = Budget(tokens_per_batch, batch_size, base_model(model).config.get_text_config().vocab_size)
+    packed = _choose(model, method, _longest(units)) == "packed"
+    batches = pack_trunks(units, budget) if packed else pack_rows(units, budget)
+    idle = 0
     if synchronize is not None:
-        batches += [[_DUMMY]] * (synchronize(len(batches)) - len(batches))
-    with _evaluating(model), torch.no_grad():
+        needed = sum(batch.num_forwards for batch in batches)
+        idle = synchronize(needed) - needed
+    model = uncompiled(model)
+    with evaluating(model), torch.no_grad():
         for batch in batches:
-            values = iter(score(model, batch).tolist())
-            for unit in batch:
-                for target in unit.targets:
-                    value = next(values)
-                    if target.rollout is not None:
-                        results[target.rollout][target.boundary, target.probe] = value
+            for target, value in _run(model, batch):
+                for rollout, boundary, probe in target.places:
+                    results[rollout][boundary, probe] = value
+        for _ in range(idle):
+            run_rows(model, _DUMMY)
     return results
 
 
-def packed_obstacle(model: nn.Module) -> str | None:
+def packed_obstacle(model: nn.Module, longest: int | None = None) -> str | None:
     """
-    Why packed scoring is not exact on this model, or `None` where it is.
+    Why packed scoring is not known to be exact on this model, or `None` where it is.
 
     Packed scoring needs a cache that holds every past token in every layer, positions that can be given, and an
     attention that takes an arbitrary mask.
+
+    Args:
+        model (`nn.Module`): causal language model.
+        longest (`int`, *optional*): tokens of the longest context with its probe; needed for models whose position
+            embeddings change beyond some length.
     """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    base = _base_model(model)
-    config = base.config.get_text_config()
-    name = type(base).__name__
-    accepted = inspect.signature(type(base).forward).parameters
-    missing = {"position_ids", "past_key_values"} - set(accepted)
-    if missing:
-        return f"{name}.forward takes no {', '.join(sorted(missing))}"
-    if getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"):
-        return f"{name} biases attention by token distance (alibi), which a packed row changes"
-    if getattr(base, "_is_stateful", False):
-        return f"{name} keeps a recurrent state"
-    odd = {type(layer).__name__ for layer in DynamicCache(config=config).layers if type(layer) is not DynamicLayer}
-    if odd:
-        return f"{name} has layers that do not keep every past token ({', '.join(sorted(odd))})"
-    if config._attn_implementation not in ("sdpa", "eager"):
-        return f"attention {config._attn_implementation!r} takes no arbitrary mask ('sdpa' and 'eager' do)"
-    peft_config = getattr(model, "active_peft_config", None)
-    if getattr(peft_config, "is_prompt_learning", False):
-        return "prompt-learning adapters put tokens of their own into the cache"
-    return None
+    return branching_obstacle(model, longest)
 
 
-class _Target(NamedTuple):
-    """One probe after one context, and where its score goes (`rollout` is None for a dummy)."""
+def check_beliefs(
+    model: nn.Module,
+    sequences: Sequence[Sequence[int]],
+    boundaries: Sequence[Sequence[int]],
+    probes: Sequence[Sequence[AnswerProbe]],
+    *,
+    tolerance: float | None = None,
+    synchronize: Callable[[int], int] | None = None,
+) -> str | None:
+    """
+    Whether packed scoring agrees with plain forwards on this very model, tried on the shortest of the rollouts.
 
-    probe_tokens: AnswerProbe
-    limit: int  # context length
-    rollout: int | None
-    boundary: int
-    probe: int
+    Costs four forwards of that rollout at most. Meant for the first batch: where it returns a reason, use
+    `method="per_turn"` from then on.
 
+    Args:
+        model, sequences, boundaries, probes: as for [`score_beliefs`].
+        tolerance (`float`, *optional*): largest difference allowed, in nats and relative to beliefs below -1. By
+            default 1e-3 in float32, 0.016 in float16 and 0.125 in bfloat16, whose rounding two ways of computing the
+            same number differ by.
+        synchronize (`Callable`, *optional*): the maximum over processes of a number, as for [`score_beliefs`]. Every
+            process makes the same number of forwards and gets the same decision.
 
-class _Unit(NamedTuple):
-    """What one batch row is made from: a trunk of tokens and the probes to score against it."""
-
-    context: Sequence[int]
-    targets: list[_Target]
+    Returns:
+        `str` or `None`: why packed scoring must not be used; logged as a warning as well.
+    """
+    rollouts = [rollout for rollout in _check(sequences, boundaries, probes) if rollout.boundaries and rollout.probes]
+    obstacle = packed_obstacle(model, _longest(_plan(rollouts)))
+    if synchronize is not None and synchronize(int(obstacle is not None)) and not obstacle:
+        obstacle = "another process cannot use it"
+    if obstacle:
+        _log_once(logging.WARNING, f"Beliefs are scored per turn, which is exact but slower: {obstacle}.")
+        return obstacle
+    shortest = min(
+        rollouts, key=lambda rollout: max(rollout.boundaries), default=_Rollout([0], [1], [AnswerProbe([0], 0, 1)])
+    )
+    length, probe = max(1, *shortest.boundaries), shortest.probes[0]
+    # One context in the middle: only there can packed scoring see too much, too little or at the wrong place.
+    cuts = [(length + 1) // 2, length]
+    model = uncompiled(model)
+    (fast,) = score_beliefs(model, [shortest.sequence[:length]], [cuts], [[probe]], method="packed")
+    plain = _plain_forwards(model, shortest.sequence, cuts, probe)
+    worst = ((fast[:, 0] - plain).abs() / plain.abs().clamp(min=1.0)).max().item()
+    allowed = _tolerance(model) if tolerance is None else tolerance
+    differs = not worst <= allowed  # NaN differs
+    if synchronize is not None:
+        differs = bool(synchronize(int(differs)))
+    if not differs:
+        return None
+    reason = f"packed scoring and plain forwards differ by {worst:.2g} nats (at most {allowed:.2g} are rounding)"
+    logger.warning(
+        "Beliefs are scored per turn from now on, for %s on %s. Please report this model.",
+        reason,
+        type(base_model(model)).__name__,
+    )
+    return reason
 
 
 class _Rollout(NamedTuple):
@@ -173,7 +201,7 @@ class _Rollout(NamedTuple):
     probes: Sequence[AnswerProbe]
 
 
-_DUMMY = _Unit([0], [_Target(AnswerProbe([0, 0], 1, 2), 1, None, 0, 0)])
+_DUMMY = PlainBatch([[0]], [Target(0, [0], [0], [])])
 
 
 def _check(
@@ -197,180 +225,103 @@ def _check(
     return rollouts
 
 
-def _rollout_units(rollouts: Sequence[_Rollout]) -> list[_Unit]:
-    """One unit per rollout: its longest context, and all probes after all contexts."""
+def _choose(model: nn.Module, method: Method, longest: int) -> Method:
+    """The method to use, logged once with its reason."""
+    if method not in ("auto", "packed", "per_turn"):
+        raise ValueError(f"`method` must be 'auto', 'packed' or 'per_turn', got {method!r}.")
+    if method == "per_turn":
+        return method
+    obstacle = packed_obstacle(model, longest)
+    if not obstacle:
+        _log_once(logging.INFO, f"Beliefs are scored packed: {type(base_model(model)).__name__} branches its cache.")
+        return "packed"
+    if method == "packed":
+        raise ValueError(f"`method='packed'` may be wrong here: {obstacle}. Use 'auto' or 'per_turn'.")
+    _log_once(logging.WARNING, f"Beliefs are scored per turn, which is exact but slower: {obstacle}.")
+    return "per_turn"
+
+
+@lru_cache(maxsize=64)
+def _log_once(level: int, message: str) -> None:
+    logger.log(level, message)
+
+
+def _plan(rollouts: Sequence[_Rollout]) -> list[Unit]:
+    """What to run: one unit per rollout with something of its own to score, longest first."""
+    seen: dict[tuple[bytes, tuple[int, ...], int], Target] = {}
     units = []
     for i, (sequence, boundaries, probes) in enumerate(rollouts):
-        targets = [_Target(probe, c, i, k, m) for k, c in enumerate(boundaries) for m, probe in enumerate(probes)]
-        if targets:
-            units.append(_Unit(sequence[: max(boundaries)], targets))
-    return units
+        digests = _digests(sequence, boundaries)
+        new = []
+        for k, boundary in enumerate(boundaries):
+            for m, probe in enumerate(probes):
+                key = (digests[boundary], tuple(probe.token_ids[: probe.answer_end]), probe.answer_start)
+                if key not in seen:
+                    seen[key] = _target(sequence, boundary, probe)
+                    new.append(seen[key])
+                seen[key].places.append((i, k, m))
+        if new:
+            units.append(Unit(sequence[: max(1, *(target.limit for target in new))], in_order(new)))
+    # Longest first: little padding, and an out-of-memory error comes at once.
+    return sorted(units, key=lambda unit: -len(unit.context))
 
 
-def _context_units(rollouts: Sequence[_Rollout]) -> list[_Unit]:
-    """One unit per context and probe."""
-    return [
-        _Unit(unit.context[: target.limit], [target]) for unit in _rollout_units(rollouts) for target in unit.targets
-    ]
+def _digests(sequence: Sequence[int], boundaries: Sequence[int]) -> dict[int, bytes]:
+    """A hash of each context: the turns of a rollout share prefixes, and the rollouts of a group their prompt."""
+    digest, done, digests = blake2b(digest_size=16), 0, {}
+    for boundary in sorted(set(boundaries)):
+        digest.update(array("q", sequence[done:boundary]).tobytes())
+        digests[boundary], done = digest.digest(), boundary
+    return digests
 
 
-def _score_packed(model: nn.Module, units: Sequence[_Unit]) -> torch.Tensor:
-    """Trunk once with its cache, then all probes of all units in one forward; scores in the order of the targets."""
-    from transformers import DynamicCache
-
-    device = next(model.parameters()).device
-    trunk_length = max(1, *(len(unit.context) for unit in units))
-    trunk = torch.zeros(len(units), trunk_length, dtype=torch.long)
-    for row, unit in enumerate(units):
-        trunk[row, : len(unit.context)] = torch.tensor(unit.context, dtype=torch.long)
-    cache = DynamicCache(config=_base_model(model).config.get_text_config())
-    # No mask: padding stands on the right, where causal attention never looks, and the plain causal kernel is fastest.
-    outputs = model(
-        input_ids=trunk.to(device), past_key_values=cache, use_cache=True, **_keep_logits(model, torch.tensor([0]))
-    )
-    cache = outputs.past_key_values
-    del outputs
-
-    # A row holds the probes' tokens in any order, for mask and positions are explicit: those whose logits are needed
-    # come last, so that one slice of the hidden states goes through the LM head.
-    rows = [_pack_row(unit) for unit in units]
-    width = max(len(row.tokens) for row in rows)
-    tail = max(len(row.labels) for row in rows)
-    tokens = _left_pad([row.tokens for row in rows], width, 0)
-    position = _left_pad([row.positions for row in rows], width, 0)
-    limit = _left_pad([row.limits for row in rows], width, 0)
-    owner = _left_pad([row.owners for row in rows], width, -1)
-    sees_trunk = torch.arange(trunk_length) < limit[:, :, None]
-    sees_probe = (owner[:, :, None] == owner[:, None, :]) & (position[:, :, None] >= position[:, None, :])
-    dtype = _activation_dtype(model, device)
-    mask = torch.zeros(len(units), 1, width, trunk_length + width, dtype=dtype, device=device)
-    visible = torch.cat([sees_trunk, sees_probe], dim=-1)[:, None].to(device)
-    mask.masked_fill_(~visible, torch.finfo(dtype).min)
-    logits = model(
-        input_ids=tokens.to(device),
-        position_ids=position.to(device),
-        attention_mask=mask,
-        past_key_values=cache,
-        use_cache=True,
-        **_keep_logits(model, torch.arange(width - tail, width)),
-    ).logits
-    logits = logits[:, -tail:]
-    index = [
-        row * tail + tail - len(packed.labels) + j
-        for row, packed in enumerate(rows)
-        for j in range(len(packed.labels))
-    ]
-    labels = [label for packed in rows for label in packed.labels]
-    return _mean_log_probs(logits.flatten(0, 1), index, labels, units)
-
-
-class _Row(NamedTuple):
-    tokens: list[int]
-    positions: list[int]
-    limits: list[int]
-    owners: list[int]
-    labels: list[int]
-
-
-def _pack_row(unit: _Unit) -> _Row:
-    """All probe tokens of a unit, those that predict answer tokens last, in the order of the targets."""
-    head = _Row([], [], [], [], [])
-    tail = _Row([], [], [], [], [])
-    for owner, target in enumerate(unit.targets):
-        tokens, limit, labels = _run(unit, target)
-        split = len(tokens) - len(labels)
-        for part, chunk, first in ((head, tokens[:split], limit), (tail, tokens[split:], limit + split)):
-            part.tokens.extend(chunk)
-            part.positions.extend(range(first, first + len(chunk)))
-            part.limits.extend([limit] * len(chunk))
-            part.owners.extend([owner] * len(chunk))
-        tail.labels.extend(labels)
-    return _Row(*(a + b for a, b in zip(head, tail, strict=True)))
-
-
-def _run(unit: _Unit, target: _Target) -> tuple[list[int], int, list[int]]:
-    """Tokens to run for a probe, the context length they see, and the answer tokens, which the last ones predict."""
-    probe, limit = target.probe_tokens, target.limit
+def _target(sequence: Sequence[int], limit: int, probe: AnswerProbe) -> Target:
+    """What to run for a probe: the last answer token predicts nothing that is asked for."""
     labels = list(probe.token_ids[probe.answer_start : probe.answer_end])
     tokens = list(probe.token_ids[: probe.answer_end - 1])
     if probe.answer_start == 0:  # predicted by the context's last token, which is run again
         limit -= 1
-        tokens.insert(0, unit.context[limit])
-    return tokens, limit, labels
+        tokens.insert(0, sequence[limit])
+    return Target(limit, tokens, labels, [])
 
 
-def _score_per_turn(model: nn.Module, units: Sequence[_Unit]) -> torch.Tensor:
-    """One right-padded row per context and probe; scores in the order of the units."""
+def _longest(units: Sequence[Unit]) -> int:
+    return max((t.limit + len(t.tokens) for unit in units for t in unit.targets), default=0)
+
+
+def _run(model: nn.Module, batch: PackedBatch | PlainBatch) -> Iterator[tuple[Target, float]]:
+    """The score of each target of a batch."""
+    if isinstance(batch, PlainBatch):
+        yield from zip(batch.targets, run_rows(model, batch), strict=True)
+        return
+    trunk = run_trunk(model, batch.contexts)
+    for rows in batch.chunks:
+        yield from zip([target for row in rows for target in row], run_branches(model, trunk, rows), strict=True)
+
+
+@torch.no_grad()
+def _plain_forwards(
+    model: nn.Module, sequence: Sequence[int], cuts: Sequence[int], probe: AnswerProbe
+) -> torch.Tensor:
+    """The belief at each cut from a forward of nothing but its tokens: no padding, no mask, no cache."""
     device = next(model.parameters()).device
-    runs = [_run(unit, unit.targets[0]) for unit in units]
-    rows = [list(unit.context[:limit]) + tokens for unit, (tokens, limit, _) in zip(units, runs, strict=True)]
-    width = max(len(row) for row in rows)
-    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    attention_mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    needed = [
-        len(row) - len(labels) + j for row, (*_, labels) in zip(rows, runs, strict=True) for j in range(len(labels))
-    ]
-    kept, column = torch.tensor(needed).unique(return_inverse=True)
-    logits = model(
-        input_ids=input_ids.to(device),
-        attention_mask=attention_mask.to(device),
-        use_cache=False,
-        **_keep_logits(model, kept),
-    ).logits
-    if logits.shape[1] != len(kept):
-        logits = logits[:, kept.to(device)]
-    row_of = [row for row, (*_, labels) in enumerate(runs) for _ in labels]
-    index = [row * len(kept) + int(c) for row, c in zip(row_of, column, strict=True)]
-    return _mean_log_probs(logits.flatten(0, 1), index, [label for *_, labels in runs for label in labels], units)
+    values = []
+    with evaluating(model):
+        for cut in cuts:
+            ids = [*sequence[:cut], *probe.token_ids[: probe.answer_end]]
+            logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
+            first = cut + probe.answer_start
+            log_probs = logits[first - 1 : -1].float().log_softmax(dim=-1).cpu()
+            values.append(log_probs.gather(1, torch.tensor(ids[first:])[:, None]).mean())
+    return torch.stack(values)
 
 
-def _mean_log_probs(logits: torch.Tensor, index: list[int], labels: list[int], units: Sequence[_Unit]) -> torch.Tensor:
-    """Mean log-probability of each target's answer tokens; `index` picks the logit row (N, V) of each label."""
-    where = torch.tensor(index, device=logits.device)
-    label = torch.tensor(labels, device=logits.device)
-    parts = []
-    for rows, targets in zip(where.split(_LOGIT_ROWS), label.split(_LOGIT_ROWS), strict=True):
-        chunk = logits[rows].float()
-        parts.append(chunk.gather(1, targets[:, None])[:, 0] - chunk.logsumexp(dim=-1))
-    log_probs = torch.cat(parts)
-    spans = [t.probe_tokens.answer_end - t.probe_tokens.answer_start for unit in units for t in unit.targets]
-    counts = torch.tensor(spans, device=logits.device)
-    owner = torch.repeat_interleave(torch.arange(len(spans), device=logits.device), counts)
-    return log_probs.new_zeros(len(spans)).index_add_(0, owner, log_probs) / counts
-
-
-def _left_pad(rows: list[list[int]], width: int, value: int) -> torch.Tensor:
-    return torch.tensor([[value] * (width - len(row)) + row for row in rows])
-
-
-def _base_model(model: nn.Module) -> Any:
-    """The transformers model inside DDP and PEFT wrappers."""
-    inner: Any = getattr(model, "module", model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-
-
-def _keep_logits(model: nn.Module, positions: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The argument that limits the LM head to these positions, where the model has it."""
-    base = _base_model(model)
-    if "logits_to_keep" in inspect.signature(type(base).forward).parameters:
-        return {"logits_to_keep": positions.to(next(model.parameters()).device)}
-    return {}
-
-
-def _activation_dtype(model: nn.Module, device: torch.device) -> torch.dtype:
-    """The dtype attention runs in, which its additive mask must share."""
+def _tolerance(model: nn.Module) -> float:
+    """Sixteen times what the least exact number format on the way rounds by."""
+    device = next(model.parameters()).device
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off; each module gets its own mode back, for some may be frozen in eval mode on purpose."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+        dtypes.add(torch.get_autocast_dtype(device.type))
+    if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        dtypes.add(torch.float16)  # TF32 has as many digits
+    return max(1e-3, 16 * max(torch.finfo(dtype).eps for dtype in dtypes))

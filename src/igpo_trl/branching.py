@@ -1,0 +1,214 @@
+"""Running a causal language model once and branching off its KV cache.
+
+A trunk of tokens is run causally and its keys and values are kept. Branches, short runs of tokens that leave the trunk
+at different places, are then run together in one forward: each sees the trunk up to where it leaves it, and itself, at
+the positions that it would have in a sequence of its own. Masks are computed from positions, not from places in the
+cache, so sliding windows come out right.
+
+The functions take models that `branching_obstacle` lets pass, and targets whose mean log-probabilities they return.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from ._packing import Forest, PlainBatch, Target, grow
+from ._support import LAYERED, TAKE_MASKS, base_model, layer_kinds
+
+__all__ = ["Trunk", "evaluating", "run_branches", "run_rows", "run_trunk"]
+
+# Rows of logits turned to float32 at a time: bounds the memory of a 150k-token vocabulary to about 150 MB.
+_LOGIT_ROWS = 256
+
+
+class Trunk(DynamicCache):
+    """
+    Every key and value of the trunk, in every layer: windows are the masks' business.
+
+    Once it is complete, tokens that are run against it see it and each other, and leave nothing behind.
+    """
+
+    def __init__(self, num_layers: int, stop_when_complete: bool) -> None:
+        super().__init__()  # without a config: layers with a window would drop tokens that earlier branches see
+        self._last_layer = num_layers - 1
+        self._stop = stop_when_complete
+        self.complete = False
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.complete:
+            layer = self.layers[layer_idx]
+            return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
+        keys_and_values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if self._stop and layer_idx == self._last_layer:
+            raise _Complete
+        return keys_and_values
+
+
+class _Complete(Exception):
+    """The last layer's keys and values are there: its attention, its MLP and the LM head have nothing to add."""
+
+
+def run_trunk(model: nn.Module, contexts: Sequence[Sequence[int]]) -> Trunk:
+    """Run contexts causally, one to a row, and keep their keys and values."""
+    input_ids = _pad(contexts).to(_device(model))
+    trunk = Trunk(base_model(model).config.num_hidden_layers, _may_stop(model))
+    try:
+        # No mask: padding stands on the right, where causal attention never looks, and the plain causal kernel is
+        # the fastest.
+        model(input_ids=input_ids, past_key_values=trunk, use_cache=True, **_options(model, [0]))
+    except _Complete:
+        pass
+    trunk.complete = True
+    return trunk
+
+
+def run_branches(model: nn.Module, trunk: Trunk, rows: Sequence[Sequence[Target]]) -> list[float]:
+    """Mean log-probability of the labels of each target in turn; a row's targets leave that row's context."""
+    forests = [grow(targets) for targets in rows]
+    nodes = _Nodes.of(forests, _device(model))
+    width = max(forest.num_predicting for forest in forests)
+    total = nodes.tokens.shape[1]
+    with _mask_taking_attention(model) as attention:
+        logits = model(
+            input_ids=nodes.tokens,
+            position_ids=nodes.positions,
+            attention_mask=_masks(base_model(model).config, nodes, trunk.get_seq_length(), attention),
+            past_key_values=trunk,
+            use_cache=True,
+            **_options(model, range(total - width, total)),
+        ).logits[:, -width:]
+    index = [
+        (row + 1) * width - forest.num_predicting + read for row, forest in enumerate(forests) for read in forest.reads
+    ]
+    return _mean_log_probs(logits.flatten(0, 1), index, [target for targets in rows for target in targets])
+
+
+def run_rows(model: nn.Module, batch: PlainBatch) -> list[float]:
+    """Mean log-probability of the labels of each target, from one right-padded row for each."""
+    device = _device(model)
+    input_ids = _pad(batch.rows).to(device)
+    lengths = torch.tensor([len(row) for row in batch.rows], device=device)
+    mask = (torch.arange(input_ids.shape[1], device=device) < lengths[:, None]).long()
+    columns = batch.columns
+    logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False, **_options(model, columns)).logits
+    if logits.shape[1] != len(columns):
+        logits = logits[:, columns]
+    place = {column: i for i, column in enumerate(columns)}
+    index = [row * len(columns) + place[column] for row in range(len(batch.rows)) for column in batch.reads(row)]
+    return _mean_log_probs(logits.flatten(0, 1), index, batch.targets)
+
+
+class _Nodes(NamedTuple):
+    """Forests as tensors (R, W), padded in front so that the predicting nodes of all rows are the last ones."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    limits: torch.Tensor
+    first: torch.Tensor
+    last: torch.Tensor
+
+    @classmethod
+    def of(cls, forests: Sequence[Forest], device: torch.device) -> "_Nodes":
+        def pad(name: str, value: int = 0) -> torch.Tensor:
+            return _pad([getattr(forest, name) for forest in forests], value, in_front=True).to(device)
+
+        # With first = -1 and last = 0 padding sees padding, so no row of the softmax is empty, and nothing else does.
+        return cls(pad("tokens"), pad("positions"), pad("limits"), pad("first", -1), pad("last"))
+
+
+def _masks(config: Any, nodes: _Nodes, trunk_length: int, attention: str) -> Any:
+    """What each node sees of the trunk and of the nodes: (R, 1, W, T + W), or a dict of one for each layer kind."""
+    place = torch.arange(trunk_length, device=nodes.tokens.device)
+    of_trunk = place < nodes.limits[:, :, None]
+    first = nodes.first[:, :, None]
+    of_nodes = (nodes.first[:, None, :] <= first) & (first < nodes.last[:, None, :])
+    visible = torch.cat([of_trunk, of_nodes], dim=-1)
+    masks = {}
+    for kind in layer_kinds(config):
+        mask = visible
+        if kind == "sliding_attention":
+            keys = torch.cat([place.expand(len(nodes.tokens), -1), nodes.positions], dim=-1)
+            mask = visible & (keys[:, None, :] > (nodes.positions - config.sliding_window)[:, :, None])
+        if attention == "eager":  # which adds it to the scores; in float32, to which they are promoted
+            mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
+        masks[kind] = mask[:, None]
+    return masks if config.model_type in LAYERED else masks.popitem()[1]
+
+
+@contextmanager
+def _mask_taking_attention(model: nn.Module) -> Iterator[str]:
+    """Switch to an attention implementation that takes masks where the model's own does not, and back."""
+    base = base_model(model)
+    own = base.config._attn_implementation
+    if own in TAKE_MASKS:
+        yield own
+        return
+    other = TAKE_MASKS[0] if getattr(base, f"_supports_{TAKE_MASKS[0]}", True) else TAKE_MASKS[-1]
+    base.set_attn_implementation(other)  # a name in the config, read at each call: the weights are not touched
+    try:
+        yield other
+    finally:
+        base.set_attn_implementation(own)
+
+
+def _may_stop(model: nn.Module) -> bool:
+    """Whether a forward may be left half-way: not where FSDP, DeepSpeed, offloading or a compiler awaits its end."""
+    for module in model.modules():
+        if next(module.children(), None) is None:
+            continue  # has ended, or not begun, when the last layer's keys are there
+        hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+        if hooked or hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            return False
+    return True
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off; each module gets its own mode back, for some may be frozen in eval mode on purpose."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _options(model: nn.Module, columns: Sequence[int]) -> dict[str, Any]:
+    """Arguments for logits at these columns alone and nothing of a router's, where the model has them."""
+    accepted = inspect.signature(type(base_model(model)).forward).parameters
+    options = {
+        "logits_to_keep": torch.tensor(columns, device=_device(model)),
+        "output_router_logits": False,
+    }
+    return {name: value for name, value in options.items() if name in accepted}
+
+
+def _mean_log_probs(logits: torch.Tensor, index: list[int], targets: Sequence[Target]) -> list[float]:
+    """Mean log-probability of each target's labels; `index` picks the row of logits (N, V) of each label in turn."""
+    where = torch.tensor(index, device=logits.device)
+    label = torch.tensor([label for target in targets for label in target.labels], device=logits.device)
+    parts = []
+    for rows, labels in zip(where.split(_LOGIT_ROWS), label.split(_LOGIT_ROWS), strict=True):
+        chunk = logits[rows].float()
+        parts.append(chunk.gather(1, labels[:, None])[:, 0] - chunk.logsumexp(dim=-1))
+    per_target = torch.cat(parts).cpu().split([len(target.labels) for target in targets])
+    return [log_probs.mean().item() for log_probs in per_target]
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int = 0, in_front: bool = False) -> torch.Tensor:
+    width = max(len(row) for row in rows)
+    padding = [[value] * (width - len(row)) for row in rows]
+    padded = [[*pad, *row] if in_front else [*row, *pad] for row, pad in zip(rows, padding, strict=True)]
+    return torch.tensor(padded, dtype=torch.long)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
