@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import get_json_schema
 from trl import GRPOTrainer
 from trl.chat_template_utils import parse_response
 
@@ -77,6 +78,7 @@ class MultiTurnTrainer(GRPOTrainer):
         self._observations = ObservationEncoder(
             self._tokenizer, self.chat_template, self.chat_template_kwargs, options.max_tool_response_tokens
         )
+        self._schemas: dict[Any, dict[str, Any]] = {}
         self._call_syntax = CallSyntax(self._tokenizer)
         self._tool_runner = ToolRunner(
             max_concurrent=options.max_concurrent_tool_calls,
@@ -327,6 +329,15 @@ class MultiTurnTrainer(GRPOTrainer):
             return [], False
         result = ToolResult(f"Error: {problem}", ToolErrorKind.MALFORMED)
         return [ToolCall(next(iter(rollout.tools), "tool"), {}, None, problem=result)], True
+
+    def _schemas_of(self, rollout: _Rollout) -> list[dict[str, Any]]:
+        """JSON schemas of the rollout's tools, by which the parser converts arguments; made once for each tool."""
+        # Methods of environments of one class share their function.
+        functions = [getattr(function, "__func__", function) for function in rollout.tools.values()]
+        for function, bound in zip(functions, rollout.tools.values(), strict=True):
+            if function not in self._schemas:
+                self._schemas[function] = get_json_schema(bound)
+        return [self._schemas[function] for function in functions]
 
     def _limit(self, rollout: _Rollout, turn: list[int]) -> StopReason | None:
         """The limit that cut this turn off, or `None` if the policy ended it."""

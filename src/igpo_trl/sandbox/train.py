@@ -187,6 +187,8 @@ def make_trainer(
     options = METHODS[method] | options
     is_igpo = options.pop("igpo")
     if is_igpo:
+        # As TRL's loop takes a call that it cannot read
+        options = {"on_malformed_tool_call": "end"} | options
         options |= {"answer_template": ANSWER_TEMPLATE, "save_trajectories": save_trajectories}
     batch = budget.questions * budget.rollouts
     args = (IGPOConfig if is_igpo else GRPOConfig)(

@@ -1,0 +1,203 @@
+"""What a rollout costs, side by side with TRL's own tool loop in the same run.
+
+(a) a slow tool: one round of calls, one of every rollout, sampling left out;
+(b) generation: a trajectory of several turns on the transformers backend, greedy, the same tokens from both loops;
+(c) overhead: as (a) with a tool that answers at once.
+
+    python benchmarks/rollouts.py
+"""
+
+import argparse
+import copy
+import re
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+
+def make_both(tool: Callable[[str], str], max_concurrent: int, **options: Any) -> list[Any]:
+    """TRL's trainer and ours, with the same model and options, in evaluation mode."""
+    import tiny
+    from trl import GRPOConfig, GRPOTrainer
+
+    from igpo_trl import IGPOConfig, IGPOTrainer
+
+    model = options.pop("model", None) or tiny.make_model()
+    trainers = []
+    for trainer_class, config_class in ((GRPOTrainer, GRPOConfig), (IGPOTrainer, IGPOConfig)):
+        ours = {"max_concurrent_tool_calls": max_concurrent} if config_class is IGPOConfig else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = tiny.make_trainer(
+                trainer_class,
+                config_class,
+                tempfile.mkdtemp(),
+                model=copy.deepcopy(model),
+                tools=[tool],
+                max_completion_length=100_000,
+                reward_funcs=lambda completions, **_: [0.0] * len(completions),
+                **ours,
+                **options,
+            )
+        trainer.model.config.max_position_embeddings = 1_000_000
+        trainer.model.eval()
+        trainers.append(trainer)
+    return trainers
+
+
+def generate(trainer: Any, num_rollouts: int) -> tuple[float, Any]:
+    """Seconds and result of one generation batch."""
+    prompts = [[{"role": "user", "content": f"Question {i}?"}] for i in range(num_rollouts)]
+    trainer._sync_tool_dicts = [{tool.__name__: tool for tool in trainer.tools} for _ in prompts]
+    trainer._async_tool_dicts = [{} for _ in prompts]
+    started = time.perf_counter()
+    with torch.no_grad():
+        result = trainer._generate(prompts)
+    return time.perf_counter() - started, result
+
+
+def round_seconds(latency: float, num_rollouts: int, rounds: int, repeats: int) -> list[float]:
+    """Median seconds of one round with TRL's loop and with ours; every rollout says the same at once."""
+
+    def search(query: str) -> str:
+        """
+        Searches.
+
+        Args:
+            query: What to look for.
+        """
+        if latency:
+            time.sleep(latency)
+        return f"You asked: {query}. " + "Paris is the capital of France. " * 6
+
+    medians = []
+    for trainer in make_both(search, max_concurrent=num_rollouts):
+        end = trainer._tokenizer.eos_token_id
+        call = '<tool_call>\n{"name": "search", "arguments": {"query": "where was the author born"}}\n</tool_call>'
+        call_ids, answer_ids = ([*trainer._tokenizer.encode(text), end] for text in (call, "<answer>Paris</answer>"))
+
+        def batch(num_rounds: int, trainer: Any = trainer, turns: Any = (call_ids, answer_ids)) -> float:
+            said = iter([turns[0]] * num_rounds + [turns[1]])
+
+            def say(prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+                turn = next(said)
+                return [list(turn) for _ in prompt_ids], None
+
+            with mock.patch.object(trainer, "_generate_single_turn", say):
+                return generate(trainer, num_rollouts)[0]
+
+        batch(1)  # warms up: threads, schemas, caches of templates
+        # What a batch costs without any call is not the loop's.
+        medians.append(statistics.median((batch(rounds) - batch(0)) / rounds for _ in range(repeats)))
+    return medians
+
+
+def every_turn_calls(turns: int) -> Any:
+    """In place of the parser, which finds no call in what a random model says: all turns but the last are calls."""
+
+    def parse(tokenizer: Any, ids: Any, prefix: Any = None, tools: Any = None) -> dict[str, Any]:
+        found = re.findall(r"turn (\d+)", tokenizer.decode(prefix[-600:]))
+        turn = int(found[-1]) + 1 if found else 1
+        message: dict[str, Any] = {"role": "assistant", "content": ""}
+        if turn < turns:
+            function = {"name": "search", "arguments": {"query": f"{sum(ids) % 97} turn {turn}"}}
+            message["tool_calls"] = [{"type": "function", "function": function}]
+        return message
+
+    return parse
+
+
+def generation_seconds(num_rollouts: int, turns: int, sampled: int, observed: int, repeats: int) -> list[list[float]]:
+    """Seconds of the generation of whole trajectories with TRL's loop and with ours; raises if the tokens differ."""
+    import tiny
+
+    words = "Paris is the capital of France. "
+
+    def search(query: str) -> str:
+        """
+        Searches.
+
+        Args:
+            query: What to look for.
+        """
+        return words * round(observed / len(tokenizer.encode(words))) + query
+
+    tokenizer = tiny.make_tokenizer()
+    model = tiny.make_model(
+        "qwen2", vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=5, num_attention_heads=6,
+        num_key_value_heads=2, max_position_embeddings=8192, initializer_range=0.05,
+    )  # fmt: skip
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"    {type(model).__name__}, {parameters / 1e6:.1f} million parameters", flush=True)
+    length = {"max_new_tokens": sampled, "min_new_tokens": sampled, "do_sample": False, "top_k": None}
+    trainers = make_both(search, max_concurrent=num_rollouts, model=model, generation_kwargs=length)
+    seconds: list[list[float]] = [[], []]
+    with ExitStack() as stack:
+        for module in ("trl.trainer.grpo_trainer", "igpo_trl.rollout"):
+            stack.enter_context(mock.patch(f"{module}.parse_response", every_turn_calls(turns)))
+        for _ in range(repeats):
+            tokens = []
+            for trainer, taken in zip(trainers, seconds, strict=True):
+                duration, result = generate(trainer, num_rollouts)
+                taken.append(duration)
+                tokens.append(result[:3])
+            if tokens[0] != tokens[1]:
+                raise SystemExit("The two loops sampled different tokens.")
+    spans = [[len(run) for run in "".join(map(str, mask)).split("1") if run] for mask in tokens[1][2]]
+    mean = statistics.fmean(length for row in spans for length in row)
+    print(
+        f"    {turns} turns of {sampled} sampled tokens, observations of {mean:.0f} tokens: the same ids", flush=True
+    )
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rollouts", type=int, default=128, help="of (a) and (c)")
+    parser.add_argument("--latency", type=float, default=0.05, help="seconds of one call in (a)")
+    parser.add_argument("--generation-rollouts", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--sampled", type=int, default=24, help="tokens of a turn in (b)")
+    parser.add_argument("--observed", type=int, default=200, help="tokens of an observation in (b)")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    import os
+
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+
+    print(f"(a) {args.rollouts} rollouts, {args.latency} s per call, sampling left out", flush=True)
+    theirs, ours = round_seconds(args.latency, args.rollouts, rounds=2, repeats=args.repeats)
+    print(f"    seconds per round: TRL {theirs:.3f}, ours {ours:.3f}")
+    print(f"    TRL : ours = {theirs / ours:.1f} (target: at least 20)")
+
+    print(f"(b) generation of {args.generation_rollouts} rollouts on {torch.get_num_threads()} threads", flush=True)
+    seconds = generation_seconds(args.generation_rollouts, args.turns, args.sampled, args.observed, args.repeats)
+    medians = [statistics.median(taken) for taken in seconds]
+    ratios = [a / b for a, b in zip(*seconds, strict=True)]
+    print(
+        f"    seconds: TRL {medians[0]:.1f}, ours {medians[1]:.1f}; ratio of each run {[round(r, 2) for r in ratios]}"
+    )
+    print(f"    TRL : ours = {statistics.median(ratios):.2f} (target: at least 3)")
+
+    print(f"(c) {args.rollouts} rollouts, a tool that answers at once", flush=True)
+    theirs, ours = round_seconds(0.0, args.rollouts, rounds=4, repeats=2 * args.repeats + 1)
+    print(f"    milliseconds per round: TRL {1000 * theirs:.1f}, ours {1000 * ours:.1f}")
+    print(f"    TRL : ours = {theirs / ours:.2f} (target: at least 1)")
+
+
+if __name__ == "__main__":
+    main()
