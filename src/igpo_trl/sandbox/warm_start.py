@@ -51,7 +51,7 @@ class WarmStartConfig:
     batch_size: int = 32
     learning_rate: float = 6e-3
     width: int = 64
-    # With half of them random, a model of this size succeeds in one sampled rollout of a hundred: too few to learn from
+    # With half of them random, a model of this size succeeds in one sampled rollout of a hundred: too few to learn
     random_queries: float = 0.2
     relevant_reads: float = 0.85
 
