@@ -1,3 +1,4 @@
+import logging
 import math
 
 import oracles
@@ -8,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from igpo_trl import _packing, beliefs, branching
 from igpo_trl.beliefs import (
     DEFAULT_TEMPLATE,
     NO_THINK_TEMPLATE,
     AnswerProbe,
     build_probes,
+    check_beliefs,
     packed_obstacle,
     reduce_aliases,
     score_beliefs,
@@ -305,6 +308,69 @@ def test_peft_model_is_packed():
     assert abs(other[0][0][0] - expected[0][0][0]) > 1e-3  # the adapter is part of the policy
 
 
+def checkpointed(model):
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    return model
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+@pytest.mark.parametrize("method", ["packed", "per_turn"])
+@pytest.mark.parametrize("change", [checkpointed, compiled])
+def test_a_changed_model_in_training_equals_oracle(change, method):
+    plain, batch = tiny.make_model("qwen3", VOCABULARY), ragged_batch()
+    expected = oracles.beliefs(plain, *batch)
+    model = change(plain.train())
+    assert_beliefs(score_beliefs(model, *batch, method=method), expected)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_compiled_model_is_run_as_it_was(monkeypatch):
+    model = compiled(tiny.make_model("qwen3", VOCABULARY))
+    monkeypatch.setattr(type(model), "__call__", None)  # graphs would be made anew for the shapes of every batch
+    score_beliefs(model, *ragged_batch())
+
+
+@pytest.mark.parametrize("method", ["packed", "per_turn"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_autocast(method, attention):
+    model = tiny.make_model("qwen3", VOCABULARY, initializer_range=0.1, attn_implementation=attention)
+    batch, dtypes = ragged_batch(), set()
+    model.model.layers[0].mlp.register_forward_hook(lambda _, __, output: dtypes.add(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = oracles.beliefs(model, *batch)
+        assert check_beliefs(model, *batch) is None
+        assert_beliefs(score_beliefs(model, *batch, method=method), expected, nats=0.05)
+    assert dtypes == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("method", ["packed", "per_turn"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_lm_head_in_float32_as_trl_casts_it(tmp_path, method, tied):
+    from trl import GRPOConfig, GRPOTrainer
+
+    # Where the embeddings are tied, they are float32 as well, and the layers between them are not.
+    model = tiny.make_model("qwen3", VOCABULARY, initializer_range=0.1, tie_word_embeddings=tied).to(torch.bfloat16)
+    trainer = tiny.make_trainer(
+        GRPOTrainer,
+        GRPOConfig,
+        tmp_path,
+        model=model,
+        cast_lm_head_to_fp32=True,
+        tools=None,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+    )
+    assert trainer.model.lm_head.weight.dtype == torch.float32
+    assert trainer.model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    batch = ragged_batch()
+    expected = oracles.beliefs(trainer.model, *batch)
+    assert_beliefs(score_beliefs(trainer.model, *batch, method=method), expected, nats=0.05)
+    assert check_beliefs(trainer.model, *batch) is None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -325,6 +391,203 @@ def test_errors(models, change, message):
 def test_probe_rejects_an_empty_or_outside_span(start, end):
     with pytest.raises(ValueError, match="3 tokens"):
         AnswerProbe([1, 2, 3], start, end)
+
+
+# --- nothing twice, and bounded --------------------------------------------------------------------------------------
+
+
+def forwards_of(model, run):
+    """Shape of the input of every forward, and how many rows of hidden states each sent through the LM head."""
+    shapes, logits = [], []
+    handles = [
+        model.get_input_embeddings().register_forward_hook(
+            lambda _, inputs, __: shapes.append(tuple(inputs[0].shape))
+        ),
+        model.lm_head.register_forward_hook(lambda _, inputs, __: logits.append(inputs[0].shape[:-1].numel())),
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes, logits
+
+
+@pytest.mark.parametrize("tokens_per_batch", [1, 30, 100, 10_000])
+@pytest.mark.parametrize("method", ["packed", "per_turn"])
+def test_a_budget_in_tokens(models, method, tokens_per_batch):
+    model, batch = models("qwen3"), ragged_batch()
+    actual = []
+    options = {"method": method, "tokens_per_batch": tokens_per_batch}
+    shapes, _ = forwards_of(model, lambda: actual.extend(score_beliefs(model, *batch, **options)))
+    assert_beliefs(actual, oracles.beliefs(model, *batch))
+    longest = max(max(bounds) + 20 for bounds in batch[1])  # a single row may be longer than the budget
+    assert all(rows * width <= tokens_per_batch or (rows == 1 and width <= longest) for rows, width in shapes)
+    if method == "packed":
+        # From a forward for each of 4 trunks and 6 + 1 + 15 + 2 probes to one for all trunks and one for all probes.
+        assert {1: 28, 30: 13, 100: 7, 10_000: 2}[tokens_per_batch] == len(shapes)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(rollouts(), min_size=1, max_size=4), st.integers(1, 80))
+def test_any_budget_equals_oracle(batch, tokens_per_batch):
+    model = _shared_qwen3()
+    batch = tuple(zip(*batch, strict=True))
+    expected = oracles.beliefs(model, *batch)
+    for method in ("packed", "per_turn"):
+        assert_beliefs(score_beliefs(model, *batch, method=method, tokens_per_batch=tokens_per_batch), expected)
+
+
+@pytest.mark.parametrize("limit", ["_MASK_ELEMENTS", "_LOGITS"])
+@pytest.mark.parametrize("method", ["packed", "per_turn"])
+def test_masks_and_logits_are_bounded_however_many_turns(models, monkeypatch, method, limit):
+    model, sequence, boundaries = models("qwen3"), tokens(100), list(range(1, 101))
+    batch = [sequence], [boundaries], [[probe(3, 4)]]
+    expected = score_beliefs(model, *batch, method=method)
+    elements = 20_000
+    monkeypatch.setattr(_packing, limit, elements)
+    actual = []
+    shapes, logits = forwards_of(model, lambda: actual.extend(score_beliefs(model, *batch, method=method)))
+    torch.testing.assert_close(actual[0], expected[0], atol=NATS, rtol=0.0)
+    if limit == "_LOGITS":
+        assert max(logits) * VOCABULARY <= elements
+    elif method == "packed":
+        assert all(width * (100 + width) <= elements for _, width in shapes[1:])
+        assert len(shapes) > 2
+
+
+def test_what_probes_begin_with_in_common_is_run_once(models):
+    model, base = models("qwen3"), tokens(9, 1)
+    # Three aliases behind 6 template tokens: 3, 3 and 1 of their own, the last of each predicting nothing.
+    aliases = [[4, 5, 6], [4, 5, 7], [8]]
+    probes = [AnswerProbe([*base[:6], *alias, 3], 6, 6 + len(alias)) for alias in aliases]
+    batch = [tokens(30)], [[10, 30]], [probes]
+    actual = []
+    shapes, logits = forwards_of(model, lambda: actual.extend(score_beliefs(model, *batch, method="packed")))
+    assert_beliefs(actual, oracles.beliefs(model, *batch))
+    assert shapes == [(1, 30), (1, 2 * 8)]  # six of the template, 4 and 5
+    assert logits == [2 * 3]  # behind the template, behind 4, behind 5
+
+
+def test_equal_probes_after_equal_contexts_are_run_once(models):
+    """The rollouts of a group have one prompt; a boundary or an alias may come twice; a rollout may be there twice."""
+    model, prompt = models("qwen3"), tokens(10, 1)
+    sequences = [prompt + tokens(10, 2), prompt + tokens(6, 3), prompt + tokens(10, 2)]
+    boundaries = [[10, 20, 20], [10, 16], [10, 20]]
+    twice = [probe(2, 2, 0), probe(2, 2, 5)]  # what stands behind the answer does not count
+    batch = sequences, boundaries, [twice, [probe(2, 2)], [probe(2, 2)]]
+    actual = []
+    shapes, _ = forwards_of(model, lambda: actual.extend(score_beliefs(model, *batch, method="packed")))
+    assert_beliefs(actual, oracles.beliefs(model, *batch))
+    assert shapes == [
+        (2, 20),
+        (2, 6),
+    ]  # two rollouts; after the prompt and the end of the first, the end of the second
+    shapes, _ = forwards_of(model, lambda: score_beliefs(model, *batch, method="per_turn"))
+    assert shapes == [(3, 23)]
+
+
+# --- the self-check --------------------------------------------------------------------------------------------------
+
+
+def one_column_off(monkeypatch, model):
+    """A mask that shows each probe one token too many."""
+    honest = branching._masks
+
+    def masks(config, nodes, *rest):
+        return honest(config, nodes._replace(limits=nodes.limits + 1), *rest)
+
+    monkeypatch.setattr(branching, "_masks", masks)
+
+
+def positions_ignored(monkeypatch, model):
+    def drop(module, arguments, options):
+        return arguments, options | {"position_ids": None}
+
+    model.register_forward_pre_hook(drop, with_kwargs=True)
+
+
+def not_a_number(monkeypatch, model):
+    def spoil(module, arguments, options):
+        if "position_ids" in options:
+            module.lm_head.weight.data.fill_(torch.nan)
+
+    model.register_forward_pre_hook(spoil, with_kwargs=True)
+
+
+@pytest.mark.parametrize("sabotage", [one_column_off, positions_ignored])
+@pytest.mark.parametrize("family", ["qwen3", "mistral"])
+def test_check_finds_what_packing_gets_wrong(monkeypatch, caplog, family, sabotage):
+    model, batch = tiny.make_model(family, VOCABULARY).train(), ragged_batch()
+    assert check_beliefs(model, *batch) is None
+    assert not caplog.records
+    expected = oracles.beliefs(model, *batch)
+    sabotage(monkeypatch, model)
+    reason = check_beliefs(model, *batch)
+    assert "nats apart" in reason
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert reason in caplog.text
+    assert all(module.training for module in model.modules())
+    assert_beliefs(score_beliefs(model, *batch, method="per_turn"), expected)  # the way out is exact
+    assert check_beliefs(model, [], [], []) is not None  # found on made-up tokens as well
+
+
+def test_check_does_not_take_nan_for_agreement(monkeypatch):
+    model = tiny.make_model("qwen3", VOCABULARY)
+    not_a_number(monkeypatch, model)
+    assert "nan nats apart" in check_beliefs(model, *ragged_batch())
+
+
+def test_check_names_what_packing_cannot_do():
+    model = tiny.make_model("qwen3", VOCABULARY)
+    model.config.model_type = "mamba"
+    assert "mamba" in check_beliefs(model, *ragged_batch())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_check_takes_rounding_for_rounding(dtype):
+    model = tiny.make_model("qwen3", VOCABULARY, initializer_range=0.1).to(dtype)
+    batch = [tokens(73)], [[73]], [[probe(3, 4)]]
+    assert check_beliefs(model, *batch) is None
+    assert check_beliefs(model, *batch, tolerance=1e-7) is not None
+
+
+def answers(*maxima):
+    """Maxima over processes, in turn."""
+    left = list(maxima)
+    return lambda number: left.pop(0)
+
+
+def test_check_is_in_step_across_processes(models):
+    model, count = models("qwen3"), []
+    hook = model.register_forward_hook(lambda *_: count.append(1))
+    for batch in (ragged_batch(), ([], [], []), ([tokens(3)], [[1]], [[probe(1, 1)]])):
+        count.clear()
+        assert check_beliefs(model, *batch, synchronize=lambda number: number) is None
+        assert len(count) == 4
+        # Another process has found that they differ, or cannot pack at all.
+        assert "another process" in check_beliefs(model, *batch, synchronize=answers(0, 1))
+        assert "another process" in check_beliefs(model, *batch, synchronize=answers(1))
+    hook.remove()
+
+
+def test_the_choice_is_logged_once_with_its_reason(caplog, models):
+    beliefs._log_once.cache_clear()
+    caplog.set_level(logging.INFO, logger="igpo_trl")
+    for _ in range(2):
+        score_beliefs(models("qwen3"), *ragged_batch())
+    assert [record.getMessage() for record in caplog.records] == [
+        "Beliefs are scored packed: Qwen3ForCausalLM can branch its cache."
+    ]
+    caplog.clear()
+    model = tiny.make_model("qwen3", VOCABULARY)
+    model.config._attn_implementation = "unheard_of"
+    model.forward = models("qwen3").forward
+    for _ in range(2):
+        score_beliefs(model, *ragged_batch())
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "'unheard_of'" in record.getMessage()
 
 
 # --- probes from text ------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def score_beliefs(
     rollouts = _check(sequences, boundaries, probes)
     results = [torch.zeros(len(rollout.boundaries), len(rollout.probes)) for rollout in rollouts]
     units = _plan(rollouts)
-    budget = Budget(tokens_per_batch, batch_size, base_model(model).config.get_text_config().vocab_size)
+    budget = Budget(tokens_per_batch, batch_size, _vocabulary(model))
     packed = _choose(model, method, _longest(units)) == "packed"
     batches = pack_trunks(units, budget) if packed else pack_rows(units, budget)
     idle = 0
@@ -147,52 +147,47 @@ def check_beliefs(
     synchronize: Callable[[int], int] | None = None,
 ) -> str | None:
     """
-    Whether packed scoring agrees with plain forwards on this very model, tried on the shortest of the rollouts.
+    Why packed scoring must not be used on this very model, or `None` where it agrees with plain forwards.
 
-    Costs four forwards of that rollout at most. Meant for the first batch: where it returns a reason, use
-    `method="per_turn"` from then on.
+    Tried on the shortest of the rollouts, or on made-up tokens where there is none: four forwards. Meant for the first
+    batch; where it returns a reason, which it logs as a warning, use `method="per_turn"` from then on.
 
     Args:
         model, sequences, boundaries, probes: as for [`score_beliefs`].
-        tolerance (`float`, *optional*): largest difference allowed, in nats and relative to beliefs below -1. By
-            default 1e-3 in float32, 0.016 in float16 and 0.125 in bfloat16, whose rounding two ways of computing the
-            same number differ by.
+        tolerance (`float`, *optional*): largest difference allowed, in nats, and relative for beliefs below -1. By
+            default what rounding explains: 1e-3 in float32, 0.016 in float16 and 0.125 in bfloat16.
         synchronize (`Callable`, *optional*): the maximum over processes of a number, as for [`score_beliefs`]. Every
-            process makes the same number of forwards and gets the same decision.
+            process makes the same number of forwards and comes to the same decision.
 
     Returns:
-        `str` or `None`: why packed scoring must not be used; logged as a warning as well.
+        `str` or `None`: the reason.
     """
-    rollouts = [rollout for rollout in _check(sequences, boundaries, probes) if rollout.boundaries and rollout.probes]
+    rollouts = _check(sequences, boundaries, probes)
+    together = synchronize or (lambda number: number)
     obstacle = packed_obstacle(model, _longest(_plan(rollouts)))
-    if synchronize is not None and synchronize(int(obstacle is not None)) and not obstacle:
-        obstacle = "another process cannot use it"
-    if obstacle:
-        _log_once(logging.WARNING, f"Beliefs are scored per turn, which is exact but slower: {obstacle}.")
-        return obstacle
-    shortest = min(
-        rollouts, key=lambda rollout: max(rollout.boundaries), default=_Rollout([0], [1], [AnswerProbe([0], 0, 1)])
-    )
-    length, probe = max(1, *shortest.boundaries), shortest.probes[0]
-    # One context in the middle: only there can packed scoring see too much, too little or at the wrong place.
-    cuts = [(length + 1) // 2, length]
-    model = uncompiled(model)
-    (fast,) = score_beliefs(model, [shortest.sequence[:length]], [cuts], [[probe]], method="packed")
-    plain = _plain_forwards(model, shortest.sequence, cuts, probe)
-    worst = ((fast[:, 0] - plain).abs() / plain.abs().clamp(min=1.0)).max().item()
-    allowed = _tolerance(model) if tolerance is None else tolerance
-    differs = not worst <= allowed  # NaN differs
-    if synchronize is not None:
-        differs = bool(synchronize(int(differs)))
-    if not differs:
+    if together(int(obstacle is not None)):
+        return _refuse(obstacle or "another process cannot pack them")
+    made_up = _Rollout([token % _vocabulary(model) for token in range(48)], [48], [AnswerProbe([1, 2, 3], 1, 3)])
+    usable = [rollout for rollout in rollouts if rollout.probes and max(rollout.boundaries, default=0) > 1]
+    sequence, bounds, (probe, *_) = min(usable, key=lambda rollout: max(rollout.boundaries), default=made_up)
+    # Only in the middle can a probe see too much, too little or at the wrong place.
+    cuts = [(max(bounds) + 1) // 2, max(bounds)]
+    (packed,) = score_beliefs(model, [sequence[: cuts[1]]], [cuts], [[probe]], method="packed")
+    plain = []
+    with evaluating(model), torch.no_grad():
+        for target in (_target(sequence, cut, probe) for cut in cuts):
+            row = [*sequence[: target.limit], *target.tokens]
+            plain += run_rows(uncompiled(model), PlainBatch([row], [target]))
+    apart = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(packed[:, 0].tolist(), plain, strict=True))
+    allowed = _rounding(model) if tolerance is None else tolerance
+    agree = apart <= allowed  # NaN does not
+    if not together(int(not agree)):
         return None
-    reason = f"packed scoring and plain forwards differ by {worst:.2g} nats (at most {allowed:.2g} are rounding)"
-    logger.warning(
-        "Beliefs are scored per turn from now on, for %s on %s. Please report this model.",
-        reason,
-        type(base_model(model)).__name__,
+    where = "another process" if agree else type(base_model(model)).__name__
+    return _refuse(
+        f"on {where} packed scores are not those of plain forwards; here they are {apart:.2g} nats apart, where "
+        f"rounding explains {allowed:.2g}. Please report this model"
     )
-    return reason
 
 
 class _Rollout(NamedTuple):
@@ -233,12 +228,17 @@ def _choose(model: nn.Module, method: Method, longest: int) -> Method:
         return method
     obstacle = packed_obstacle(model, longest)
     if not obstacle:
-        _log_once(logging.INFO, f"Beliefs are scored packed: {type(base_model(model)).__name__} branches its cache.")
+        _log_once(logging.INFO, f"Beliefs are scored packed: {type(base_model(model)).__name__} can branch its cache.")
         return "packed"
     if method == "packed":
         raise ValueError(f"`method='packed'` may be wrong here: {obstacle}. Use 'auto' or 'per_turn'.")
-    _log_once(logging.WARNING, f"Beliefs are scored per turn, which is exact but slower: {obstacle}.")
+    _refuse(obstacle)
     return "per_turn"
+
+
+def _refuse(reason: str) -> str:
+    _log_once(logging.WARNING, f"Beliefs are scored per turn, which is exact but slower: {reason}.")
+    return reason
 
 
 @lru_cache(maxsize=64)
@@ -299,24 +299,7 @@ def _run(model: nn.Module, batch: PackedBatch | PlainBatch) -> Iterator[tuple[Ta
         yield from zip([target for row in rows for target in row], run_branches(model, trunk, rows), strict=True)
 
 
-@torch.no_grad()
-def _plain_forwards(
-    model: nn.Module, sequence: Sequence[int], cuts: Sequence[int], probe: AnswerProbe
-) -> torch.Tensor:
-    """The belief at each cut from a forward of nothing but its tokens: no padding, no mask, no cache."""
-    device = next(model.parameters()).device
-    values = []
-    with evaluating(model):
-        for cut in cuts:
-            ids = [*sequence[:cut], *probe.token_ids[: probe.answer_end]]
-            logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
-            first = cut + probe.answer_start
-            log_probs = logits[first - 1 : -1].float().log_softmax(dim=-1).cpu()
-            values.append(log_probs.gather(1, torch.tensor(ids[first:])[:, None]).mean())
-    return torch.stack(values)
-
-
-def _tolerance(model: nn.Module) -> float:
+def _rounding(model: nn.Module) -> float:
     """Sixteen times what the least exact number format on the way rounds by."""
     device = next(model.parameters()).device
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
@@ -325,3 +308,7 @@ def _tolerance(model: nn.Module) -> float:
     if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
         dtypes.add(torch.float16)  # TF32 has as many digits
     return max(1e-3, 16 * max(torch.finfo(dtype).eps for dtype in dtypes))
+
+
+def _vocabulary(model: nn.Module) -> int:
+    return base_model(model).config.get_text_config().vocab_size

@@ -164,7 +164,9 @@ def _may_stop(model: nn.Module) -> bool:
         if next(module.children(), None) is None:
             continue  # has ended, or not begun, when the last layer's keys are there
         hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
-        if hooked or hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+        wrapper = isinstance(getattr(module, "module", None), nn.Module)
+        compiled = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        if hooked or wrapper or compiled:
             return False
     return True
 
@@ -204,7 +206,7 @@ def _mean_log_probs(logits: torch.Tensor, index: list[int], targets: Sequence[Ta
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int = 0, in_front: bool = False) -> torch.Tensor:
-    width = max(len(row) for row in rows)
+    width = max(1, *(len(row) for row in rows))
     padding = [[value] * (width - len(row)) for row in rows]
     padded = [[*pad, *row] if in_front else [*row, *pad] for row, pad in zip(rows, padding, strict=True)]
     return torch.tensor(padded, dtype=torch.long)
