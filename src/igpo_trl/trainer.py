@@ -46,8 +46,8 @@ class IGPOTrainer(MultiTurnTrainer):
     - `reward_funcs` may be left out: [`answer_reward`] then scores the F1 of the last turn's answer.
     - Metrics of gains, beliefs, turns and collapse; optional records of every rollout (`save_trajectories`).
 
-    With `info_gain_weight=0` (and a mode other than `"critic"`) no belief is scored and training is GRPO's, bit for
-    bit. Evaluation never scores beliefs.
+    With `info_gain_weight=0` (and a mode other than `"critic"`) no belief is scored and the advantages are GRPO's,
+    bit for bit. Evaluation never scores beliefs.
 
     Args:
         model (`str` or `PreTrainedModel` or `PeftModel`): as in `GRPOTrainer`; text models only.
