@@ -4,6 +4,7 @@ import pytest
 import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from trl import chat_template_utils
 from trl.chat_template_utils import qwen2_5_chat_template, qwen3_training_chat_template
 
 from igpo_trl.observations import TRUNCATION_MARKER, ObservationEncoder
@@ -82,6 +83,28 @@ def test_a_request_to_answer_follows_the_results():
     text = TOKENIZER.decode(ids)
     assert text.index("Rome") < text.index("<|im_start|>user\nAnswer now.<|im_end|>")
     assert text.endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen2_5", "qwen3_training", "qwen3_instruct_2507", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8",
+        "llama3_1", "llama3_2", "glm4moe_training", "gemma4_v5", "lfm2_v2", "nemotron_3_nano", "deepseekv3_training",
+    ],
+)  # fmt: skip
+def test_templates_of_trl_render_results_and_requests(name):
+    """Those of thinking models drop the thoughts of turns before a user message, which must not matter."""
+    tokenizer = tiny.make_tokenizer(getattr(chat_template_utils, f"{name}_chat_template"))
+    encoder = ObservationEncoder(tokenizer)
+    result, request = tool_message("a result"), {"role": "user", "content": "Answer now."}
+    alone, followed, asked = (
+        tokenizer.decode(ids) for ids in encoder.encode([[result], [result, request], [request]])
+    )
+    assert "a result" in alone and "a result" in followed and "Answer now." in followed and "Answer now." in asked
+    assert followed.index("a result") < followed.index("Answer now.")
+    assert "dummy" not in alone + followed + asked
+    for text in (followed, asked):
+        assert text.endswith(alone[-12:]) or name.startswith(("gemma", "deepseek"))
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():

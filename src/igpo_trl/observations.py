@@ -115,20 +115,14 @@ class ObservationEncoder:
         prefixes = [self._prefix(messages) for messages in observations]
         rendered = [self._render(messages) for messages in observations]
         encoded = iter(self._encode_texts(itertools.chain.from_iterable(rendered)))
-        results = []
+        results: list[list[int]] = []
         for messages, prefix, pieces in zip(observations, prefixes, rendered, strict=True):
             ids = list(itertools.chain.from_iterable(itertools.islice(encoded, len(pieces))))
             if self._markers(ids) != self._frame(messages):
                 # The tokenizer normalises text to a marker that was not one: single characters cannot become one.
                 pieces = self._render(messages, everywhere=True)
                 ids = list(itertools.chain.from_iterable(self._encode_texts(pieces)))
-            if ids[: len(prefix)] != prefix:
-                raise ValueError(
-                    "The chat template is not prefix-preserving: rendering a tool message changed the tokens of the "
-                    f"turn before it. Expected them to begin with {self.tokenizer.decode(prefix)!r}, got "
-                    f"{self.tokenizer.decode(ids[: len(prefix)])!r}."
-                )
-            results.append(ids[len(prefix) :])
+            results.append(ids[self._turn_end(messages, prefix, ids) :])
         return results
 
     def _prefix(self, messages: Sequence[dict[str, Any]]) -> list[int]:
@@ -141,6 +135,22 @@ class ObservationEncoder:
             # Templates write a newline behind the end of a turn, which the policy does not sample.
             self._prefixes[key] = ids[: ends[-1] + 1] if ends else ids
         return self._prefixes[key]
+
+    def _turn_end(self, messages: Sequence[dict[str, Any]], prefix: list[int], ids: list[int]) -> int:
+        """Where the dummy conversation's assistant turn ends in a rendering of all messages."""
+        if ids[: len(prefix)] == prefix:
+            return len(prefix)
+        end = self.tokenizer.eos_token_id
+        ends = [i for i, token in enumerate(ids) if token == end]
+        if messages[-1]["role"] == "user" and prefix[-1] == end and len(ends) >= prefix.count(end):
+            # Templates of thinking models drop the thoughts of turns before a user message. Those of the policy were
+            # sampled and stay as they are; all that is needed here is what follows.
+            return ends[prefix.count(end) - 1] + 1
+        raise ValueError(
+            "The chat template is not prefix-preserving: rendering a tool message changed the tokens of the turn "
+            f"before it. Expected them to begin with {self.tokenizer.decode(prefix)!r}, got "
+            f"{self.tokenizer.decode(ids[: len(prefix)])!r}."
+        )
 
     def _render(self, messages: Sequence[dict[str, Any]], everywhere: bool = False) -> list[str]:
         """Rendered dummy conversation with these messages behind it, split where a marker must not become a token."""

@@ -78,6 +78,11 @@ class MultiTurnTrainer(GRPOTrainer):
         self._observations = ObservationEncoder(
             self._tokenizer, self.chat_template, self.chat_template_kwargs, options.max_tool_response_tokens
         )
+        if options.forced_answer:  # a template that cannot render the request says so now
+            request = {"role": "user", "content": options.forced_answer_prompt}
+            self._observations.encode([[{"role": "tool", "name": "tool", "content": ""}, request]])
+            if options.max_turn_length is not None:
+                self._observations.encode([[request]])
         self._schemas: dict[Any, dict[str, Any]] = {}
         self._call_syntax = CallSyntax(self._tokenizer)
         self._tool_runner = ToolRunner(
