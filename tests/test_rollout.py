@@ -13,6 +13,7 @@ import torch
 import trl.trainer.grpo_trainer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import add_response_schema, parse_response
 
@@ -21,6 +22,7 @@ from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.malformed import CallSyntax
 from igpo_trl.observations import TRUNCATION_MARKER
 from igpo_trl.tooling import ToolRunner, read_calls, tool
+from igpo_trl.trajectory import read_jsonl
 from igpo_trl.turns import turn_spans
 
 CALL, ANSWER = tiny.call("Paris"), tiny.answer("Paris")
@@ -191,7 +193,8 @@ def test_greedy_tokens_are_those_of_trl(tmp_path, monkeypatch, caplog, family):
     assert trainer._prefix_cache is None  # its memory is free for training
 
 
-def test_rollouts_that_finish_early_leave_the_batch(tmp_path, monkeypatch):
+@pytest.mark.parametrize("lora", [False, True])
+def test_rollouts_that_finish_early_leave_the_batch(tmp_path, monkeypatch, lora):
     """Rollout i makes i calls; the others' caches must follow their rows."""
 
     def parse(tokenizer, ids, prefix=None, tools=None):
@@ -206,20 +209,57 @@ def test_rollouts_that_finish_early_leave_the_batch(tmp_path, monkeypatch):
     prompts = [[{"role": "user", "content": f"{'long ' * n} question number {n}"}] for n in (3, 0, 4, 1, 2)]
     generated = []
     for reuse in (False, True):
+        torch.manual_seed(0)
         trainer = tiny.make_trainer(
             IGPOTrainer,
             IGPOConfig,
             tmp_path,
             reuse_prefixes=reuse,
+            peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+            if lora
+            else None,
+            seed=1,
             max_completion_length=500,
             generation_kwargs={"do_sample": False, "max_new_tokens": 6, "top_k": None},
         )
+        assert trainer._reuses_prefixes == reuse
         trainer._sync_tool_dicts, trainer._async_tool_dicts = [{"search": tiny.search}] * 5, [{}] * 5
         trainer.model.eval()
         with torch.no_grad():
             generated.append(trainer._generate(prompts)[:3])
     assert generated[0] == generated[1]
     assert [len(observations_of(*row)) for row in zip(*generated[0][1:], strict=True)] == [3, 0, 4, 1, 2]
+
+
+def test_generations_are_reused_and_evaluation_has_its_own_number(tmp_path):
+    """Two optimizer steps per generation batch, two passes over it, and one rollout per question in evaluation."""
+    trainer = make(
+        tmp_path,
+        per_device_train_batch_size=2,
+        steps_per_generation=2,
+        num_iterations=2,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=4,
+        eval_dataset=tiny.make_dataset(2),
+        num_generations_eval=1,
+        per_device_eval_batch_size=2,
+        save_trajectories=True,
+    )
+    trainer.scripts = [[CALL, ANSWER], [tiny.call("Rome"), ANSWER], [CALL, CALL, ANSWER], [ANSWER]]
+    batches, generate = [], trainer._generate
+
+    def count(prompts):
+        batches.append((trainer.model.training, len(prompts)))
+        return generate(prompts)
+
+    trainer._generate = count
+    trainer.train()
+    assert batches == [(True, 4), (False, 2)]
+    (evaluation,) = [log for log in trainer.state.log_history if "eval_rollout/stop/answered" in log]
+    assert evaluation["eval_rollout/stop/answered"] == 1.0 and evaluation["eval_rollout/turns/mean"] == 2.0
+    records = list(read_jsonl(tmp_path / "trajectories" / "rank0.jsonl"))
+    assert [record.stop_reason for record in records] == ["answered"] * 4
 
 
 # Limits and stop reasons
