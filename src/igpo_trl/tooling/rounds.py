@@ -62,6 +62,8 @@ class Round:
         self.plain: deque[int] = deque()  # calls of plain functions about which nothing is special
         self.units: deque[_Unit] = deque()
         self.workers = 0
+        self.group: Any = None  # of tasks; exists while the round runs
+        self.cancelled = False
         self.failure: BaseException | None = None
 
         first_of: dict[Hashable, int] = {}
@@ -98,8 +100,11 @@ class Round:
     async def run(self) -> BaseException | None:
         """Fill in the results. What `ToolRunner.run` has to raise is returned: raised here, it would end the loop."""
         self.threads = anyio.CapacityLimiter(math.inf)  # the number of workers is the limit
+        self.group = anyio.create_task_group()
         try:
-            async with anyio.create_task_group() as self.group:
+            async with self.group:
+                if self.cancelled:
+                    return None
                 self._hire(len(self.units))
                 number = 2
                 while self.plain and self.workers < self.max_concurrent:
@@ -109,6 +114,12 @@ class Round:
         finally:
             self.plain.clear()  # for the threads
         return self.failure
+
+    def cancel(self) -> None:
+        """On the loop: stop what can be stopped, leave the rest behind."""
+        self.cancelled = True
+        if self.group is not None:
+            self.group.cancel_scope.cancel()
 
     def _hire(self, number: int) -> None:
         for _ in range(min(number, self.max_concurrent - self.workers)):
@@ -131,7 +142,7 @@ class Round:
             raise
         except BaseException as error:
             self.failure = self.failure or error
-            self.group.cancel_scope.cancel()
+            self.cancel()
         finally:
             self.workers -= 1
 

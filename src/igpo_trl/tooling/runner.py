@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -73,15 +74,17 @@ class ToolRunner:
         round_ = Round(calls, self.max_concurrent, self.timeout, self._running, self._warned)
         if round_.plain or round_.units:
             loop = self._start()
-            future = asyncio.run_coroutine_threadsafe(round_.run(), loop)
             try:
+                future = asyncio.run_coroutine_threadsafe(round_.run(), loop)
                 while not future.done():
                     concurrent.futures.wait([future], timeout=1.0)
                     if not future.done() and not (self._thread.is_alive() if self._thread else loop.is_running()):
                         raise RuntimeError("the event loop that runs the tools has stopped.")
                 failure = future.result()
             except BaseException:
-                future.cancel()
+                # Not through the future: an interrupt may come before it is assigned.
+                with contextlib.suppress(RuntimeError):  # the loop is closed
+                    loop.call_soon_threadsafe(round_.cancel)
                 raise
             if failure is not None:
                 raise failure
