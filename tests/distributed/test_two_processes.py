@@ -1,7 +1,5 @@
 """Two processes compute the numbers of one process."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,26 +11,19 @@ pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).with_name("script.py")
 
 
-def launch(folder, num_processes, repository):
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(repository / "src"), str(repository / "tests")]),
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-    }
+def results(launch, folder, num_processes):
     command = [sys.executable]
     if num_processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    command += [str(SCRIPT), str(folder), str(num_processes)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch([*command, str(SCRIPT), str(folder), str(num_processes)], ACCELERATE_USE_CPU="true")
     return [torch.load(folder / f"rank{rank}of{num_processes}.pt") for rank in range(num_processes)]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, repository):
+def runs(launch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    (single,) = launch(folder, 1, repository)
-    return single, launch(folder, 2, repository)
+    (single,) = results(launch, folder, 1)
+    return single, results(launch, folder, 2)
 
 
 def test_advantages_are_those_of_one_process(runs):

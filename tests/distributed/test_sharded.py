@@ -1,0 +1,105 @@
+"""
+Sharded models: two processes whose rollouts need different numbers of rounds do what one process does.
+
+With sharded parameters every forward is a collective, so a process that makes one more than the others stops them all.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+SCRIPT = Path(__file__).with_name("sharded.py")
+CASES = {"fsdp2": ("even", "uneven", "lora"), "zero3": ("even", "uneven", "lora", "ungathered")}
+METHODS = [
+    "fsdp2",
+    pytest.param(
+        "zero3",
+        marks=pytest.mark.skipif(
+            importlib.util.find_spec("deepspeed") is None,
+            reason="DeepSpeed is not installed: DS_BUILD_OPS=0 pip install 'igpo-trl[deepspeed]'",
+        ),
+    ),
+]
+
+
+def results(folder, case, num_processes):
+    return [torch.load(folder / f"{case}-rank{rank}.pt") for rank in range(num_processes)]
+
+
+@pytest.fixture(scope="module")
+def single(launch, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("single")
+    launch([sys.executable, str(SCRIPT), str(folder), "1", *CASES["zero3"]])
+    return {case: results(folder, case, 1)[0] for case in CASES["zero3"]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_uneven_rounds_on_sharded_models(method, launch, single, tmp_path, repository):
+    # The shipped configuration, but for what needs GPUs: bfloat16, and eight of them.
+    options = ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    config = repository / "accelerate_configs" / f"{method}.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *options]
+    launch([*launcher, str(SCRIPT), str(tmp_path), "2", *CASES[method]], DS_ACCELERATOR="cpu")
+    for case in CASES[method]:
+        one, ranks = single[case], results(tmp_path, case, 2)
+        check_sharding(method, one, ranks)
+        check_rounds(case, one, ranks)
+        check_parameters(one, ranks)
+        check_saved(tmp_path / case / "saved", ranks[0])
+
+
+def check_sharding(method, one, ranks):
+    # A launcher that quietly starts one process, or shards nothing, would make every comparison pass.
+    assert one["distributed_type"] == "NO" and one["num_processes"] == 1
+    for i, rank in enumerate(ranks):
+        assert rank["distributed_type"] == {"fsdp2": "FSDP", "zero3": "DEEPSPEED"}[method]
+        assert rank["num_processes"] == 2 and rank["process_index"] == i
+        assert rank["zero_stage"] == {"fsdp2": None, "zero3": 3}[method]
+        assert rank["shard_elements"] == one["shard_elements"] / 2
+        assert method != "fsdp2" or rank["whole_elements"] == 0
+
+
+def check_rounds(case, one, ranks):
+    assert len(one["records"]) == len(ranks[0]["records"]) == len(ranks[1]["records"])
+    for expected, *parts in zip(one["records"], *(rank["records"] for rank in ranks), strict=True):
+        first, second = (part["rounds"] for part in parts)
+        assert len(first) == len(second) == len(expected["rounds"]), "the processes generate equally often"
+        assert [a + b for a, b in zip(first, second, strict=True)] == expected["rounds"]
+        assert case == "even" or 0 in first + second, "a process has to wait for the other"
+        assert [row.tolist() for part in parts for row in part["completion_ids"]] == [
+            row.tolist() for row in expected["completion_ids"]
+        ]
+        advantages = torch.cat([row for part in parts for row in part["advantages"]])
+        torch.testing.assert_close(advantages, torch.cat(expected["advantages"]), atol=2e-4, rtol=0.0)
+        # What the policy gave to each sampled token: the context that it sampled from was the right one.
+        sampled = [turn for part in parts for turns in part["log_probs"] for turn in turns]
+        for turn, reference in zip(sampled, [turn for turns in expected["log_probs"] for turn in turns], strict=True):
+            assert turn == pytest.approx(reference, abs=1e-4)
+
+
+def check_parameters(one, ranks):
+    assert one["losses"] and all(torch.tensor(rank["losses"]).isfinite().all() for rank in ranks)
+    assert ranks[0]["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    moved = 0.0
+    for name, expected in one["end"].items():
+        first, second = (rank["end"][name] for rank in ranks)
+        assert torch.equal(first, second), name
+        torch.testing.assert_close(first, expected, atol=2e-6, rtol=0.0, msg=name)
+        moved = max(moved, (first - one["start"][name]).abs().max().item())
+    assert moved > 2e-3  # a thousand times the tolerance
+
+
+def check_saved(folder, rank):
+    (file,) = folder.glob("*model.safetensors")
+    saved = load_file(file)
+    trained = {name.replace(".default.", "."): value for name, value in rank["end"].items()}
+    assert saved.keys() <= trained.keys()
+    assert saved.keys() == trained.keys() or all("lora_" in name for name in saved)
+    for name, value in saved.items():
+        assert torch.equal(value, trained[name]), name
