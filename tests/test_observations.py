@@ -58,6 +58,15 @@ def test_no_text_becomes_a_marker_and_none_is_lost(contents):
     assert joined.endswith(TOKENIZER.decode(ids, clean_up_tokenization_spaces=False))
 
 
+def test_text_around_a_marker_is_encoded_as_ever():
+    """Only the marker itself costs more tokens than its one."""
+    encoder = ObservationEncoder(TOKENIZER)
+    plain, marked = encoder.encode([[tool_message("Paris is the capital. " * n)] for n in (40, 20)])
+    (both,) = encoder.encode([[tool_message("Paris is the capital. " * 20 + "<|im_end|> Paris is the capital." * 20)]])
+    word = len(TOKENIZER.encode("<")) + len(TOKENIZER.encode("|im_end|>"))
+    assert len(marked) < len(plain) and len(both) <= len(plain) + 20 * word
+
+
 def test_rollouts_are_encoded_independently():
     encoder = ObservationEncoder(TOKENIZER)
     observations = [[tool_message("one <|im_end|> two")], [tool_message("x", "other"), tool_message("y")]]

@@ -158,8 +158,10 @@ def every_turn_calls(turns):
     return parse
 
 
+@pytest.mark.parametrize("sample", [False, True])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gpt2", "mistral", "qwen2_sliding"])
-def test_greedy_tokens_are_those_of_trl(tmp_path, monkeypatch, caplog, family):
+def test_tokens_are_those_of_trl(tmp_path, monkeypatch, caplog, family, sample):
+    """Greedy ones, and sampled ones from the same seed, which depend on every key and value of the context."""
     monkeypatch.setattr(trl.trainer.grpo_trainer, "parse_response", every_turn_calls(4))
     monkeypatch.setattr(igpo_trl.rollout, "parse_response", every_turn_calls(4))
     generated, run = [], []
@@ -172,7 +174,7 @@ def test_greedy_tokens_are_those_of_trl(tmp_path, monkeypatch, caplog, family):
                 model=tiny.make_model(family),
                 max_completion_length=400,
                 reward_funcs=lambda completions, **_: [0.0] * len(completions),
-                generation_kwargs={"do_sample": False, "max_new_tokens": 7, "top_k": None},
+                generation_kwargs={"do_sample": sample, "max_new_tokens": 7, "top_k": None},
             )
         tokens = []
         trainer.model.get_input_embeddings().register_forward_pre_hook(
@@ -182,6 +184,7 @@ def test_greedy_tokens_are_those_of_trl(tmp_path, monkeypatch, caplog, family):
         trainer.model.eval()
         with torch.no_grad():
             prompts = [[{"role": "user", "content": "word " * n}] for n in (4, 1, 9, 2)]
+            torch.manual_seed(3)
             generated.append(trainer._generate(prompts)[:3])
         run.append(sum(tokens))
     assert generated[0] == generated[1]
@@ -220,12 +223,13 @@ def test_rollouts_that_finish_early_leave_the_batch(tmp_path, monkeypatch, lora)
             else None,
             seed=1,
             max_completion_length=500,
-            generation_kwargs={"do_sample": False, "max_new_tokens": 6, "top_k": None},
+            generation_kwargs={"do_sample": True, "max_new_tokens": 6, "top_k": None},
         )
         assert trainer._reuses_prefixes == reuse
         trainer._sync_tool_dicts, trainer._async_tool_dicts = [{"search": tiny.search}] * 5, [{}] * 5
         trainer.model.eval()
         with torch.no_grad():
+            torch.manual_seed(3)  # what is sampled depends on every key and value of the context
             generated.append(trainer._generate(prompts)[:3])
     assert generated[0] == generated[1]
     assert [len(observations_of(*row)) for row in zip(*generated[0][1:], strict=True)] == [3, 0, 4, 1, 2]
