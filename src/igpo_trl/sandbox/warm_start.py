@@ -52,7 +52,7 @@ class WarmStartConfig:
     learning_rate: float = 6e-3
     width: int = 64
     # With half of them random, a model of this size succeeds in one sampled rollout of a hundred: too few to learn
-    random_queries: float = 0.2
+    random_queries: float = 0.3
     relevant_reads: float = 0.85
 
 
