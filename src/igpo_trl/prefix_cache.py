@@ -101,8 +101,8 @@ class PrefixCache:
 
         if self._cache is None or slots <= 0:
             return DynamicCache(config=config)
-        source = torch.tensor([self._row_of[rollout] for rollout in rollouts])
-        # Slots of padding are masked: whatever they hold is not seen.
+        # A rollout that is not cached has nothing but padding in these slots, which is masked: any row does.
+        source = torch.tensor([self._row_of.get(rollout, 0) for rollout in rollouts])
         shift = self._padding[source] - torch.tensor(padding)
         column = (torch.arange(slots) + shift[:, None]).clamp(0, self._cache.get_seq_length() - 1)
         for layer in self._cache.layers:  # one layer at a time, so that the old and the new cache never both exist

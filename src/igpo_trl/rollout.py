@@ -323,8 +323,9 @@ class MultiTurnTrainer(GRPOTrainer):
         """Calls of a turn; a call that cannot be read is one with an error as its result, and makes the flag true."""
 
         def order(function: Callable[..., Any]) -> int | None:
-            """Methods of one rollout's environment run one after another."""
-            return rollout.index if getattr(function, "__self__", None) is rollout.environment is not None else None
+            """Methods of one environment run one after another, also behind a hung call of an earlier step."""
+            owner = getattr(function, "__self__", None)
+            return id(owner) if owner is not None and owner is rollout.environment else None
 
         calls = read_calls(message.get("tool_calls"), rollout.tools, order)
         if calls:
