@@ -279,10 +279,9 @@ class MultiTurnTrainer(GRPOTrainer):
         contexts = [rollout.prompt + rollout.ids for rollout in rollouts]
         turns, logprobs = self._generate_single_turn(contexts, None, {}, num_generations=1)
         for i, (rollout, room) in enumerate(zip(rollouts, rooms, strict=True)):
-            sampled = list(turns[i][:room])
-            message = parse_response(
-                self._tokenizer, sampled, prefix=contexts[i], tools=list(rollout.tools.values())
-            ) if sampled else None  # fmt: skip
+            sampled, schemas = list(turns[i][:room]), self._schemas_of(rollout)
+            # The parser looks for the generation prompt alone, so it is spared the rest of the context.
+            message = parse_response(self._tokenizer, sampled, prefix=rollout.read, tools=schemas) if sampled else None
             self._take_turn(rollout, sampled, logprobs and logprobs[i][:room], message)
         return True
 
