@@ -16,7 +16,7 @@ FOREIGN = ("ACCELERATE_", "FSDP_", "DS_", "MASTER_", "LOCAL_", "TORCHELASTIC_", 
 def launch(repository: Path) -> Callable[..., None]:
     """Run a command on CPUs only, and fail with the end of its output if it fails or takes too long."""
 
-    def run(command: Sequence[str], timeout: float = 300.0, **environment: str) -> None:
+    def run(command: Sequence[str], timeout: float = 480.0, **environment: str) -> None:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
         ours = {
             "PYTHONPATH": os.pathsep.join([str(repository / "src"), str(repository / "tests")]),

@@ -21,7 +21,7 @@ from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from igpo_trl import IGPOConfig, IGPOTrainer
 
 NUM_ROLLOUTS = 4
-HANGS_AFTER = 240  # seconds
+HANGS_AFTER = 420  # seconds
 GENERATE = GenerationMixin.generate
 # Parameters of up to so many elements ZeRO-3 keeps whole on every process.
 PERSISTENCE_THRESHOLD = 10**5
