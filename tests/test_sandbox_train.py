@@ -44,6 +44,28 @@ def scripted(monkeypatch, trainer, turns):
     monkeypatch.setattr(trainer, "_generate_single_turn", say)
 
 
+def test_both_loops_make_the_same_rollouts(policy, tmp_path, monkeypatch):
+    """TRL's loop for GRPO and ours for IGPO: what is compared must be the methods alone."""
+    questions = list(make_dataset(12, 6))
+    asked = questions[0]["prompt"][0]["content"].rstrip("?").split()
+    known = (
+        f'<tool_call>{{"name": "search", "arguments": {{"query": "{" ".join(asked[-2:])} {asked[-4]}"}}}}</tool_call>'
+    )
+    turns = [
+        f"{known}<|im_end|>",
+        f"{known[:-14]}mother{known[-14:]}<|im_end|>",
+        "<answer>Ada Brown</answer><|im_end|>",
+    ]
+    made = []
+    for method in ("grpo", "igpo_critic"):
+        trainer = make_trainer(method, policy, tmp_path / method, budget=BUDGET)
+        scripted(monkeypatch, trainer, turns)
+        made.append([[(t.text, t.observation) for t in record.turns] for record in rollouts(trainer, questions)])
+    assert made[0] == made[1]
+    assert all(len(turns) == 3 for turns in made[0])
+    assert asked[-4] in made[0][0][0][1] and "<|unk|>" not in str(made)
+
+
 def test_evaluation_reads_the_scripted_policy(policy, tmp_path, monkeypatch):
     trainer = make_trainer("grpo", policy, tmp_path, budget=BUDGET)
     questions = list(make_dataset(11, 4))

@@ -47,8 +47,8 @@ class ObservationEncoder:
         markers = {
             str(token): i
             for i, token in tokenizer.added_tokens_decoder.items()
-            # Some tokenizers add plain whitespace, which is text
-            if token.special or (not str(token).isspace() and len(str(token)) > 1)
+            # Some tokenizers add plain whitespace, which is text, as is what stands for words that they do not know
+            if i != tokenizer.unk_token_id and (token.special or (not str(token).isspace() and len(str(token)) > 1))
         }
         self._marker_ids = frozenset(markers.values())
         # Looking ahead finds overlapping ones as well. Longest first is not needed: only where they begin counts.
