@@ -1,38 +1,63 @@
 """What the belief pass costs, in units of one plain causal forward of the same trajectories.
 
-    python benchmarks/beliefs.py [--contexts 8] [--tokens 1536] [--answer-tokens 16] [--device cpu]
+    python benchmarks/beliefs.py [--contexts 8] [--tokens 1536] [--answer-tokens 16] [--device cpu] [--shape 7M]
 
-Times, in turn and several times over: a plain forward of the trajectories, packed scoring (the trajectory once, then
-all probes against its cache), one forward per context, and the same as it is usually written, with the logits of every
-position. Prints medians, the median of the run-by-run ratios, and how far packed and per-turn scores are apart. The
-model has random weights: only time is measured.
+Runs, in turn and several times over: a plain forward of the trajectories; packed scoring (the trajectory once, then
+all probes against its cache); the probes alone, as if the cache were there anyway; one full forward per turn with the
+logits of every position, as it is usually written; and our own `method="per_turn"`, which computes the logits of the
+answer alone. Prints medians, tokens run, peak memory of the tensors made on the way, the medians of the run-by-run
+ratios beside their targets, and how far packed and per-turn scores are apart. The model has random weights: only time
+and memory are measured.
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported: its profiler would write to the table
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from igpo_trl._packing import Target
 from igpo_trl.beliefs import AnswerProbe, score_beliefs
+from igpo_trl.branching import run_branches, run_trunk
+
+# Vocabulary, hidden size, MLP, layers, heads, key and value heads, tied embeddings: Qwen2 shapes.
+SHAPES = {
+    "7M": (4096, 256, 768, 7, 8, 2, False),
+    "0.5B": (151936, 896, 4864, 24, 14, 2, True),
+    "3B": (151936, 2048, 11008, 36, 16, 2, True),
+}
+PLAIN, PACKED, MARGINAL, USUAL, LEAN = (
+    "plain forward",
+    "packed",
+    "probes alone",
+    "per turn, as usual",
+    "method='per_turn'",
+)
 
 
-def make_model(device: str) -> Qwen2ForCausalLM:
-    """A Qwen2 shape of 7 million parameters, float32, SDPA attention."""
+def make_model(shape: str, device: str, dtype: torch.dtype) -> Qwen2ForCausalLM:
+    """A Qwen2 with random weights and SDPA attention."""
     torch.manual_seed(0)
+    vocabulary, hidden, mlp, layers, heads, groups, tied = SHAPES[shape]
     config = Qwen2Config(
-        vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=7,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=32768,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        tie_word_embeddings=tied,
+        max_position_embeddings=65536,
         attn_implementation="sdpa",
     )
-    return Qwen2ForCausalLM(config).to(device).eval()
+    with torch.device(device):
+        return Qwen2ForCausalLM(config).to(dtype).eval()
 
 
 def main() -> None:
@@ -49,66 +74,134 @@ def main() -> None:
     )
     parser.add_argument("--rollouts", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--shape", choices=SHAPES, default="7M")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default=None, help="default: float32 on a CPU, bfloat16 elsewhere")
     args = parser.parse_args()
 
-    model = make_model(args.device)
-    size = sum(p.numel() for p in model.parameters()) / 1e6
+    dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
+    model = make_model(args.shape, args.device, dtype)
+    device = args.device if args.device == "cpu" else torch.cuda.get_device_name()
     print(
-        f"{size:.1f} M parameters, {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}: "
-        f"{args.rollouts} trajectory of {args.tokens} tokens, {args.contexts} contexts, answers of "
-        f"{args.answer_tokens} tokens, {args.repeats} runs"
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {dtype}, {device}, "
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}: {args.rollouts} trajectory of {args.tokens} "
+        f"tokens, {args.contexts} contexts, answers of {args.answer_tokens} tokens, medians of {args.repeats} runs"
     )
     for template_tokens in args.template_tokens:
         compare(model, args, template_tokens)
 
 
 def compare(model: Qwen2ForCausalLM, args: argparse.Namespace, template_tokens: int) -> None:
-    """Time the three and print their table."""
+    """Run all of them and print their table."""
+    functions = make_functions(model, args, template_tokens)
+    tokens, memory = {}, {}
+    for name, function in functions.items():
+        tokens[name], memory[name] = count_tokens(model, function), peak_memory(function, args.device)
+    times = measure(functions, args.repeats, args.device)
+    apart = max((a - b).abs().max().item() for a, b in zip(functions[PACKED](), functions[LEAN](), strict=True))
+
+    print(f"\nAnswers behind {template_tokens} template tokens")
+    print(f"{'':20}{'median ms':>11}{'x plain forward':>17}{'tokens run':>12}{'peak MB':>9}")
+    for name, values in times.items():
+        print(
+            f"{name:20}{1e3 * statistics.median(values):11.1f}{ratio(values, times[PLAIN]):17.2f}"
+            f"{tokens[name]:12}{memory[name] / 1e6:9.1f}"
+        )
+    print(f"packed : plain forward = {ratio(times[PACKED], times[PLAIN]):.2f} (target: at most 1.25)")
+    print(f"probes alone : plain forward = {ratio(times[MARGINAL], times[PLAIN]):.2f} (target: at most 0.15)")
+    print(
+        f"per-turn : packed = {ratio(times[USUAL], times[PACKED]):.2f} (target: at least 3.8, which is meant for one "
+        "full forward per turn as it is usually written)"
+    )
+    print(f"method='per_turn' : packed = {ratio(times[LEAN], times[PACKED]):.2f} (no target)")
+    print(f"largest difference between packed and method='per_turn': {apart:.1e} nats")
+
+
+def make_functions(
+    model: Qwen2ForCausalLM, args: argparse.Namespace, template_tokens: int
+) -> dict[str, Callable[[], list[torch.Tensor]]]:
+    """What is compared, by name."""
     generator = torch.Generator().manual_seed(1)
 
     def tokens(count: int) -> list[int]:
-        return torch.randint(0, 4096, (count,), generator=generator).tolist()
+        return torch.randint(0, model.config.vocab_size, (count,), generator=generator).tolist()
 
     sequences = [tokens(args.tokens) for _ in range(args.rollouts)]
     boundaries = [[args.tokens * (k + 1) // args.contexts for k in range(args.contexts)] for _ in sequences]
-    length = template_tokens + args.answer_tokens
-    probes = [[AnswerProbe(tokens(length), template_tokens, length)] for _ in sequences]
+    probe = AnswerProbe(
+        tokens(template_tokens + args.answer_tokens), template_tokens, template_tokens + args.answer_tokens
+    )
+    probes = [[probe] for _ in sequences]
     batch = torch.tensor(sequences, device=args.device)
 
-    def plain() -> None:
-        with torch.no_grad():
-            model(batch, use_cache=False, logits_to_keep=1)
+    @torch.no_grad()
+    def plain() -> list[torch.Tensor]:
+        return [model(batch, use_cache=False, logits_to_keep=1).logits]
 
-    def packed() -> list[torch.Tensor]:
-        return score_beliefs(model, sequences, boundaries, probes, method="packed", batch_size=args.rollouts)
+    # Without a template the first answer token is predicted by the context's last one, which is run again.
+    runs = [
+        [
+            Target(bound - 1, [sequence[bound - 1], *probe.token_ids[:-1]], probe.token_ids, [])
+            if template_tokens == 0
+            else Target(bound, probe.token_ids[:-1], probe.token_ids[template_tokens:], [])
+            for bound in bounds
+        ]
+        for sequence, bounds in zip(sequences, boundaries, strict=True)
+    ]
+    with torch.no_grad():
+        trunk = run_trunk(model, sequences)
 
-    def per_turn() -> list[torch.Tensor]:
+    @torch.no_grad()
+    def marginal() -> list[torch.Tensor]:
+        return [torch.tensor(run_branches(model, trunk, runs))]
+
+    @torch.no_grad()
+    def as_usually_written() -> list[torch.Tensor]:
+        scores = []
+        for sequence, bounds in zip(sequences, boundaries, strict=True):
+            for bound in bounds:
+                ids = torch.tensor([sequence[:bound] + probe.token_ids], device=args.device)
+                labels = ids[:, -args.answer_tokens :]
+                log_probs = model(ids, use_cache=False).logits[:, -args.answer_tokens - 1 : -1].log_softmax(-1)
+                scores.append(log_probs.gather(-1, labels[..., None]).mean())
+        return scores
+
+    score = partial(score_beliefs, model, sequences, boundaries, probes)
+    return {
+        PLAIN: plain,
+        PACKED: partial(score, method="packed", tokens_per_batch=args.rollouts * args.tokens),
+        MARGINAL: marginal,
+        USUAL: as_usually_written,
         # One context at a time: in a batch of different lengths, padding would make it slower still.
-        return score_beliefs(model, sequences, boundaries, probes, method="per_turn", batch_size=1)
+        LEAN: partial(score, method="per_turn", batch_size=1),
+    }
 
-    def as_usually_written() -> None:
-        # One forward per context that keeps the logits of every position, without a word of scoring code around it.
-        with torch.no_grad():
-            for sequence, bounds, (probe,) in zip(sequences, boundaries, probes, strict=True):
-                for bound in bounds:
-                    ids = torch.tensor([sequence[:bound] + probe.token_ids], device=args.device)
-                    labels = ids[:, -args.answer_tokens :]
-                    log_probs = model(ids, use_cache=False).logits[:, -args.answer_tokens - 1 : -1].log_softmax(-1)
-                    log_probs.gather(-1, labels[..., None]).mean()
 
-    functions = {"plain": plain, "packed": packed, "per turn": per_turn, "per turn, all logits": as_usually_written}
-    times = measure(functions, args.repeats, args.device)
-    apart = max((a - b).abs().max().item() for a, b in zip(packed(), per_turn(), strict=True))
+def count_tokens(model: Qwen2ForCausalLM, function: Callable[[], object]) -> int:
+    """Tokens that go through the model."""
+    counts: list[int] = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, ids, __: counts.append(ids[0].numel()))
+    function()
+    handle.remove()
+    return sum(counts)
 
-    print(f"\nAnswers behind {template_tokens} template tokens")
-    print(f"{'':22}{'median ms':>12}{'× plain forward':>18}")
-    for name, values in times.items():
-        print(f"{name:22}{1e3 * statistics.median(values):12.1f}{ratio(values, times['plain']):18.2f}")
-    print(f"packed : plain    = {ratio(times['packed'], times['plain']):.2f}   (target at most 1.30)")
-    print(f"per turn : packed = {ratio(times['per turn'], times['packed']):.2f}   (target at least 3.50)")
-    print(f"all logits : packed = {ratio(times['per turn, all logits'], times['packed']):.2f}")
-    print(f"largest difference between packed and per turn: {apart:.1e} nats")
+
+def peak_memory(function: Callable[[], object], device: str) -> int:
+    """Most bytes that the function's tensors hold at a time, beside what was there before."""
+    if device != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    held = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def measure(functions: dict[str, Callable], repeats: int, device: str) -> dict[str, list[float]]:

@@ -438,22 +438,27 @@ def test_any_budget_equals_oracle(batch, tokens_per_batch):
         assert_beliefs(score_beliefs(model, *batch, method=method, tokens_per_batch=tokens_per_batch), expected)
 
 
-@pytest.mark.parametrize("limit", ["_MASK_ELEMENTS", "_LOGITS"])
+@pytest.mark.parametrize(("limit", "value"), [("_MASK_ELEMENTS", 20_000), ("_LOGITS", 20_000), ("_NODES", 50)])
 @pytest.mark.parametrize("method", ["packed", "per_turn"])
-def test_masks_and_logits_are_bounded_however_many_turns(models, monkeypatch, method, limit):
+def test_masks_and_logits_are_bounded_however_many_turns(models, monkeypatch, method, limit, value):
     model, sequence, boundaries = models("qwen3"), tokens(100), list(range(1, 101))
     batch = [sequence], [boundaries], [[probe(3, 4)]]
     expected = score_beliefs(model, *batch, method=method)
-    elements = 20_000
-    monkeypatch.setattr(_packing, limit, elements)
+    monkeypatch.setattr(_packing, limit, value)
+    masks, make = [], branching._masks
+    monkeypatch.setattr(branching, "_masks", lambda *arguments: masks.append(make(*arguments)) or masks[-1])
     actual = []
     shapes, logits = forwards_of(model, lambda: actual.extend(score_beliefs(model, *batch, method=method)))
     torch.testing.assert_close(actual[0], expected[0], atol=NATS, rtol=0.0)
     if limit == "_LOGITS":
-        assert max(logits) * VOCABULARY <= elements
+        assert max(logits) * VOCABULARY <= value
     elif method == "packed":
-        assert all(width * (100 + width) <= elements for _, width in shapes[1:])
-        assert len(shapes) > 2
+        sizes = [mask["full_attention"].shape[-2:] for mask in masks]
+        assert len(sizes) > 2
+        assert max(size[0] if limit == "_NODES" else size.numel() for size in sizes) <= value
+        # The first forward has the shortest contexts, and no keys of tokens that none of them holds.
+        assert [keys - width for width, keys in sizes] == sorted({keys - width for width, keys in sizes})
+        assert sizes[-1][1] - sizes[-1][0] == 100 > sizes[0][1] - sizes[0][0]
 
 
 def test_what_probes_begin_with_in_common_is_run_once(models):

@@ -10,6 +10,9 @@ from typing import NamedTuple
 # and 512 MB in bfloat16. Both would grow with the square of something.
 _MASK_ELEMENTS = 1 << 26
 _LOGITS = 1 << 28
+# Nodes of a row in one forward: beyond that, what they compute of each other costs more than a further forward, which
+# also needs only the keys of its own contexts.
+_NODES = 1024
 
 
 class Target(NamedTuple):
@@ -49,6 +52,7 @@ class Budget(NamedTuple):
             (self.rows is None or rows <= self.rows)
             and rows * width <= self.tokens
             and rows * width * keys <= _MASK_ELEMENTS
+            and (not keys or width <= _NODES)
             and rows * logits * self.vocabulary <= _LOGITS
         )
 
@@ -175,7 +179,7 @@ def _split(unit: Unit, budget: Budget) -> list[list[Target]]:
     nodes = logits = 0
     for shared, target in _shared_with_previous(unit.targets):
         nodes, logits = nodes + len(target.tokens) - shared, logits + len(target.labels)
-        if not chunks or not budget.allows(1, nodes, logits, len(unit.context) + nodes):
+        if not chunks or not budget.allows(1, nodes, logits, target.limit + nodes):
             chunks.append([])
             nodes, logits = len(target.tokens), len(target.labels)
         chunks[-1].append(target)

@@ -30,7 +30,8 @@ class Trunk(DynamicCache):
     """
     Every key and value of the trunk, in every layer: windows are the masks' business.
 
-    Once it is complete, tokens that are run against it see it and each other, and leave nothing behind.
+    Once it is complete, tokens that are run against it see its first `reach` tokens and each other, and leave nothing
+    behind.
     """
 
     def __init__(self, num_layers: int, stop_when_complete: bool) -> None:
@@ -38,13 +39,15 @@ class Trunk(DynamicCache):
         self._last_layer = num_layers - 1
         self._stop = stop_when_complete
         self.complete = False
+        self.reach = 0
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.complete:
             layer = self.layers[layer_idx]
-            return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
+            keys, values = layer.keys[:, :, : self.reach], layer.values[:, :, : self.reach]
+            return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
         keys_and_values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if self._stop and layer_idx == self._last_layer:
             raise _Complete
@@ -75,11 +78,12 @@ def run_branches(model: nn.Module, trunk: Trunk, rows: Sequence[Sequence[Target]
     nodes = _Nodes.of(forests, _device(model))
     width = max(forest.num_predicting for forest in forests)
     total = nodes.tokens.shape[1]
+    trunk.reach = max(limit for forest in forests for limit in forest.limits)  # nobody sees what is behind
     with _mask_taking_attention(model) as attention:
         logits = model(
             input_ids=nodes.tokens,
             position_ids=nodes.positions,
-            attention_mask=_masks(base_model(model).config, nodes, trunk.get_seq_length(), attention),
+            attention_mask=_masks(base_model(model).config, nodes, trunk.reach, attention),
             past_key_values=trunk,
             use_cache=True,
             **_options(model, range(total - width, total)),
