@@ -48,21 +48,15 @@ def test_both_loops_make_the_same_rollouts(policy, tmp_path, monkeypatch):
     """TRL's loop for GRPO and ours for IGPO: what is compared must be the methods alone."""
     questions = list(make_dataset(12, 6))
     asked = questions[0]["prompt"][0]["content"].rstrip("?").split()
-    known = (
-        f'<tool_call>{{"name": "search", "arguments": {{"query": "{" ".join(asked[-2:])} {asked[-4]}"}}}}</tool_call>'
-    )
-    turns = [
-        f"{known}<|im_end|>",
-        f"{known[:-14]}mother{known[-14:]}<|im_end|>",
-        "<answer>Ada Brown</answer><|im_end|>",
-    ]
+    query = f"{' '.join(asked[-2:])} {asked[-4]}"
+    call = f'<tool_call>{{"name": "search", "arguments": {{"query": "{query}"}}}}</tool_call><|im_end|>'
     made = []
     for method in ("grpo", "igpo_critic"):
         trainer = make_trainer(method, policy, tmp_path / method, budget=BUDGET)
-        scripted(monkeypatch, trainer, turns)
+        scripted(monkeypatch, trainer, [call, "<answer>Ada Brown</answer><|im_end|>"])
         made.append([[(t.text, t.observation) for t in record.turns] for record in rollouts(trainer, questions)])
     assert made[0] == made[1]
-    assert all(len(turns) == 3 for turns in made[0])
+    assert all(len(turns) == 2 for turns in made[0])
     assert asked[-4] in made[0][0][0][1] and "<|unk|>" not in str(made)
 
 
