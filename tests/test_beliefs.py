@@ -633,6 +633,20 @@ def test_empty_answer_is_an_error():
         build_probes(tiny.make_tokenizer(), [""], DEFAULT_TEMPLATE)
 
 
+def test_long_answers_are_cut_with_one_warning(caplog):
+    tokenizer, answers = tiny.make_tokenizer(), ["Paris is the capital of France", "Rome is the capital of Italy", "x"]
+    whole = build_probes(tokenizer, answers)
+    caplog.set_level(logging.WARNING, logger="igpo_trl")
+    cut = build_probes(tokenizer, answers, max_answer_tokens=3)
+    for before, after in zip(whole, cut, strict=True):
+        assert after.token_ids == before.token_ids
+        assert after.answer_start == before.answer_start
+        assert after.answer_end == min(before.answer_end, before.answer_start + 3)
+    assert whole[0].answer_end - whole[0].answer_start > 3
+    assert len(caplog.records) == 1
+    assert "more than 3 tokens" in caplog.text
+
+
 def test_thought_is_not_opened_twice():
     assert fit_template(DEFAULT_TEMPLATE, "<|im_start|>assistant\n") == DEFAULT_TEMPLATE
     opened = fit_template(DEFAULT_TEMPLATE, "<|im_start|>assistant\n<think>\n")

@@ -1,8 +1,12 @@
 """Answer probes: the right answer inside its template, as tokens, and which of them are the answer's own."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 #: Template of the paper, after which the answer is scored.
 DEFAULT_TEMPLATE = "<think>\nNow there's enough information to answer\n</think>\n<answer>\n{answer}\n</answer>"
@@ -33,7 +37,9 @@ class AnswerProbe:
             )
 
 
-def build_probes(tokenizer: Any, answers: Sequence[str], template: str = DEFAULT_TEMPLATE) -> list[AnswerProbe]:
+def build_probes(
+    tokenizer: Any, answers: Sequence[str], template: str = DEFAULT_TEMPLATE, max_answer_tokens: int | None = None
+) -> list[AnswerProbe]:
     """
     Tokenise each answer inside its template.
 
@@ -44,6 +50,8 @@ def build_probes(tokenizer: Any, answers: Sequence[str], template: str = DEFAULT
         tokenizer (`PreTrainedTokenizerFast`): must give character offsets.
         answers (list of `str`): the aliases, none empty.
         template (`str`, *optional*): text with one `{answer}` slot.
+        max_answer_tokens (`int`, *optional*): of a longer answer only the first so many tokens are scored, with a
+            warning the first time.
 
     Raises:
         `ValueError`: if the template has no single slot, an answer is empty, or the tokenizer gives no offsets.
@@ -65,8 +73,21 @@ def build_probes(tokenizer: Any, answers: Sequence[str], template: str = DEFAULT
             raise ValueError(
                 f"The answer {answer!r} has no token of its own in the template {template!r}. Remove empty answers."
             )
-        probes.append(AnswerProbe(list(encoded["input_ids"]), inside[0], inside[-1] + 1))
+        end = inside[-1] + 1
+        if max_answer_tokens is not None and end - inside[0] > max_answer_tokens:
+            _warn_of_cut(max_answer_tokens)
+            end = inside[0] + max_answer_tokens
+        probes.append(AnswerProbe(list(encoded["input_ids"]), inside[0], end))
     return probes
+
+
+@lru_cache(maxsize=8)
+def _warn_of_cut(max_answer_tokens: int) -> None:
+    logger.warning(
+        "Some answers have more than %d tokens: beliefs score the first %d alone.",
+        max_answer_tokens,
+        max_answer_tokens,
+    )
 
 
 def split_template(template: str) -> tuple[str, str]:
