@@ -148,11 +148,15 @@ class MultiTurnTrainer(GRPOTrainer):
             text_config = model.config.get_text_config()
             return cache.generate(plain, text_config, input_ids, attention_mask, self._active, **rest)
 
+        own = vars(model).get("generate")  # FSDP2 models have one beside that of their class
         model.generate = generate
         try:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
         finally:
-            del model.generate
+            if own is None:
+                del model.generate
+            else:
+                model.generate = own
 
     def _tool_call_loop(
         self,

@@ -131,8 +131,28 @@ class IGPOTrainer(MultiTurnTrainer):
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
         )
+        self._declare_output_head()
         self._probe_template = fit_template(args.answer_template, self._generation_prompt())
         self._outcomes: torch.Tensor | None = None  # (global batch, reward functions) of the batch being scored
+
+    def _declare_output_head(self) -> None:
+        """
+        Tell ZeRO-3 that the model's own forward uses the weight of its output head.
+
+        TRL's loss reads that weight without calling the head. DeepSpeed notices by itself, but not while the weight is
+        being prefetched, which it is as soon as another forward, such as a belief pass, has gone before: the backward
+        then finds it given up.
+        """
+        if not self._dist.is_zero3:
+            return
+        import deepspeed
+
+        model: Any = self.model
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        head = model.get_output_embeddings()
+        for parameter in (head.weight, head.bias):
+            if parameter is not None:
+                deepspeed.zero.register_external_parameter(model, parameter)
 
     def _generation_prompt(self) -> str:
         if self.processing_class.chat_template is None:

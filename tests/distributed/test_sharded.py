@@ -62,7 +62,7 @@ def check_sharding(method, one, ranks):
         assert rank["num_processes"] == 2 and rank["process_index"] == i
         assert rank["zero_stage"] == {"fsdp2": None, "zero3": 3}[method]
         assert rank["shard_elements"] == one["shard_elements"] / 2
-        assert method != "fsdp2" or rank["whole_elements"] == 0
+        assert rank["whole_elements"] < one["shard_elements"] / 50, "hardly a parameter is given up between two uses"
 
 
 def check_rounds(case, one, ranks):
