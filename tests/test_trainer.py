@@ -626,7 +626,7 @@ def test_warning_without_tools_or_environment(make):
         ({"gamma": 1.5}, "got 1.5"),
         ({"gae_lambda": -0.1}, "got -0.1"),
         ({"std_floor": -1.0}, "got -1.0"),
-        ({"belief_batch_size": 0}, "got 0"),
+        ({"belief_tokens_per_batch": 0}, "got 0"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "got 'normalize_then_sum'"),
     ],
 )

@@ -106,12 +106,20 @@ class IGPOConfig(GRPOConfig):
         default="auto",
         metadata={
             "help": "`packed`: the trajectory once, then all probes against its KV cache. `per_turn`: one sequence "
-            "per turn. `auto`: packed where it is exact on this model."
+            "per turn. `auto`: packed where it is exact on this model "
+            "and agrees with plain forwards on the first batch."
         },
     )
-    belief_batch_size: int | None = field(
+    belief_tokens_per_batch: int = field(
+        default=16_384,
+        metadata={
+            "help": "Tokens per forward of the belief pass, padding included, which bounds its memory; a single "
+            "rollout or probe may be longer."
+        },
+    )
+    max_answer_tokens: int | None = field(
         default=None,
-        metadata={"help": "Rollouts per forward of the belief pass. `None` is `per_device_train_batch_size`."},
+        metadata={"help": "Beliefs score the first so many tokens of a longer answer. `None` is all of them."},
     )
 
     # Rollout
@@ -196,7 +204,10 @@ class IGPOConfig(GRPOConfig):
         self._check_choice("normalization", NORMALIZATIONS)
         self._check_choice("belief_method", ("auto", "packed", "per_turn"))
         self._check_choice("on_malformed_tool_call", ("observe", "end"))
-        for name in ("max_turns", "max_turn_length", "forced_answer_length", "max_concurrent_tool_calls"):
+        for name in (
+            "belief_tokens_per_batch", "max_answer_tokens", "max_turns", "max_turn_length", "forced_answer_length",
+            "max_concurrent_tool_calls",
+        ):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if self.tool_timeout is not None and self.tool_timeout <= 0:
@@ -211,8 +222,6 @@ class IGPOConfig(GRPOConfig):
                 raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
         if self.std_floor < 0:
             raise ValueError(f"`std_floor` must not be negative, got {self.std_floor}.")
-        if self.belief_batch_size is not None and self.belief_batch_size < 1:
-            raise ValueError(f"`belief_batch_size` must be at least 1, got {self.belief_batch_size}.")
         if self.multi_objective_aggregation != "sum_then_normalize" and self.uses_beliefs:
             raise ValueError(
                 "IGPO normalises the summed outcome itself, so `multi_objective_aggregation` must be "

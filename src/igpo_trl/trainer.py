@@ -12,7 +12,7 @@ from transformers import AutoProcessor, PreTrainedTokenizerBase
 from trl.trainer.utils import get_config_model_id
 
 from .advantages import turn_advantages
-from .beliefs import reduce_aliases, score_beliefs
+from .beliefs import check_beliefs, reduce_aliases, score_beliefs
 from .checks import (
     answers_of,
     check_answers,
@@ -133,6 +133,7 @@ class IGPOTrainer(MultiTurnTrainer):
         )
         self._declare_output_head()
         self._probe_template = fit_template(args.answer_template, self._generation_prompt())
+        self._belief_method: Any = None  # until "auto" has been compared with plain forwards, on the first batch
         self._outcomes: torch.Tensor | None = None  # (global batch, reward functions) of the batch being scored
 
     def _declare_output_head(self) -> None:
@@ -228,28 +229,37 @@ class IGPOTrainer(MultiTurnTrainer):
         """Log-belief before every turn of this process's rollouts, (B, K); NaN beyond the last turn or unscored."""
         args = self.args
         probes_of = {
-            aliases: build_probes(self._tokenizer, aliases, self._probe_template)
+            aliases: build_probes(self._tokenizer, aliases, self._probe_template, args.max_answer_tokens)
             for aliases in {answers_of(row, args.answer_column) for row in inputs}
         }
         # A single turn has no gain, so only the critic needs its belief.
         minimum = 1 if args.normalization == "critic" else 2
         scored = [n >= minimum for n in batch.num_turns.tolist()]
+        rollouts = (
+            batch.sequences,
+            [bounds if wanted else [] for bounds, wanted in zip(batch.boundaries, scored, strict=True)],
+            [probes_of[answers_of(row, args.answer_column)] for row in inputs],
+        )
         with self.accelerator.autocast():
+            if self._belief_method is None:
+                refused = args.belief_method == "auto" and check_beliefs(
+                    self.model, *rollouts, synchronize=self._most_of_all_processes
+                )
+                self._belief_method = "per_turn" if refused else args.belief_method
             log_probs = score_beliefs(
                 self.model,
-                batch.sequences,
-                [bounds if wanted else [] for bounds, wanted in zip(batch.boundaries, scored, strict=True)],
-                [probes_of[answers_of(row, args.answer_column)] for row in inputs],
-                method=args.belief_method,
-                batch_size=args.belief_batch_size or args.per_device_train_batch_size,
-                synchronize=lambda n: int(
-                    self.accelerator.gather(torch.tensor([n], device=self.accelerator.device)).max()
-                ),
+                *rollouts,
+                method=self._belief_method,
+                tokens_per_batch=args.belief_tokens_per_batch,
+                synchronize=self._most_of_all_processes,
             )
         log_belief = torch.full(batch.starts.shape, torch.nan)
         for i, values in enumerate(log_probs):
             log_belief[i, : len(values)] = reduce_aliases(values, args.alias_reduction) if len(values) else torch.nan
         return log_belief.to(self.accelerator.device)
+
+    def _most_of_all_processes(self, number: int) -> int:
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
     def _outcome(self) -> torch.Tensor:
         """Weighted sum of the reward functions for the global batch; NaN where none applies, as in TRL."""

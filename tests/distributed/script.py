@@ -53,7 +53,7 @@ def main(folder: Path, num_processes: int) -> None:
             IGPOConfig,
             folder / "output",
             per_device_train_batch_size=4 // num_processes,
-            belief_batch_size=1,
+            belief_tokens_per_batch=1,
             lr_scheduler_type="constant",
             gamma=0.9,
             optim="sgd",  # proportional to the gradient, so that rounding is not blown up
