@@ -123,6 +123,14 @@ def test_transcript_without_beliefs(trajectory):
     assert "belief" not in text and "Outcome" not in text and "Answer  " not in text
 
 
+def test_transcript_says_what_ended_a_rollout_that_did_not_answer(trajectory):
+    assert "Ended by" not in text_of(trajectory)
+    trajectory.stop_reason = "turn_limit"
+    assert "Ended by  turn_limit" in text_of(trajectory)
+    trajectory.stop_reason = "answered"
+    assert "Ended by" not in text_of(trajectory)
+
+
 def test_picture_of_a_rollout(trajectory, tmp_path):
     path = tmp_path / "new" / "rollout.png"
     plot_rollout(trajectory, path)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from .trajectory import Trajectory, Turn
+from .trajectory import StopReason, Trajectory, Turn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -164,6 +164,8 @@ def render_trajectory(trajectory: Trajectory, width: int = 24) -> "RenderableTyp
         rewards = f"{trajectory.outcome:.2f}" + (f"  ({rewards})" if rewards else "")
     if rewards:
         lines.append(Text.assemble("\n", ("Outcome   ", "bold"), rewards))
+    if trajectory.stop_reason is not None and trajectory.stop_reason != StopReason.ANSWERED:
+        lines.append(Text.assemble(("Ended by  ", "bold"), trajectory.stop_reason))
     return Group(*lines)
 
 
