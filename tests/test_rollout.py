@@ -443,7 +443,7 @@ def test_a_bad_call_is_observed(tmp_path, turn, says, kind):
     rollout = roll_out(trainer, [[turn, ANSWER, *NEVER]])[0]
     assert rollout[4] == "answered"
     (text,) = texts(trainer, rollout)
-    assert "Error: " in text and says in text
+    assert "Error: " in text and says in text and "prefix" not in text
     kinds = {k: v for k, v in trainer._metrics["eval"].items() if k.startswith("tools/errors/") and v != [0.0]}
     assert kinds == {f"tools/errors/{kind}": [1.0]}
 
@@ -620,7 +620,7 @@ def test_soak_of_parsing_and_dispatch():
             with igpo_trl.rollout._value_errors_only(tokenizer):
                 message = parse_response(tokenizer, ids, prefix=prefix)
             read = read_calls(message.get("tool_calls"), {"adder": adder}, lambda _: None)
-            problem = None if read else syntax.problem(ids)
+            problem = None if read else syntax.problem(ids, prefix)
             if "think" not in turn:  # a call that was meant is never taken for an answer
                 assert read or problem, turn
             outcomes["malformed" if problem else "call" if read else "answer"] += 1

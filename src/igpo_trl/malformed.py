@@ -24,12 +24,13 @@ class CallSyntax:
         thinking = fields.get("reasoning_content") or fields.get("thinking") or {}
         self._thinks, self._thought = _pattern(thinking, "open"), _pattern(thinking, "close")
 
-    def problem(self, ids: list[int]) -> str | None:
+    def problem(self, ids: list[int], prefix: list[int]) -> str | None:
         """
         What is wrong with the call of a turn in which the parser found none; `None` if the turn has no call.
 
         Args:
             ids (list of `int`): the sampled turn.
+            prefix (list of `int`): what stood before it, the generation prompt at least.
         """
         if self._opens is None:
             return None
@@ -41,7 +42,7 @@ class CallSyntax:
         if not self._opens.search(text):
             return None
         try:
-            self.tokenizer.parse_response(ids)
+            self.tokenizer.parse_response(ids, prefix=prefix)
         except Exception as error:  # whatever the parser says of text that a policy wrote
             reason = " ".join(str(error).split())[:200]
         else:

@@ -333,7 +333,7 @@ class MultiTurnTrainer(GRPOTrainer):
         calls = read_calls(message.get("tool_calls"), rollout.tools, order)
         if calls:
             return calls, any(call.problem and call.problem.error == ToolErrorKind.MALFORMED for call in calls)
-        problem = self._call_syntax.problem(ids)
+        problem = self._call_syntax.problem(ids, rollout.read or rollout.prompt)
         if problem is None:
             return [], False
         result = ToolResult(f"Error: {problem}", ToolErrorKind.MALFORMED)
@@ -392,6 +392,8 @@ def _value_errors_only(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     def parse_or_value_error(*args: Any, **kwargs: Any) -> Any:
         try:
             return parse(*args, **kwargs)
+        except ValueError:
+            raise
         except Exception as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
 
