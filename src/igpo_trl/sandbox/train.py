@@ -1,6 +1,7 @@
 """Training and evaluation in the sandbox: `GRPOTrainer` and `IGPOTrainer` through their ordinary interfaces.
 
-Both get the same model, questions, tool loop and budget; what a method changes is in [`METHODS`].
+Both get the same model, questions and budget, and their tool loops make the same rollouts; what a method changes is in
+[`METHODS`].
 """
 
 import time
