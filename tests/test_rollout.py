@@ -448,6 +448,17 @@ def test_a_bad_call_is_observed(tmp_path, turn, says, kind):
     assert kinds == {f"tools/errors/{kind}": [1.0]}
 
 
+def test_a_missing_dependency_of_the_parser_is_no_malformed_call(tmp_path):
+    trainer = make(tmp_path)
+
+    def parse(*args, **kwargs):
+        raise ImportError("jmespath")
+
+    trainer._tokenizer.parse_response = parse
+    with pytest.raises(ImportError, match="jmespath"):
+        roll_out(trainer, [[CALL, *NEVER]])
+
+
 def test_a_malformed_call_can_end_the_rollout(tmp_path):
     trainer = make(tmp_path, on_malformed_tool_call="end")
     ended, unknown = roll_out(trainer, [['<tool_call>\n{"name": ', *NEVER], [tiny.call("x", "other"), ANSWER, *NEVER]])

@@ -387,18 +387,19 @@ class MultiTurnTrainer(GRPOTrainer):
 @contextmanager
 def _value_errors_only(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """TRL takes a `ValueError` of the parser for a malformed call; a deeply nested one is a `RecursionError`."""
-    parse = tokenizer.parse_response
+    parse, own = tokenizer.parse_response, vars(tokenizer).get("parse_response")
 
     def parse_or_value_error(*args: Any, **kwargs: Any) -> Any:
         try:
             return parse(*args, **kwargs)
-        except ValueError:
-            raise
-        except Exception as error:
+        except (RecursionError, LookupError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
 
     tokenizer.parse_response = parse_or_value_error
     try:
         yield
     finally:
-        del tokenizer.parse_response
+        if own is None:
+            del tokenizer.parse_response
+        else:
+            tokenizer.parse_response = own
