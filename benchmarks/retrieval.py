@@ -5,11 +5,11 @@ What the search layer costs over the libraries below it: bm25s alone, sentence-t
     python benchmarks/retrieval.py --passages 1000000 --skip-dense --repeats 3
 
 Both sides read the same JSON Lines file with the same settings and end with an index and the texts of its passages on
-disk. Every build and every load runs in a process of its own, the two sides in turns; figures are medians. Passages
-are those of ../shared/data where that is, repeated with their words shuffled, or else made up with words of
-Zipf-distributed frequency. The dense model is a static embedding with random weights: its speed is that of any other
-of its kind, and the slower the model, the less the layer weighs. Where other work runs on the machine, compare the
-figures in CPU seconds, those of all threads.
+disk. Every build and every load runs in a process of its own, the two sides in turns; their queries run in turns in
+one process. Figures are medians, ratios are medians of those of neighbours. Passages are those of ../shared/data where
+that is, repeated with their words shuffled, or else made up with words of Zipf-distributed frequency. The dense model
+is a static embedding with random weights: its speed is that of any other of its kind, and the slower the model, the
+less the layer weighs. Where other work runs on the machine, compare the figures in CPU seconds, those of all threads.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -196,8 +197,11 @@ def import_libraries(kind: str, side: str) -> None:
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """One build, or one load and its queries, in this process."""
+    """One build, or one load, or the queries of both sides, in this process."""
     kind, side = arguments.kind, arguments.side
+    if arguments.child == "search":
+        print(json.dumps(search_in_turns(kind, arguments)))
+        return
     import_libraries(kind, side)
     memory = psutil.Process().memory_info
     result: dict[str, float] = {}
@@ -216,23 +220,42 @@ def child(arguments: argparse.Namespace) -> None:
         search = LOAD[kind, side](arguments.out, arguments.model)
         result["load (s)"] = time.perf_counter() - started
         result["memory after load (MB)"] = (memory().rss - before) / 1e6
-        search(queries[:64])
-        for name, size, number in (("64 queries at once", 64, 512), ("single queries", 1, 128)):
-            rates, cpu_rates = [], []
-            for start in range(0, min(number, len(queries)), 64):
-                block = queries[start : start + 64]
-                started, worked = time.perf_counter(), time.process_time()
-                for i in range(0, len(block), size):
-                    search(block[i : i + size])
-                rates.append(len(block) / (time.perf_counter() - started))
-                cpu_rates.append(len(block) / (time.process_time() - worked))
-            result[f"{name} (queries/s)"] = statistics.median(rates)
-            result[f"{name} (queries/CPU s)"] = statistics.median(cpu_rates)
+        for start in range(0, len(queries), 64):
+            search(queries[start : start + 64])
         result["memory after queries (MB)"] = (memory().rss - before) / 1e6
     print(json.dumps(result))
 
 
-def run(task: str, kind: str, side: str, **options: Any) -> dict[str, float]:
+def search_in_turns(kind: str, arguments: argparse.Namespace) -> list[dict[str, dict[str, float]]]:
+    """
+    Queries per second of both sides, one entry per block of 64 queries, with both indexes in this process.
+
+    In processes of their own the same side differs by 15 % from one to the next, by where its memory lies; in one, and
+    in turns, both have the same luck.
+    """
+    for side in ("alone", "ours"):
+        import_libraries(kind, side)
+    queries = json.loads(Path(arguments.queries).read_text())
+    search = {side: LOAD[kind, side](arguments.out / f"{kind}-{side}", arguments.model) for side in ("alone", "ours")}
+    for function in search.values():
+        function(queries[:64])
+    blocks = []
+    for start in range(0, len(queries), 64):
+        block, order = queries[start : start + 64], ("alone", "ours") if start % 128 else ("ours", "alone")
+        figures: dict[str, dict[str, float]] = {}
+        for name, size in (("64 queries at once", 64), ("single queries", 1)):
+            for side in order:
+                started, worked = time.perf_counter(), time.process_time()
+                for i in range(0, len(block), size):
+                    search[side](block[i : i + size])
+                row = figures.setdefault(side, {})
+                row[f"{name} (queries/s)"] = len(block) / (time.perf_counter() - started)
+                row[f"{name} (queries/CPU s)"] = len(block) / (time.process_time() - worked)
+        blocks.append(figures)
+    return blocks
+
+
+def run(task: str, kind: str, side: str, **options: Any) -> Any:
     """The figures of one child."""
     command = [sys.executable, __file__, "--child", task, "--kind", kind, "--side", side]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -243,7 +266,7 @@ def run(task: str, kind: str, side: str, **options: Any) -> dict[str, float]:
 
 
 def compare(kind: str, corpus: Path, folder: Path, model: str, repeats: int) -> dict[str, dict[str, float]]:
-    """Medians of both sides, run in turns, and the median of the ratios of neighbours."""
+    """The figures of both sides, run in turns."""
     with open(corpus, encoding="utf-8") as file:
         lines = [line for _, line in zip(range(20_000), file, strict=False)]
     rng = random.Random(1)
@@ -252,14 +275,23 @@ def compare(kind: str, corpus: Path, folder: Path, model: str, repeats: int) -> 
         for words in (json.loads(line)["text"].split() for line in rng.sample(lines, min(512, len(lines))))
     ]
     (folder / "queries.json").write_text(json.dumps(queries))
+    options = {"model": model, "queries": folder / "queries.json"}
     rows: dict[str, list[dict[str, float]]] = {"alone": [], "ours": []}
+    searches: dict[str, list[dict[str, float]]] = {"alone": [], "ours": []}
     for repeat in range(repeats):
         for side in ("alone", "ours") if repeat % 2 == 0 else ("ours", "alone"):
-            out = folder / f"{kind}-{side}-{repeat}"
+            out = folder / f"{kind}-{side}"
+            shutil.rmtree(out, ignore_errors=True)
             figures = run("build", kind, side, corpus=corpus, out=out, model=model)
-            figures |= run("load", kind, side, out=out, model=model, queries=folder / "queries.json")
-            rows[side].append(figures)
-            subprocess.run(["rm", "-r", str(out)], check=True)
+            rows[side].append(figures | run("load", kind, side, out=out, **options))
+        for block in run("search", kind, "both", out=folder, **options):
+            for side, figures in block.items():
+                searches[side].append(figures)
+    return summary(rows) | summary(searches)
+
+
+def summary(rows: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Medians of both sides, and of the ratios of neighbours."""
     table = {}
     for name in rows["alone"][0]:
         alone, ours = ([row[name] for row in rows[side]] for side in ("alone", "ours"))

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from igpo_trl.search import BM25Index, HTTPSearch, Searchable, load_index, open_
 from igpo_trl.search.passages import read_passages
 from igpo_trl.search.store import describe, new_index
 from igpo_trl.search.stored import PassageWriter, StoredPassages, fingerprint
+from igpo_trl.search.words import SHARD, Words
 
 
 @pytest.fixture
@@ -62,7 +64,21 @@ BM25Index.build(corpus(), directory=sys.argv[1], show_progress=False)
 """
 
 
-def test_a_killed_build_leaves_no_index_and_the_next_one_clears_up(tmp_path):
+def count_tokenized(monkeypatch) -> list[str]:
+    """The texts that are made into words from now on."""
+    real, texts = Words._tokenize, []
+    monkeypatch.setattr(Words, "_tokenize", lambda self, given: texts.extend(given) or real(self, given))
+    return texts
+
+
+def same_files(first: Path, second: Path) -> None:
+    names = sorted(path.name for path in first.iterdir())
+    assert names == sorted(path.name for path in second.iterdir())
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_a_killed_build_leaves_no_index_and_the_next_one_goes_on(tmp_path, monkeypatch):
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED_BUILD, str(tmp_path / "index")], stdout=subprocess.PIPE, text=True
     )
@@ -78,8 +94,57 @@ def test_a_killed_build_leaves_no_index_and_the_next_one_clears_up(tmp_path):
         load_index(tmp_path / "index")
     with pytest.raises(FileNotFoundError):
         load_index(tmp_path / ".index.partial/index")
-    assert len(BM25Index.build(PASSAGES, directory=tmp_path / "index", show_progress=False)) == 4
+    corpus = [{"id": i, "title": "", "text": f"some words {i}"} for i in range(30_000)]
+    texts = count_tokenized(monkeypatch)
+    BM25Index.build(corpus, directory=tmp_path / "index", show_progress=False)
+    assert [text.strip() for text in texts] == [record["text"] for record in corpus[2 * SHARD :]]  # two were whole
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    BM25Index.build(corpus, show_progress=False).save(tmp_path / "whole")
+    same_files(tmp_path / "index", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ({}, 10),  # the last shard of 100, which was not whole
+        ({"k1": 1.5, "b": 0.1}, 10),
+        ({"title_weight": 1}, 410),
+        ({"stopwords": None}, 410),
+        ({"restart": True}, 410),
+        ("mended", 210),
+        ("cut off", 110),
+        ("damaged", 110),
+    ],
+)
+def test_an_interrupted_build_goes_on_with_what_is_still_the_same(tmp_path, monkeypatch, change, again):
+    monkeypatch.setattr("igpo_trl.search.words.SHARD", 100)
+    rng = random.Random(0)
+    words = ["the", "Éa", "naïve", "東京都", *(f"w{i}" for i in range(300))]
+    corpus = [{"id": i, "title": rng.choice(words), "text": " ".join(rng.choices(words, k=9))} for i in range(410)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bm25s.BM25.index", lambda *_, **__: 1 / 0)  # when all has been read
+        with pytest.raises(ZeroDivisionError):
+            BM25Index.build(corpus, directory=tmp_path / "index", show_progress=False)
+    work = tmp_path / ".index.partial/work"
+    assert sorted(path.name for path in work.iterdir()) == [f"{i:06}.npz" for i in range(4)]
+
+    options = {}
+    if isinstance(change, dict):
+        options = change
+    elif change == "mended":
+        corpus[222]["text"] = "other words"  # in the third shard: what follows has other ids now
+    else:
+        content = bytearray((work / "000001.npz").read_bytes())
+        content[len(content) // 2] ^= 1
+        (work / "000001.npz").write_bytes(content[:-50] if change == "cut off" else content)
+    texts = count_tokenized(monkeypatch)
+    BM25Index.build(corpus, directory=tmp_path / "index", show_progress=False, **options)
+    assert len(texts) == again
+    assert not (tmp_path / ".index.partial").exists()
+    options.pop("restart", None)
+    BM25Index.build(corpus, show_progress=False, **options).save(tmp_path / "whole")
+    same_files(tmp_path / "index", tmp_path / "whole")
 
 
 def test_an_index_appears_only_when_its_block_ends(tmp_path):

@@ -110,7 +110,6 @@ def index(
         "batch_size": batch_size,
         "device": device,
         "half": half,
-        "restart": restart,
     }
     started = time.perf_counter()
     with _one_line_errors():
@@ -118,15 +117,15 @@ def index(
         if kind == Kind.BM25:
             from ..search import BM25Index
 
-            built = BM25Index.build(corpus, directory=out, show_progress=progress, **words)
+            built = BM25Index.build(corpus, directory=out, restart=restart, show_progress=progress, **words)
         elif kind == Kind.DENSE:
             from ..search import DenseIndex
 
-            built = DenseIndex.build(corpus, out, show_progress=progress, **dense)
+            built = DenseIndex.build(corpus, out, restart=restart, show_progress=progress, **dense)
         else:
             from ..search import HybridIndex
 
-            built = HybridIndex.build(corpus, out, show_progress=progress, **words, **dense)
+            built = HybridIndex.build(corpus, out, restart=restart, show_progress=progress, **words, **dense)
     seconds, size = time.perf_counter() - started, sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     typer.echo(f"Indexed {len(built):,} passages in {seconds:.1f} s: {out} ({kind}, {size / 1e6:,.1f} MB).")
     typer.echo(f'Search it with: igpo search --index {out} "…"')

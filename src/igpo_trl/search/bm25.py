@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,8 +11,9 @@ import numpy as np
 
 from .passages import Corpus, Passage, read_passages
 from .searchable import check_request
-from .store import check_kind, new_index, read_manifest, write_manifest
+from .store import check_kind, discard_partial, new_index, read_manifest, write_manifest
 from .stored import PassageWriter, StoredPassages, with_scores
+from .words import Words
 
 if TYPE_CHECKING:
     import bm25s
@@ -82,10 +82,14 @@ class BM25Index:
         b: float = 0.4,
         title_weight: int = 3,
         stopwords: str | None = "english",
+        restart: bool = False,
         show_progress: bool = True,
     ) -> "BM25Index":
         """
         Indexes a corpus, reading it once.
+
+        An interrupted build on disk, called again, reads the corpus again but goes on with the words of all passages
+        that are still the same, in steps of 8,192.
 
         Args:
             corpus (`str`, `Path`, or iterable of these, of `dict` or of `Passage`):
@@ -102,26 +106,32 @@ class BM25Index:
                 How often a word of the title counts, where one of the text counts once; 0 leaves titles out.
             stopwords (`str`, *optional*, defaults to `"english"`):
                 Language whose stop words are left out (a name bm25s knows), or `None` to keep every word.
+            restart (`bool`, *optional*, defaults to `False`):
+                Whether to throw away what an interrupted build has left.
             show_progress (`bool`, *optional*, defaults to `True`):
                 Whether to show progress bars.
 
         Raises:
             FileNotFoundError: A file does not exist.
             FileExistsError: The directory holds something that is no index.
+            BlockingIOError: Another process builds this index.
             ValueError: A record is malformed, lacks a field or repeats an id (the message names file and line), or
                 the corpus has no passages or no words, or a setting is out of range.
         """
         _check_settings(k1, b, title_weight, stopwords)
 
-        def index(keep: Callable[[Passage], None]) -> Any:
-            return _index(_texts(corpus, title_weight, keep), k1, b, stopwords, show_progress)
-
         if directory is None:
             passages: list[Passage] = []
-            return cls(index(passages.append), passages, stopwords, title_weight)
-        with new_index(directory) as (target, _):
+            words = Words(stopwords)
+            words.read(_texts(corpus, passages.append, title_weight, show_progress))
+            return cls(_index(words, k1, b, show_progress), passages, stopwords, title_weight)
+        if restart:
+            discard_partial(directory)
+        with new_index(directory) as (target, work):
             with PassageWriter(target) as writer:
-                scorer = index(writer.write)
+                words = Words(stopwords, work, lambda: f"{VERSION} {title_weight} {writer.fingerprint}")
+                words.read(_texts(corpus, writer.write, title_weight, show_progress))
+            scorer = _index(words, k1, b, show_progress)
             scorer.save(target, show_progress=False)
             _write_manifest(target, scorer, writer, stopwords, title_weight)
         return cls.load(directory)
@@ -231,47 +241,23 @@ def _check_settings(k1: float, b: float, title_weight: int, stopwords: str | Non
     _bm25s().tokenize(["x"], stopwords=stopwords, show_progress=False)  # an unknown language raises a ValueError
 
 
-def _texts(corpus: Corpus, title_weight: int, keep: Callable[[Passage], None]) -> Iterator[str]:
+def _texts(corpus: Corpus, keep: Callable[[Passage], None], title_weight: int, show_progress: bool) -> Iterator[str]:
     """What is indexed of each passage, after handing it on to be kept."""
-    for passage in read_passages(corpus):
+    from tqdm.auto import tqdm
+
+    passages = read_passages(corpus)
+    for passage in tqdm(passages, desc="Reading", unit=" passages", leave=False, disable=not show_progress):
         keep(passage)
         yield f"{passage.title}\n" * title_weight + passage.text
 
 
-class _TokenIds:
-    """Word ids of many texts at four bytes each, where lists of lists would take four times that; lists on the way."""
-
-    def __init__(self) -> None:
-        self._ids = array("i")
-        self._ends = array("q", [0])
-
-    def append(self, ids: list[int]) -> None:
-        self._ids.extend(ids)
-        self._ends.append(len(self._ids))
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for i in range(len(self)):
-            yield self._ids[self._ends[i] : self._ends[i + 1]].tolist()
-
-
-def _index(texts: Iterator[str], k1: float, b: float, stopwords: str | None, show_progress: bool) -> Any:
-    from tqdm.auto import tqdm
-
+def _index(words: Words, k1: float, b: float, show_progress: bool) -> Any:
     bm25s = _bm25s()
-    tokenizer = bm25s.tokenization.Tokenizer(stopwords=stopwords)
-    ids = _TokenIds()
-    stream = tokenizer.streaming_tokenize(texts, allow_empty=False)
-    for words in tqdm(stream, desc="Reading", unit=" passages", leave=False, disable=not show_progress):
-        ids.append(words)
-    vocabulary = tokenizer.get_vocab_dict()
-    if not vocabulary:
+    if not words.vocabulary:
         raise ValueError("the corpus has no words to index (single letters and stop words do not count).")
     # scipy sorts the scores by word in linear time and with half the memory of the way without it.
     scorer = bm25s.BM25(k1=k1, b=b, csc_backend="auto")
-    scorer.index(bm25s.tokenization.Tokenized(ids=ids, vocab=vocabulary), show_progress=show_progress)
+    scorer.index(bm25s.tokenization.Tokenized(ids=words.ids, vocab=words.vocabulary), show_progress=show_progress)
     return scorer
 
 
