@@ -5,8 +5,8 @@ A dense retriever without a download: one fixed vector per word, learned from no
     igpo index --kind dense --model outputs/static --corpus corpus/nq.jsonl.gz --out outputs/nq-dense
 
 A word's vector is random and as long as the word's inverse document frequency in the corpora, and a text's is the mean
-of its words': the cosine of two texts is about that of their tf-idf vectors. It knows no synonyms, so it is a lower
-bound of what an encoder finds. The same files and seed give the same vectors.
+of its words': the cosine of two texts is about that of their tf-idf vectors. It knows no synonyms. The same files and
+seed give the same vectors.
 """
 
 import argparse
