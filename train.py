@@ -10,6 +10,7 @@ Every argument of the configuration file can be overridden on the command line, 
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sized
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,16 +164,19 @@ def load_index(script: ScriptArguments) -> Searchable:
         stamp = f"{corpus}|{corpus.stat().st_size}|{corpus.stat().st_mtime_ns}"
         cache = Path(os.environ.get("IGPO_CACHE") or Path.home() / ".cache" / "igpo_trl")
         directory = cache / "bm25" / hashlib.sha256(stamp.encode()).hexdigest()[:16]
-    try:
-        return open_search(directory)
-    except FileNotFoundError:
-        if script.corpus is None or (directory / "manifest.json").exists():  # it is there, but its model is not
-            raise
-    except ValueError:
-        if script.index is not None:
-            raise
-    BM25Index.build(str(script.corpus)).save(directory)
-    return open_search(directory)
+    while True:
+        try:
+            return open_search(directory)
+        except FileNotFoundError:
+            if script.corpus is None or (directory / "manifest.json").exists():  # it is there, but its model is not
+                raise
+        except ValueError:
+            if script.index is not None:
+                raise
+        try:
+            return BM25Index.build(str(script.corpus), directory=directory)
+        except BlockingIOError:  # another run, or a process of this one on another machine
+            time.sleep(1)
 
 
 def exact_match_reward(completions: list[Any], answers: list[list[str]], **_: Any) -> list[float]:

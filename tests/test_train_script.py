@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -18,7 +20,7 @@ from trl import ModelConfig, TrlParser
 
 from igpo_trl import IGPOConfig
 from igpo_trl.data import SYSTEM_PROMPTS
-from igpo_trl.search import BM25Index
+from igpo_trl.search import BM25Index, bm25
 from igpo_trl.tiny_model import SYSTEM_PROMPT, make_tiny_model
 from igpo_trl.trajectory import read_jsonl
 
@@ -220,6 +222,22 @@ def test_index_is_built_once_and_again_for_another_corpus(train, arguments, file
         assert len(train.load_index(script)) == 12
     write(tmp_path / "c.jsonl", world()[0][:3])
     assert len(train.load_index(script)) == 3
+
+
+def test_who_comes_second_waits_for_the_index_that_another_builds(train, arguments, monkeypatch):
+    script, *_ = parse(train, arguments)
+    real, built = bm25._index, []
+
+    def build_slowly(*given):
+        built.append(given)
+        time.sleep(0.5)
+        return real(*given)
+
+    monkeypatch.setattr(bm25, "_index", build_slowly)
+    with ThreadPoolExecutor(2) as pool:
+        indexes = list(pool.map(train.load_index, [script, script]))
+    assert [len(index) for index in indexes] == [12, 12]
+    assert len(built) == 1
 
 
 def test_a_damaged_index_is_rebuilt_in_the_cache_and_reported_elsewhere(train, arguments, tmp_path):
