@@ -86,11 +86,12 @@ def make_model(folder: Path, corpus: Path) -> None:
 
 def plain_bm25_build(corpus: Path, out: Path, _: str) -> None:
     import bm25s
+    import Stemmer
 
     with open(corpus, encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
-    texts = [f"{r['title']}\n" * 3 + r["text"] for r in records]
-    tokens = bm25s.tokenize(texts, stopwords="english", show_progress=False)
+    texts = [f"{r['title']}\n" * 4 + r["text"] for r in records]
+    tokens = bm25s.tokenize(texts, stopwords="english", stemmer=Stemmer.Stemmer("english"), show_progress=False)
     scorer = bm25s.BM25(k1=0.9, b=0.4, csc_backend="scipy")
     scorer.index(tokens, show_progress=False)
     scorer.save(out, corpus=records, show_progress=False)
@@ -98,11 +99,14 @@ def plain_bm25_build(corpus: Path, out: Path, _: str) -> None:
 
 def plain_bm25_load(out: Path, _: str) -> Any:
     import bm25s
+    import Stemmer
+
+    stemmer = Stemmer.Stemmer("english")
 
     scorer = bm25s.BM25.load(out, mmap=True, load_corpus=True, show_progress=False, backend=BACKEND)
 
     def search(queries: list[str]) -> Any:
-        words = bm25s.tokenize(queries, stopwords="english", return_ids=False, show_progress=False)
+        words = bm25s.tokenize(queries, stopwords="english", stemmer=stemmer, return_ids=False, show_progress=False)
         return scorer.retrieve(words, k=K, show_progress=False)
 
     return search

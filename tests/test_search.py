@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,27 @@ def test_stopwords_choice_is_kept_by_the_saved_index(tmp_path):
     assert BM25Index.build(PASSAGES, show_progress=False).search("by") == []
 
 
+def test_endings_are_cut_off_unless_kept_and_the_saved_index_knows(tmp_path):
+    corpus = [{"id": 1, "title": "", "text": "She directed films."}, {"id": 2, "title": "", "text": "A direct train."}]
+    for stemmer, query, found in [
+        ("english", "a film with songs", ["1"]),
+        ("english", "directs", ["1", "2"]),
+        (None, "a film with songs", []),
+        (None, "directed", ["1"]),
+        ("finnish", "directed", ["1"]),
+    ]:
+        index = BM25Index.build(corpus, stemmer=stemmer, show_progress=False)
+        index.save(tmp_path / "index")
+        for tried in (index, BM25Index.load(tmp_path / "index")):
+            assert sorted(passage.id for passage in tried.search(query)) == found, (stemmer, query)
+
+
+def test_threads_may_search_one_index(index):
+    queries = ["Who wrote Dune?", "the city of Tacoma", "Frank Herbert"] * 40
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(index.search, queries)) == index.search_batch(queries)
+
+
 def test_save_replaces_an_index_even_the_one_it_is_mapped_from(saved):
     BM25Index.build(PASSAGES[:1], show_progress=False).save(saved)
     loaded = BM25Index.load(saved)
@@ -243,9 +265,11 @@ def test_bad_arguments(index):
         Passage("a", "b", "c").score = 1.0
 
 
-def test_importing_search_does_not_import_bm25s_and_its_absence_names_the_extra():
+@pytest.mark.parametrize("package", ["bm25s", "Stemmer"])
+def test_importing_search_does_not_import_what_it_needs_and_its_absence_names_the_extra(package):
     code = (
-        "import sys; import igpo_trl.search as s; assert 'bm25s' not in sys.modules; sys.modules['bm25s'] = None\n"
+        "import sys; import igpo_trl.search as s\n"
+        f"assert {package!r} not in sys.modules; sys.modules[{package!r}] = None\n"
         "try: s.BM25Index.build([{'id': 1, 'title': '', 'text': 'words'}])\n"
         "except ImportError as e: print(e)"
     )

@@ -59,6 +59,8 @@ def test_index_passes_its_options_on(run, corpus, tmp_path):
         "snow ",
         "--k1",
         1.5,
+        "--stemmer",
+        "none",
         "--stopwords",
         "none",
     ]
@@ -66,7 +68,7 @@ def test_index_passes_its_options_on(run, corpus, tmp_path):
     assert result.exit_code == 0, result.output
     dense, bm25 = (json.loads((out / part / "manifest.json").read_text()) for part in ("dense", "bm25"))
     assert (dense["structure"], dense["dtype"], dense["query_prompt"]) == ("hnsw", "float32", "snow ")
-    assert (bm25["k1"], bm25["b"], bm25["stopwords"]) == (1.5, 0.4, None)
+    assert (bm25["k1"], bm25["b"], bm25["stopwords"], bm25["stemmer"]) == (1.5, 0.4, None, None)
 
 
 def test_index_takes_several_files(run, tmp_path):

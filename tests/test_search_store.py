@@ -110,6 +110,7 @@ def test_a_killed_build_leaves_no_index_and_the_next_one_goes_on(tmp_path, monke
         ({"k1": 1.5, "b": 0.1}, 10),
         ({"title_weight": 1}, 410),
         ({"stopwords": None}, 410),
+        ({"stemmer": None}, 410),
         ({"restart": True}, 410),
         ("mended", 210),
         ("cut off", 110),
@@ -119,7 +120,7 @@ def test_a_killed_build_leaves_no_index_and_the_next_one_goes_on(tmp_path, monke
 def test_an_interrupted_build_goes_on_with_what_is_still_the_same(tmp_path, monkeypatch, change, again):
     monkeypatch.setattr("igpo_trl.search.words.SHARD", 100)
     rng = random.Random(0)
-    words = ["the", "Éa", "naïve", "東京都", *(f"w{i}" for i in range(300))]
+    words = ["the", "Éa", "ΑΣ", "İstanbul", "naïve", "東京都", *(f"w{i}ing" for i in range(300)), "w9", "w99"]
     corpus = [{"id": i, "title": rng.choice(words), "text": " ".join(rng.choices(words, k=9))} for i in range(410)]
 
     with monkeypatch.context() as patch:
@@ -221,7 +222,9 @@ def test_public_names(index):
     assert isinstance(index, Searchable) and not isinstance(object(), Searchable)
 
 
-@pytest.mark.parametrize("settings", [{"k1": -1}, {"b": 1.5}, {"b": float("nan")}, {"stopwords": "klingon"}])
+@pytest.mark.parametrize(
+    "settings", [{"k1": -1}, {"b": 1.5}, {"b": float("nan")}, {"stopwords": "klingon"}, {"stemmer": "klingon"}]
+)
 def test_bad_settings_are_refused_before_the_corpus_is_read(settings):
-    with pytest.raises(ValueError, match="klingon" if "stopwords" in settings else "expected k1 of at least 0"):
+    with pytest.raises(ValueError, match="klingon" if "klingon" in settings.values() else "expected k1 of at least 0"):
         BM25Index.build("absent.jsonl", **settings)

@@ -85,9 +85,12 @@ def index(
     b: Annotated[float, typer.Option(help="BM25: how much long passages are discounted, 0 to 1.")] = 0.4,
     title_weight: Annotated[
         int, typer.Option(help="BM25: how often a word of the title counts, where one of the text counts once.", min=0)
-    ] = 3,
+    ] = 4,
     stopwords: Annotated[
         str, typer.Option(help="BM25: language whose stop words are left out, or none to keep every word.")
+    ] = "english",
+    stemmer: Annotated[
+        str, typer.Option(help="BM25: language whose endings are cut off, or none to keep words as they are.")
     ] = "english",
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away what an interrupted build has left, instead of going on.")
@@ -101,6 +104,7 @@ def index(
     progress = sys.stderr.isatty()  # bars fill log files
     words: dict[str, Any] = {"k1": k1, "b": b, "title_weight": title_weight}
     words["stopwords"] = None if stopwords == "none" else stopwords
+    words["stemmer"] = None if stemmer == "none" else stemmer
     dense: dict[str, Any] = {
         "model": model,
         "structure": structure.value,

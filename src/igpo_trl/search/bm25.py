@@ -13,12 +13,12 @@ from .passages import Corpus, Passage, read_passages
 from .searchable import check_request
 from .store import check_kind, discard_partial, new_index, read_manifest, write_manifest
 from .stored import PassageWriter, StoredPassages, with_scores
-from .words import Words
+from .words import Words, make_stemmer
 
 if TYPE_CHECKING:
     import bm25s
 
-KIND, VERSION = "igpo_trl.bm25", 3
+KIND, VERSION = "igpo_trl.bm25", 4
 
 MIN_NUMBA = 50_000
 """Passages from which on numba is worth the seconds that it takes to compile, where it is installed."""
@@ -34,7 +34,7 @@ def _bm25s() -> Any:
 
 class BM25Index:
     """
-    Keyword search over passages; a passage's title is indexed with its text, and counts three times.
+    Keyword search over passages; a passage's title is indexed with its text, and counts four times.
 
     Build it once, on disk, and load it memory-mapped: loading takes well under a second and processes on one machine
     share its memory.
@@ -52,6 +52,7 @@ class BM25Index:
         scorer: "bm25s.BM25",
         passages: Sequence[Passage],
         stopwords: str | None,
+        stemmer: str | None,
         title_weight: int,
         *,
         backend: str = "auto",
@@ -69,6 +70,7 @@ class BM25Index:
         self._scorer = scorer
         self._passages = passages
         self._stopwords = stopwords
+        self._stemmer = stemmer
         self._title_weight = title_weight
         self._threads = min(8, os.cpu_count() or 1) if threads is None else threads
 
@@ -80,8 +82,9 @@ class BM25Index:
         directory: str | Path | None = None,
         k1: float = 0.9,
         b: float = 0.4,
-        title_weight: int = 3,
+        title_weight: int = 4,
         stopwords: str | None = "english",
+        stemmer: str | None = "english",
         restart: bool = False,
         show_progress: bool = True,
     ) -> "BM25Index":
@@ -102,10 +105,13 @@ class BM25Index:
                 How fast repeated words saturate.
             b (`float`, *optional*, defaults to `0.4`):
                 How much long passages are discounted, from 0 to 1.
-            title_weight (`int`, *optional*, defaults to `3`):
+            title_weight (`int`, *optional*, defaults to `4`):
                 How often a word of the title counts, where one of the text counts once; 0 leaves titles out.
             stopwords (`str`, *optional*, defaults to `"english"`):
                 Language whose stop words are left out (a name bm25s knows), or `None` to keep every word.
+            stemmer (`str`, *optional*, defaults to `"english"`):
+                Language whose endings are cut off, a Snowball stemmer by its name, so that "directs" finds
+                "directed"; or `None` to keep words as they are.
             restart (`bool`, *optional*, defaults to `False`):
                 Whether to throw away what an interrupted build has left.
             show_progress (`bool`, *optional*, defaults to `True`):
@@ -118,22 +124,22 @@ class BM25Index:
             ValueError: A record is malformed, lacks a field or repeats an id (the message names file and line), or
                 the corpus has no passages or no words, or a setting is out of range.
         """
-        _check_settings(k1, b, title_weight, stopwords)
+        _check_settings(k1, b, title_weight, stopwords, stemmer)
 
         if directory is None:
             passages: list[Passage] = []
-            words = Words(stopwords)
+            words = Words(stopwords, stemmer)
             words.read(_texts(corpus, passages.append, title_weight, show_progress))
-            return cls(_index(words, k1, b, show_progress), passages, stopwords, title_weight)
+            return cls(_index(words, k1, b, show_progress), passages, stopwords, stemmer, title_weight)
         if restart:
             discard_partial(directory)
         with new_index(directory) as (target, work):
             with PassageWriter(target) as writer:
-                words = Words(stopwords, work, lambda: f"{VERSION} {title_weight} {writer.fingerprint}")
+                words = Words(stopwords, stemmer, work, lambda: f"{VERSION} {title_weight} {writer.fingerprint}")
                 words.read(_texts(corpus, writer.write, title_weight, show_progress))
             scorer = _index(words, k1, b, show_progress)
             scorer.save(target, show_progress=False)
-            _write_manifest(target, scorer, writer, stopwords, title_weight)
+            _write_manifest(target, scorer, writer, stopwords, stemmer, title_weight)
         return cls.load(directory)
 
     def __len__(self) -> int:
@@ -154,7 +160,13 @@ class BM25Index:
         """
         check_request(queries, k)
         results: list[list[Passage]] = [[] for _ in queries]
-        words = _bm25s().tokenize(list(queries), stopwords=self._stopwords, return_ids=False, show_progress=False)
+        words = _bm25s().tokenize(
+            list(queries),
+            stopwords=self._stopwords,
+            stemmer=make_stemmer(self._stemmer),  # not to be shared by threads
+            return_ids=False,
+            show_progress=False,
+        )
         ids = [self._scorer.get_tokens_ids(query) for query in words]
         known = [i for i, query in enumerate(ids) if query]
         parts = [part for thread in range(self._threads) if (part := known[thread :: self._threads])]
@@ -186,7 +198,7 @@ class BM25Index:
             with PassageWriter(target) as writer:
                 for passage in self._passages:
                     writer.write(passage)
-            _write_manifest(target, self._scorer, writer, self._stopwords, self._title_weight)
+            _write_manifest(target, self._scorer, writer, self._stopwords, self._stemmer, self._title_weight)
 
     @classmethod
     def load(
@@ -230,15 +242,17 @@ class BM25Index:
                 f"the index in {directory} is damaged: its manifest says {manifest.get('passages')} passages, its "
                 f"scores have {scorer.scores['num_docs']}, its text {len(passages)}. Build it again."
             )
-        return cls(scorer, passages, manifest["stopwords"], manifest["title_weight"], backend=backend, threads=threads)
+        settings = [manifest[name] for name in ("stopwords", "stemmer", "title_weight")]
+        return cls(scorer, passages, *settings, backend=backend, threads=threads)
 
 
-def _check_settings(k1: float, b: float, title_weight: int, stopwords: str | None) -> None:
+def _check_settings(k1: float, b: float, title_weight: int, stopwords: str | None, stemmer: str | None) -> None:
     if not k1 >= 0 or not 0 <= b <= 1:
         raise ValueError(f"got k1={k1}, b={b}; expected k1 of at least 0 and b from 0 to 1.")
     if title_weight < 0:
         raise ValueError(f"got title_weight={title_weight}, expected at least 0.")
     _bm25s().tokenize(["x"], stopwords=stopwords, show_progress=False)  # an unknown language raises a ValueError
+    make_stemmer(stemmer)
 
 
 def _texts(corpus: Corpus, keep: Callable[[Passage], None], title_weight: int, show_progress: bool) -> Iterator[str]:
@@ -262,7 +276,12 @@ def _index(words: Words, k1: float, b: float, show_progress: bool) -> Any:
 
 
 def _write_manifest(
-    target: Path, scorer: Any, writer: PassageWriter, stopwords: str | None, title_weight: int
+    target: Path,
+    scorer: Any,
+    writer: PassageWriter,
+    stopwords: str | None,
+    stemmer: str | None,
+    title_weight: int,
 ) -> None:
     write_manifest(
         target,
@@ -274,5 +293,6 @@ def _write_manifest(
         b=scorer.b,
         title_weight=title_weight,
         stopwords=stopwords,
+        stemmer=stemmer,
         bm25s=_bm25s().__version__,
     )

@@ -61,8 +61,9 @@ class HybridIndex:
         model: "str | Path | SentenceTransformer",
         k1: float = 0.9,
         b: float = 0.4,
-        title_weight: int = 3,
+        title_weight: int = 4,
         stopwords: str | None = "english",
+        stemmer: str | None = "english",
         restart: bool = False,
         show_progress: bool = True,
         **dense: Any,
@@ -73,7 +74,7 @@ class HybridIndex:
         Like its parts, the index appears complete or not at all, and an interrupted build goes on where it was.
 
         Args:
-            corpus, directory, model, k1, b, title_weight, stopwords, restart, show_progress:
+            corpus, directory, model, k1, b, title_weight, stopwords, stemmer, restart, show_progress:
                 As for [`BM25Index.build`] and [`DenseIndex.build`].
             dense:
                 Further arguments of [`DenseIndex.build`].
@@ -82,7 +83,8 @@ class HybridIndex:
             discard_partial(directory)
         with new_index(directory) as (target, work):
             first, second = work / "bm25", work / "dense"
-            settings: dict[str, Any] = {"k1": k1, "b": b, "title_weight": title_weight, "stopwords": stopwords}
+            settings: dict[str, Any] = {"k1": k1, "b": b, "title_weight": title_weight}
+            settings |= {"stopwords": stopwords, "stemmer": stemmer}
             if not _is_done(first, corpus, settings):
                 BM25Index.build(corpus, directory=first, show_progress=show_progress, **settings)
             passages = StoredPassages(first)

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -22,6 +23,8 @@ class Words:
     Args:
         stopwords (`str`, *optional*):
             Language whose stop words are left out (a name bm25s knows).
+        stemmer (`str`, *optional*):
+            Language whose endings are cut off (a name Snowball knows).
         work (`Path`, *optional*):
             Folder to keep shards in, and to take them from where they are there. By default none are kept.
         key (`Callable[[], str]`, *optional*):
@@ -29,14 +32,20 @@ class Words:
 
     Attributes:
         ids (`Sequence[list[int]]`): For every text, the ids of its words in order.
-        vocabulary (`dict[str, int]`): The id of every word.
+        vocabulary (`dict[str, int]`): The id of every word, or of every stem.
     """
 
-    def __init__(self, stopwords: str | None, work: Path | None = None, key: Callable[[], str] = lambda: "") -> None:
+    def __init__(
+        self,
+        stopwords: str | None,
+        stemmer: str | None,
+        work: Path | None = None,
+        key: Callable[[], str] = lambda: "",
+    ) -> None:
         import bm25s
 
-        self._tokenizer = bm25s.tokenization.Tokenizer(stopwords=stopwords)
-        self._settings = f"{bm25s.__version__} {stopwords}"
+        self._tokenizer = bm25s.tokenization.Tokenizer(stopwords=stopwords, stemmer=make_stemmer(stemmer))
+        self._settings = f"{bm25s.__version__} {stopwords} {stemmer}"
         self._work = work
         self._key = key
         self.ids = _Ids()
@@ -52,7 +61,7 @@ class Words:
             else:
                 file, key = self._work / f"{number:06}.npz", f"{self._settings} {self._key()}"
                 if not self._take(file, key):
-                    known = len(self.vocabulary)
+                    known = len(self._tokenizer.word_to_id)
                     self._tokenize(shard)
                     self._keep(file, key, len(shard), known)
             if len(shard) < SHARD:
@@ -64,7 +73,8 @@ class Words:
 
     def _keep(self, file: Path, key: str, number: int, known: int) -> None:
         """Writes a shard: the ids of the last texts, and the words beyond those known before."""
-        new = list(islice(reversed(self.vocabulary), len(self.vocabulary) - known))[::-1]
+        words = self._tokenizer.word_to_id
+        new = list(islice(reversed(words), len(words) - known))[::-1]
         ids, lengths = self.ids.last(number)
         temporary = file.with_suffix(".tmp")
         with open(temporary, "wb") as out:
@@ -81,9 +91,30 @@ class Words:
                 ids, lengths = shard["ids"], shard["lengths"]
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # after a power cut it may lack some
             return False
-        self.vocabulary.update(zip(new, count(len(self.vocabulary)), strict=False))
+        list(self._tokenizer.streaming_tokenize([" ".join(new)], allow_empty=False))  # they get the ids that they had
         self.ids.extend(ids, lengths)
         return True
+
+
+def make_stemmer(language: str | None) -> Any:
+    """
+    A Snowball stemmer, or `None` for none. It is cheap to make, and not for several threads.
+
+    Raises:
+        ValueError: There is none for this language.
+        ImportError: PyStemmer is not installed.
+    """
+    if language is None:
+        return None
+    try:
+        import Stemmer
+    except ImportError as error:
+        raise ImportError('BM25 search needs PyStemmer. Install it with: pip install "igpo-trl[search]"') from error
+    try:
+        return Stemmer.Stemmer(language)
+    except KeyError:
+        known = ", ".join(Stemmer.algorithms())
+        raise ValueError(f"got stemmer={language!r}, expected None or one of {known}.") from None
 
 
 class _Ids:
