@@ -26,7 +26,7 @@ LEVELS = {
         *("checks", "config", "rollout", "round_log", "turn_batch"),
         *("belief_pass", "belief_trainer", "trainer", "evaluator"),
     },
-    3: {"sandbox", "tiny_model", "cli", "commands", "__main__", "__init__"},
+    3: {"sandbox", "tiny_model", "training", "cli", "commands", "__main__", "__init__"},
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}
 

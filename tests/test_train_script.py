@@ -1,6 +1,5 @@
 """train.py, from the command line to the saved model, on a corpus and a model made for the test."""
 
-import importlib.util
 import json
 import os
 import re
@@ -10,28 +9,20 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import yaml
 from test_tiny_model import world, write
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
+from typer.testing import CliRunner
 
-from igpo_trl import IGPOConfig
+from igpo_trl import IGPOConfig, training
+from igpo_trl.cli import app
 from igpo_trl.data import SYSTEM_PROMPTS
 from igpo_trl.search import BM25Index, bm25
 from igpo_trl.tiny_model import SYSTEM_PROMPT, make_tiny_model
 from igpo_trl.trajectory import read_jsonl
-
-
-@pytest.fixture(scope="module")
-def train(repository) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train", repository / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train"] = module  # dataclasses look their own module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +70,12 @@ def arguments(files, tmp_path, repository, monkeypatch) -> list[str]:
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
-def parse(train, arguments: list[str]):
-    parser = TrlParser((train.ScriptArguments, IGPOConfig, ModelConfig))
+def parse(arguments: list[str]):
+    parser = TrlParser((training.ScriptArguments, IGPOConfig, ModelConfig))
     return parser.parse_args_and_config(arguments)
 
 
-def test_trains_saves_and_resumes_from_the_command_line(train, arguments, repository, tmp_path):
+def test_trains_saves_and_resumes_from_the_command_line(arguments, repository, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
     path = os.pathsep.join([str(repository / "src"), os.environ.get("PYTHONPATH", "")])
@@ -106,23 +97,38 @@ def test_trains_saves_and_resumes_from_the_command_line(train, arguments, reposi
     assert all(turn.info_gain is not None for t in trajectories for turn in t.turns[:-1])
 
     with pytest.raises(FileExistsError, match="--resume_from_checkpoint true"):
-        train.main(*parse(train, arguments))
+        training.train(*parse(arguments))
     before = json.loads((run / "evaluation.json").read_text())["before"]
     # As if it had been killed in step 3, while it wrote.
     path = run / "trajectories/rank0.jsonl"
     last = path.read_text().splitlines()[-1]
     path.write_text(path.read_text() + last.replace('"step": 1,', '"step": 2,') + "\n" + last[:50])
     more = [*arguments, "--resume_from_checkpoint", "true", "--max_steps", "3"]
-    train.main(*parse(train, more))
+    training.train(*parse(more))
     assert json.loads((run / "trainer_state.json").read_text())["global_step"] == 3
     assert [t.step for t in read_jsonl(path)] == [0] * 4 + [1] * 4 + [2] * 4
     assert json.loads((run / "evaluation.json").read_text())["before"] == before
 
 
-def test_trains_grpo_with_lora_and_an_index(train, arguments, tmp_path, files):
+def test_the_command_is_the_script(arguments, monkeypatch):
+    given = []
+    monkeypatch.setattr(training, "train", lambda *all_of_it: given.extend(all_of_it))
+    result = CliRunner().invoke(app, ["train", *arguments, "--beta", "0.25"], catch_exceptions=False)
+    assert result.exit_code == 0
+    expected = parse([*arguments, "--beta", "0.25"])
+    assert [vars(one) for one in given[::2]] == [vars(one) for one in expected[::2]]
+    assert given[1].beta == 0.25
+    result = CliRunner().invoke(app, ["train", "--help"])
+    assert result.exit_code == 0
+    assert result.output.startswith("usage: igpo train")
+    assert all(name in result.output for name in ("--questions", "--info_gain_weight", "--lora_r"))
+    assert CliRunner().invoke(app, ["train", *arguments, "--betta", "1"]).exit_code != 0
+
+
+def test_trains_grpo_with_lora_and_an_index(arguments, tmp_path, files):
     BM25Index.build(files["corpus"], show_progress=False).save(tmp_path / "index")
     options = "--method grpo --max_steps 1 --num_eval_questions 0 --use_peft true --lora_r 4 --index"
-    train.main(*parse(train, [*arguments, *options.split(), str(tmp_path / "index")]))
+    training.train(*parse([*arguments, *options.split(), str(tmp_path / "index")]))
     assert (tmp_path / "run/adapter_model.safetensors").exists()
     assert not (tmp_path / "run/evaluation.json").exists()
     assert not (tmp_path / "cache").exists()  # the given index was used
@@ -143,10 +149,10 @@ def test_trains_grpo_with_lora_and_an_index(train, arguments, tmp_path, files):
         (["--resume_from_checkpoint", "absent"], FileNotFoundError, "`resume_from_checkpoint`: no such directory"),
     ],
 )
-def test_bad_arguments_are_refused_before_anything_is_loaded(train, arguments, monkeypatch, options, error, message):
-    monkeypatch.setattr(train, "load_index", lambda script: pytest.fail("went on to load the index"))
+def test_bad_arguments_are_refused_before_anything_is_loaded(arguments, monkeypatch, options, error, message):
+    monkeypatch.setattr(training, "load_index", lambda script: pytest.fail("went on to load the index"))
     with pytest.raises(error, match=message):
-        train.main(*parse(train, [*arguments, *options]))
+        training.train(*parse([*arguments, *options]))
 
 
 @pytest.fixture
@@ -167,7 +173,7 @@ def server(files, tmp_path, repository):
     assert process.wait(timeout=30) in (0, -signal.SIGTERM)
 
 
-def test_trains_on_a_search_server_and_on_several_sets(train, arguments, files, server, tmp_path, capsys):
+def test_trains_on_a_search_server_and_on_several_sets(arguments, files, server, tmp_path, capsys):
     rows = [json.loads(line) for line in files["questions"].read_text().splitlines()]
     sets = [
         write(tmp_path / f"{name}.jsonl", [row | {"dataset": name} for row in rows[:3]]) for name in ("nq", "popqa")
@@ -185,7 +191,7 @@ def test_trains_on_a_search_server_and_on_several_sets(train, arguments, files, 
     }
     more = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     kept = [word for word in arguments if word not in ("--corpus", str(files["corpus"]))]
-    train.main(*parse(train, [*kept, *more]))
+    training.train(*parse([*kept, *more]))
     after = json.loads((tmp_path / "run/evaluation.json").read_text())["after"]
     assert set(after["sets"]) == {"nq", "popqa"}
     (first, *_) = read_jsonl(tmp_path / "run/trajectories/rank0.jsonl")
@@ -194,38 +200,38 @@ def test_trains_on_a_search_server_and_on_several_sets(train, arguments, files, 
     state = json.loads((tmp_path / "run/trainer_state.json").read_text())
     assert state["best_metric"] is not None
     # What comes over the network is what the index has: a model this small seldom makes a call that can be read.
-    script, *_ = parse(train, [*kept, *more])
+    script, *_ = parse([*kept, *more])
     query = rows[0]["question"]
-    found = [passage.id for passage in train.load_index(script).search(query, 3)]
+    found = [passage.id for passage in training.load_index(script).search(query, 3)]
     assert found == [passage.id for passage in BM25Index.load(tmp_path / "served").search(query, 3)] != []
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_search_server_that_is_not_there_is_found_before_the_model_is_loaded(train, arguments, monkeypatch):
-    monkeypatch.setattr(train, "IGPOTrainer", lambda **_: pytest.fail("went on to load the model"))
+def test_a_search_server_that_is_not_there_is_found_before_the_model_is_loaded(arguments, monkeypatch):
+    monkeypatch.setattr(training, "IGPOTrainer", lambda **_: pytest.fail("went on to load the model"))
     with pytest.raises(Exception, match="127.0.0.1:9"):
-        train.main(*parse(train, [*arguments, "--index", "http://127.0.0.1:9"]))
+        training.train(*parse([*arguments, "--index", "http://127.0.0.1:9"]))
 
 
-def test_no_passages_at_all_is_refused(train, arguments):
-    script, training, model = parse(train, arguments)
+def test_no_passages_at_all_is_refused(arguments):
+    script, config, model = parse(arguments)
     script.corpus = None
     with pytest.raises(ValueError, match="`corpus`"):
-        train.main(script, training, model)
+        training.train(script, config, model)
 
 
-def test_index_is_built_once_and_again_for_another_corpus(train, arguments, files, tmp_path, monkeypatch):
-    script, *_ = parse(train, [*arguments, "--corpus", str(write(tmp_path / "c.jsonl", world()[0]))])
-    assert len(train.load_index(script)) == 12
+def test_index_is_built_once_and_again_for_another_corpus(arguments, files, tmp_path, monkeypatch):
+    script, *_ = parse([*arguments, "--corpus", str(write(tmp_path / "c.jsonl", world()[0]))])
+    assert len(training.load_index(script)) == 12
     with monkeypatch.context() as patch:
         patch.setattr(BM25Index, "build", lambda *_, **__: pytest.fail("was built again"))
-        assert len(train.load_index(script)) == 12
+        assert len(training.load_index(script)) == 12
     write(tmp_path / "c.jsonl", world()[0][:3])
-    assert len(train.load_index(script)) == 3
+    assert len(training.load_index(script)) == 3
 
 
-def test_who_comes_second_waits_for_the_index_that_another_builds(train, arguments, monkeypatch):
-    script, *_ = parse(train, arguments)
+def test_who_comes_second_waits_for_the_index_that_another_builds(arguments, monkeypatch):
+    script, *_ = parse(arguments)
     real, built = bm25._index, []
 
     def build_slowly(*given):
@@ -235,38 +241,38 @@ def test_who_comes_second_waits_for_the_index_that_another_builds(train, argumen
 
     monkeypatch.setattr(bm25, "_index", build_slowly)
     with ThreadPoolExecutor(2) as pool:
-        indexes = list(pool.map(train.load_index, [script, script]))
+        indexes = list(pool.map(training.load_index, [script, script]))
     assert [len(index) for index in indexes] == [12, 12]
     assert len(built) == 1
 
 
-def test_a_damaged_index_is_rebuilt_in_the_cache_and_reported_elsewhere(train, arguments, tmp_path):
-    script, *_ = parse(train, arguments)
-    train.load_index(script)
+def test_a_damaged_index_is_rebuilt_in_the_cache_and_reported_elsewhere(arguments, tmp_path):
+    script, *_ = parse(arguments)
+    training.load_index(script)
     (cached,) = (tmp_path / "cache/bm25").iterdir()
     (cached / "vocab.index.json").write_text("{}")
-    assert len(train.load_index(script)) == 12
+    assert len(training.load_index(script)) == 12
     (cached / "vocab.index.json").write_text("{}")
     script.index = str(cached)
     with pytest.raises(ValueError, match="incomplete"):
-        train.load_index(script)
+        training.load_index(script)
 
 
 @pytest.mark.parametrize("name", ["think", "no_think", "none", "Be brief."])
-def test_system_prompts(train, arguments, name):
-    script, *_ = parse(train, [*arguments, "--system_prompt", name])
-    first = train.load_data(script)[0][0]["prompt"][0]
+def test_system_prompts(arguments, name):
+    script, *_ = parse([*arguments, "--system_prompt", name])
+    first = training.load_data(script)[0][0]["prompt"][0]
     assert first["content"] == SYSTEM_PROMPTS.get(name, name) if name != "none" else first["role"] == "user"
 
 
 @pytest.mark.parametrize(
     "path", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda p: p.stem
 )
-def test_recipes_hold_known_arguments(train, path):
+def test_recipes_hold_known_arguments(path):
     options = ["--config", str(path), "--use_cpu", "true", "--bf16", "false"]
-    script, training, model = parse(train, options)
+    script, config, model = parse(options)
     assert model.model_name_or_path
-    assert training.generation_batch_size % training.num_generations == 0
+    assert config.generation_batch_size % config.num_generations == 0
     assert isinstance(yaml.safe_load(path.read_text()), dict)
     if path.stem == "hotpotqa_cpu":
         assert script.system_prompt == SYSTEM_PROMPT

@@ -50,6 +50,15 @@ def demo(
     run_demo(output_dir=output_dir, quick=quick, seed=seed)
 
 
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(context: typer.Context) -> None:
+    """Train a search agent, as train.py does; `igpo train --help` lists its arguments. On several GPUs:
+    accelerate launch -m igpo_trl train --config FILE."""
+    from .training import main
+
+    main(context.args)
+
+
 @app.command()
 def tiny_model(
     directory: Annotated[Path, typer.Argument(help="Where to save the model; must not exist or be empty.")],
