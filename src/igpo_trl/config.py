@@ -214,7 +214,8 @@ class IGPOConfig(GRPOConfig):
         default=False,
         metadata={
             "help": "Write every training rollout with its beliefs, gains and advantages to "
-            "`output_dir/trajectories/` as JSON Lines, one file per process."
+            "`output_dir/trajectories/` as JSON Lines, one file per process. Training that is resumed removes "
+            "the records of the steps that it does again."
         },
     )
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from transformers import AutoProcessor, PreTrainedTokenizerBase
+from transformers import AutoProcessor, PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.utils import get_config_model_id
 
 from .advantages import turn_advantages
@@ -25,9 +26,20 @@ from .checks import (
 from .config import IGPOConfig
 from .observations import ObservationEncoder
 from .rewards import exact_match, extract_answer, f1_score, last_assistant_text, make_answer_reward
-from .trajectory import Trajectory, write_jsonl
+from .trajectory import Trajectory, drop_later, write_jsonl
 from .turn_batch import TurnBatch, number_or_none
 from .turns import expand_to_tokens
+
+
+class _ForgetLaterRollouts(TrainerCallback):
+    """Removes records of rollouts that were sampled after the checkpoint that training goes on from."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 0:
+            if state.is_world_process_zero:
+                for path in Path(args.output_dir, "trajectories").glob("*.jsonl"):
+                    drop_later(path, state.global_step)
+            PartialState().wait_for_everyone()
 
 
 class IGPOTrainer(BeliefTrainer):
@@ -138,6 +150,8 @@ class IGPOTrainer(BeliefTrainer):
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
         )
         self._declare_output_head()
+        if args.save_trajectories:
+            self.add_callback(_ForgetLaterRollouts())
         self._outcomes: torch.Tensor | None = None  # (global batch, reward functions) of the batch being scored
 
     def _declare_output_head(self) -> None:

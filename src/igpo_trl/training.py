@@ -117,20 +117,6 @@ def checkpoint_to_resume(training: IGPOConfig) -> str | None:
     return wanted
 
 
-def drop_later_trajectories(training: IGPOConfig, checkpoint: str) -> None:
-    """Removes the rollouts that were sampled after a checkpoint: training from it samples those steps again."""
-    step = int(Path(checkpoint).name.rpartition("-")[2])
-    for path in Path(training.output_dir, "trajectories").glob("*.jsonl"):
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] < step:
-                    kept.append(line)
-            except ValueError:  # the last line, where the run was killed while it wrote
-                continue
-        path.write_text("".join(kept), encoding="utf-8")
-
-
 def load_data(script: ScriptArguments) -> tuple["Dataset", "Dataset | None"]:
     """Training and evaluation questions."""
     questions = load_questions(script.questions, script.system_prompt, split="train")
@@ -251,9 +237,6 @@ def train(script: ScriptArguments, training: IGPOConfig, model: ModelConfig) -> 
     )
     if eval_dataset is not None and checkpoint is None:
         evaluate(trainer, "before")
-    if checkpoint is not None and trainer.accelerator.is_main_process:
-        drop_later_trajectories(training, checkpoint)
-    trainer.accelerator.wait_for_everyone()
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()

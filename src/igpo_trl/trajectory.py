@@ -105,6 +105,25 @@ def write_jsonl(path: str | Path, trajectories: Iterable[Trajectory], append: bo
         file.writelines(trajectory.to_json() + "\n" for trajectory in trajectories)
 
 
+def drop_later(path: str | Path, step: int) -> None:
+    """
+    Removes the trajectories of a step and all later ones from a file, and lines that are none.
+
+    Training that goes on from a checkpoint samples those steps again. The last line is cut off where the process was
+    killed while it wrote.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with path.open(encoding="utf-8") as file, temporary.open("w", encoding="utf-8") as kept:
+        for line in file:
+            try:
+                if json.loads(line)["step"] < step:
+                    kept.write(line)
+            except (ValueError, KeyError, TypeError):
+                continue
+    temporary.replace(path)
+
+
 def read_jsonl(path: str | Path) -> Iterator[Trajectory]:
     """
     Read trajectories one by one.
