@@ -443,3 +443,31 @@ def test_the_static_embedding_of_the_results_finds_rare_words(repository, tmp_pa
     module.make_static_embedding([corpus], tmp_path / "model", dimension=64, vocabulary=100, seed=0)
     index = DenseIndex.build(corpus, tmp_path / "index", model=tmp_path / "model")
     assert {passage.id for passage in index.search("What is LYON?", k=2)} == {"0", "1"}
+
+
+def test_the_trained_embedding_is_what_the_package_holds(tmp_path, repository, monkeypatch):
+    """With a package of the same layout: the real one is no dependency."""
+    pytest.importorskip("sentence_transformers")
+    import torch
+    from safetensors.torch import save_file
+    from sentence_transformers import SentenceTransformer
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    package = tmp_path / "wordllama"
+    for folder in ("weights", "tokenizers"):
+        (package / folder).mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('only its files are wanted')")
+    vectors = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]], dtype=torch.float16)
+    save_file({"embedding.weight": vectors}, package / "weights/l2_supercat_256.safetensors")
+    tokenizer = Tokenizer(models.WordLevel({"?": 0, "a": 1, "b": 2}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(package / "tokenizers/l2_supercat_tokenizer_config.json"))
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("sys.argv", ["trained_embedding.py", "--out", str(tmp_path / "model")])
+    spec = importlib.util.spec_from_file_location("trained_embedding", repository / "benchmarks/trained_embedding.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main()
+    model = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    assert model.encode(["a b"]).tolist() == [[1.5, 2.0]]  # the mean of its words
