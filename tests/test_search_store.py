@@ -85,8 +85,9 @@ def test_a_killed_build_leaves_no_index_and_the_next_one_goes_on(tmp_path, monke
     )
     try:
         assert process.stdout.readline() == "reading\n"
-        with pytest.raises(BlockingIOError, match="another process is building"):
-            BM25Index.build(PASSAGES, directory=tmp_path / "index", show_progress=False)
+        for restart in (False, True):  # which takes nothing away from a build that is going on
+            with pytest.raises(BlockingIOError, match="another process is building"):
+                BM25Index.build(PASSAGES, directory=tmp_path / "index", restart=restart, show_progress=False)
     finally:
         process.kill()
         process.communicate()

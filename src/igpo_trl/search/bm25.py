@@ -11,7 +11,7 @@ import numpy as np
 
 from .passages import Corpus, Passage, read_passages
 from .searchable import check_request
-from .store import check_kind, discard_partial, new_index, read_manifest, write_manifest
+from .store import check_kind, new_index, read_manifest, write_manifest
 from .stored import PassageWriter, StoredPassages, with_scores
 from .words import Words, make_stemmer
 
@@ -131,9 +131,7 @@ class BM25Index:
             words = Words(stopwords, stemmer)
             words.read(_texts(corpus, passages.append, title_weight, show_progress))
             return cls(_index(words, k1, b, show_progress), passages, stopwords, stemmer, title_weight)
-        if restart:
-            discard_partial(directory)
-        with new_index(directory) as (target, work):
+        with new_index(directory, restart=restart) as (target, work):
             with PassageWriter(target) as writer:
                 words = Words(stopwords, stemmer, work, lambda: f"{VERSION} {title_weight} {writer.fingerprint}")
                 words.read(_texts(corpus, writer.write, title_weight, show_progress))

@@ -11,7 +11,7 @@ import numpy as np
 from .encoder import Encoder
 from .passages import Corpus, Passage, read_passages
 from .searchable import check_request
-from .store import check_kind, copy_index, discard_partial, new_index, read_manifest, write_manifest
+from .store import check_kind, copy_index, new_index, read_manifest, write_manifest
 from .stored import PassageWriter, StoredPassages, with_scores
 from .vectors import (
     MIN_IVFPQ,
@@ -123,9 +123,7 @@ class DenseIndex:
             half=half,
             batch_size=batch_size,
         )
-        if restart:
-            discard_partial(directory)
-        with new_index(directory) as (target, work):
+        with new_index(directory, restart=restart) as (target, work):
             with PassageWriter(target) as writer:
                 for passage in _progress(passages, "Reading", show_progress):
                     writer.write(passage)

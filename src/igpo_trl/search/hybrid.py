@@ -9,7 +9,7 @@ from .bm25 import BM25Index
 from .dense import DenseIndex
 from .passages import Corpus, Passage, read_passages
 from .searchable import Searchable, check_request
-from .store import check_kind, discard_partial, new_index, read_manifest, write_manifest
+from .store import check_kind, new_index, read_manifest, write_manifest
 from .stored import OFFSETS_FILE, PASSAGES_FILE, StoredPassages, fingerprint
 
 if TYPE_CHECKING:
@@ -79,9 +79,7 @@ class HybridIndex:
             dense:
                 Further arguments of [`DenseIndex.build`].
         """
-        if restart:
-            discard_partial(directory)
-        with new_index(directory) as (target, work):
+        with new_index(directory, restart=restart) as (target, work):
             first, second = work / "bm25", work / "dense"
             settings: dict[str, Any] = {"k1": k1, "b": b, "title_weight": title_weight}
             settings |= {"stopwords": stopwords, "stemmer": stemmer}

@@ -18,7 +18,7 @@ _BLOCKS = 32
 
 
 @contextmanager
-def new_index(directory: str | Path, *, resumable: bool = True) -> Iterator[tuple[Path, Path]]:
+def new_index(directory: str | Path, *, resumable: bool = True, restart: bool = False) -> Iterator[tuple[Path, Path]]:
     """
     Gives a folder to build an index in, which becomes `directory` when the block ends, and another to work in.
 
@@ -31,6 +31,8 @@ def new_index(directory: str | Path, *, resumable: bool = True) -> Iterator[tupl
         resumable (`bool`, *optional*, defaults to `True`):
             Whether the next attempt finds the work folder of this one, and two at a time are refused. If not, nothing
             is kept after an error.
+        restart (`bool`, *optional*, defaults to `False`):
+            Whether to throw away what an earlier attempt has left in the work folder.
 
     Yields:
         The empty folder of the index, and the work folder.
@@ -54,6 +56,8 @@ def new_index(directory: str | Path, *, resumable: bool = True) -> Iterator[tupl
     try:
         with FileLock(partial / "lock", timeout=0) if resumable else nullcontext():
             shutil.rmtree(index, ignore_errors=True)
+            if restart:
+                shutil.rmtree(work, ignore_errors=True)
             index.mkdir()
             work.mkdir(exist_ok=True)
             try:
@@ -71,11 +75,6 @@ def new_index(directory: str | Path, *, resumable: bool = True) -> Iterator[tupl
             f"another process is building {directory} (it holds {error.lock_file}). Wait for it, or choose another "
             "directory."
         ) from error
-
-
-def discard_partial(directory: str | Path) -> None:
-    """Removes what an interrupted build of an index has left, if there is something."""
-    shutil.rmtree(_partial(Path(directory)), ignore_errors=True)
 
 
 def _is_replaceable(directory: Path) -> bool:
