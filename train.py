@@ -7,7 +7,7 @@ Train a search agent with IGPO: a language model that searches a corpus of passa
 `accelerate launch -m igpo_trl train`.
 """
 
-from igpo_trl.training import main
+from igpo_trl.cli.train import main
 
 if __name__ == "__main__":
     main()

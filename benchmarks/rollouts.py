@@ -144,7 +144,7 @@ def generation_seconds(num_rollouts: int, turns: int, sampled: int, observed: in
     trainers = make_both(search, max_concurrent=num_rollouts, model=model, generation_kwargs=length)
     seconds: list[list[float]] = [[], []]
     with ExitStack() as stack:
-        for module in ("trl.trainer.grpo_trainer", "igpo_trl.rollout"):
+        for module in ("trl.trainer.grpo_trainer", "igpo_trl.rollout.loop"):
             stack.enter_context(mock.patch(f"{module}.parse_response", every_turn_calls(turns)))
         for _ in range(repeats):
             tokens = []

@@ -45,7 +45,7 @@ WARM_UP = 2
 
 def run(case: str, model: Path, steps: int, seed: int) -> tuple[list[float], list[float]]:
     """Seconds of each generation batch with the steps on it, and of the belief pass within."""
-    from igpo_trl.belief_pass import BeliefPass
+    from igpo_trl.beliefs.scorer import BeliefPass
     from igpo_trl.sandbox.train import Budget, make_trainer
 
     method, options, own_forwards = CASES[case]

@@ -17,8 +17,8 @@ from test_beliefs import assert_beliefs, ragged_batch
 from transformers import DynamicCache
 from trl import GRPOConfig, GRPOTrainer
 
-import igpo_trl.belief_pass
-import igpo_trl.rollout
+import igpo_trl.beliefs.scorer
+import igpo_trl.rollout.loop
 from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.beliefs import HeldContexts, held_obstacle, score_beliefs, scoring
 from igpo_trl.trajectory import read_jsonl
@@ -44,7 +44,7 @@ def searching(monkeypatch):
         return {"role": "assistant", "content": ""} | ({} if left == 0 else {"tool_calls": calls})
 
     monkeypatch.setattr(trl.trainer.grpo_trainer, "parse_response", parse)
-    monkeypatch.setattr(igpo_trl.rollout, "parse_response", parse)
+    monkeypatch.setattr(igpo_trl.rollout.loop, "parse_response", parse)
 
 
 def dataset(count=8):
@@ -72,7 +72,7 @@ def make(tmp_path, trainer_class=IGPOTrainer, config_class=IGPOConfig, **options
 @pytest.fixture
 def scored(monkeypatch):
     """What the belief pass returns for each batch, and a slow oracle's scores at the weights of the moment."""
-    batches, score = [], igpo_trl.belief_pass.BeliefPass.score
+    batches, score = [], igpo_trl.beliefs.scorer.BeliefPass.score
 
     def record(self, model, sequences, boundaries):
         expected = oracles.beliefs(model, sequences, boundaries, [self._probes_of[a] for a in self._answers])
@@ -82,7 +82,7 @@ def scored(monkeypatch):
         batches.append((sequences, boundaries, [v.tolist() for v in values], best, found))
         return values
 
-    monkeypatch.setattr(igpo_trl.belief_pass.BeliefPass, "score", record)
+    monkeypatch.setattr(igpo_trl.beliefs.scorer.BeliefPass, "score", record)
     return batches
 
 
@@ -213,7 +213,7 @@ def test_wrong_keys_and_values_are_found_and_not_used(tmp_path, searching, score
 
     monkeypatch.setattr(igpo_trl.belief_trainer, "HeldContexts", Shifted)
     trainer = make(tmp_path, max_steps=3)
-    with caplog.at_level(logging.WARNING, "igpo_trl.belief_pass"):
+    with caplog.at_level(logging.WARNING, "igpo_trl.beliefs.scorer"):
         trainer.train()
     assert "forwards of their own" in caplog.text
     assert [found > 0 for *_, found in scored] == [True, False, False]

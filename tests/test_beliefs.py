@@ -22,7 +22,7 @@ from igpo_trl.beliefs import (
     score_beliefs,
     scoring,
 )
-from igpo_trl.probes import fit_template
+from igpo_trl.beliefs.probes import fit_template
 
 FAMILIES = ["qwen3", "gpt2", "mistral", "qwen2_sliding"]  # tests/test_branching.py has them all
 VOCABULARY = 400

@@ -6,7 +6,8 @@ import tiny
 import torch
 from test_beliefs import NATS, VOCABULARY, assert_beliefs, probe, ragged_batch, tokens
 
-from igpo_trl.beliefs import attention, packed_obstacle, score_beliefs, support
+from igpo_trl.beliefs import attention, packed_obstacle, score_beliefs
+from igpo_trl.beliefs import models as support
 
 WINDOW = {"sliding_window": 8}
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2, **WINDOW}

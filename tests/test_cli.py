@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from igpo_trl import __version__
-from igpo_trl.cli import app
+from igpo_trl.cli.app import app
 from igpo_trl.trajectory import Trajectory, Turn, write_jsonl
 
 

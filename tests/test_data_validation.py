@@ -10,7 +10,7 @@ import tiny
 from datasets import Dataset
 from typer.testing import CliRunner
 
-from igpo_trl.cli import app
+from igpo_trl.cli.app import app
 from igpo_trl.data import (
     NO_THINK_SYSTEM_PROMPT,
     THINK_SYSTEM_PROMPT,
@@ -244,7 +244,7 @@ def test_check_measures_in_tokens(run, files, tmp_path):
 
 def test_help_of_the_family_loads_nothing_heavy():
     code = (
-        "import sys\nfrom igpo_trl.cli import app\n"
+        "import sys\nfrom igpo_trl.cli.app import app\n"
         "try:\n    app(['data', 'check', '--help'])\nexcept SystemExit: pass\n"
         "print(*sorted({'datasets', 'torch', 'transformers', 'evaluate'} & set(sys.modules)), file=sys.stderr)"
     )

@@ -8,7 +8,7 @@ import pytest
 from test_evaluation import rollout
 from typer.testing import CliRunner
 
-from igpo_trl.cli import app
+from igpo_trl.cli.app import app
 from igpo_trl.evaluation import load_trajectories
 from igpo_trl.evaluation.judge import Judge, Verdict, judge_run, read_verdict
 from igpo_trl.evaluation.store import append_lines
@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr("igpo_trl.search._remote.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("igpo_trl.search.network.remote.FIRST_PAUSE", 0.01)
     with Server() as made:
         thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -135,7 +135,7 @@ def test_every_verdict_is_kept_and_none_asked_for_twice(server, tmp_path):
 
     server.reply = reply
     judge = Judge(server.url, "grader", KEY)
-    from igpo_trl.search._remote import SearchError
+    from igpo_trl.search.network.remote import SearchError
 
     with pytest.raises(SearchError, match="400") as caught:
         judge_run(judge, load_trajectories(run), file, workers=1)

@@ -15,11 +15,13 @@ from tiny import Scripted, answer, call, make_dataset, make_model, make_tokenize
 from typer.testing import CliRunner
 
 from igpo_trl.beliefs import build_probes, score_beliefs
-from igpo_trl.cli import app
+from igpo_trl.cli.app import app
 from igpo_trl.data import load_questions
 from igpo_trl.evaluation import load_trajectories
+from igpo_trl.evaluation.rollouts import evaluate
+from igpo_trl.evaluation.settings import EvaluationSettings, make_arguments, settings_of_training
 from igpo_trl.evaluation.store import key_of
-from igpo_trl.evaluator import EvaluationSettings, EvaluationTrainer, evaluate, make_arguments, settings_of_training
+from igpo_trl.evaluation.trainer import EvaluationTrainer
 from igpo_trl.rewards import make_answer_reward
 from igpo_trl.search import BM25Index
 
@@ -225,7 +227,7 @@ def test_every_set_is_searched_in_its_own_index(files, tmp_path, monkeypatch):
         )
         passage = {"id": "1", "title": name, "text": "the city", "score": 0}
         BM25Index.build([passage], show_progress=False).save(tmp_path / name)
-    monkeypatch.setattr("igpo_trl.evaluator.trainer.EvaluationTrainer", Searching)
+    monkeypatch.setattr("igpo_trl.evaluation.trainer.EvaluationTrainer", Searching)
     rollout = {"max_turns": 3, "max_completion_length": 200}
     names = ["Oslo", "Lyon", "Oslo"]
     sources = [str(tmp_path / f"{name}.jsonl") for name in names[:2]]
@@ -245,8 +247,8 @@ def test_a_search_service_that_fails_ends_the_run_and_is_not_held_against_the_mo
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    monkeypatch.setattr("igpo_trl.search._remote.FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("igpo_trl.evaluator.trainer.EvaluationTrainer", Searching)
+    monkeypatch.setattr("igpo_trl.search.network.remote.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("igpo_trl.evaluation.trainer.EvaluationTrainer", Searching)
     words = command(files, tmp_path / "run")
     words[words.index("--index") + 1] = f"http://127.0.0.1:{port}"
     words[words.index("--max-completion-length") + 1] = "300"
@@ -304,7 +306,9 @@ def test_the_rollout_of_a_training_configuration(repository):
     ],
 )
 def test_bad_settings_are_refused_before_a_model_is_loaded(files, tmp_path, monkeypatch, changed, error, message):
-    monkeypatch.setattr("igpo_trl.evaluator.loop.make_evaluator", lambda *_: pytest.fail("went on to load the model"))
+    monkeypatch.setattr(
+        "igpo_trl.evaluation.rollouts.make_evaluator", lambda *_: pytest.fail("went on to load the model")
+    )
     with pytest.raises(error, match=message):
         evaluate(settings(files, **changed), tmp_path / "run")
     assert not (tmp_path / "run/run.json").exists()

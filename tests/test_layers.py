@@ -142,7 +142,7 @@ def test_the_rule_finds_what_breaks_it(tmp_path, name, code, expected):
     assert violations(file, tmp_path) == expected
 
 
-@pytest.mark.parametrize("module", ["igpo_trl", "igpo_trl.cli", "igpo_trl.report", "igpo_trl.trajectory"])
+@pytest.mark.parametrize("module", ["igpo_trl", "igpo_trl.cli.app", "igpo_trl.report", "igpo_trl.trajectory"])
 def test_import_loads_no_heavy_package(module):
     heavy = OPTIONAL | {"accelerate", "datasets", "evaluate", "peft", "torch", "transformers", "trl"}
     code = f"import sys, {module}; print(*sorted({heavy!r} & set(sys.modules)))"

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_trl.metrics import AnswerCoverExactMatch, AnswerExactMatch, AnswerF1
+from igpo_trl.evaluation.metrics import AnswerCoverExactMatch, AnswerExactMatch, AnswerF1
 from igpo_trl.rewards import cover_exact_match
 
 ANSWERS = [["Paris", "City of Light"], ["1965"], ["Frank Herbert"]]

@@ -22,7 +22,7 @@ import pytest
 import tiny
 import torch
 
-import igpo_trl.belief_pass
+import igpo_trl.beliefs.scorer
 import igpo_trl.trainer
 from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.beliefs import score_beliefs
@@ -63,7 +63,7 @@ def spy(monkeypatch):
         calls.append((sequences, boundaries, probes))
         return score_beliefs(model, sequences, boundaries, probes, **options)
 
-    monkeypatch.setattr(igpo_trl.belief_pass, "score_beliefs", record)
+    monkeypatch.setattr(igpo_trl.beliefs.scorer, "score_beliefs", record)
     return calls
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from trl import chat_template_utils
 from trl.chat_template_utils import qwen2_5_chat_template, qwen3_training_chat_template
 
-from igpo_trl.observations import TRUNCATION_MARKER, ObservationEncoder
+from igpo_trl.rollout.observations import TRUNCATION_MARKER, ObservationEncoder
 
 TOKENIZER = tiny.make_tokenizer()
 MARKERS = [*tiny.SPECIAL_TOKENS, *tiny.MARKERS]

@@ -65,7 +65,7 @@ def test_extras_in_error_messages_exist(repository, project):
 @needs_installation
 def test_console_script():
     (script,) = entry_points(group="console_scripts", name="igpo")
-    assert script.load() is __import__("igpo_trl.cli", fromlist=["app"]).app
+    assert script.load() is __import__("igpo_trl.cli.app", fromlist=["app"]).app
     assert any(line.startswith("trl") for line in requires("igpo-trl") or [])
 
 

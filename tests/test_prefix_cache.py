@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 
-from igpo_trl.prefix_cache import PrefixCache, reuse_obstacle
+from igpo_trl.rollout.kv_cache import PrefixCache, reuse_obstacle
 
 
 def left_padded(rows):

@@ -15,11 +15,11 @@ import pytest
 import trustme
 from transformers.utils import get_json_schema
 
-from igpo_trl.search import _fetching
-from igpo_trl.search._answers import FILE, CacheMiss
-from igpo_trl.search._fetching import PageError, check_page_url, is_public
-from igpo_trl.search.reader import PageReader, ReadPageTool, cut_words
-from igpo_trl.tooling import ToolCall, ToolRunner
+from igpo_trl.rollout import ToolCall, ToolRunner
+from igpo_trl.search.network import fetching as _fetching
+from igpo_trl.search.network.fetching import PageError, check_page_url, is_public
+from igpo_trl.search.network.pages import PageReader, ReadPageTool, cut_words
+from igpo_trl.search.network.responses import FILE, CacheMiss
 
 ARTICLE = """<!doctype html><html><head><title>Dune  (novel)</title><script>var menu = 1;</script></head><body>
 <nav><a href="/">Home</a> <a href="/buy">Buy now</a></nav><main><h1>Dune</h1>

@@ -17,11 +17,12 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import add_response_schema, parse_response
 
-import igpo_trl.rollout
+import igpo_trl.rollout.loop
 from igpo_trl import IGPOConfig, IGPOTrainer
-from igpo_trl.malformed import CallSyntax
-from igpo_trl.observations import TRUNCATION_MARKER
-from igpo_trl.tooling import ToolRunner, read_calls, tool
+from igpo_trl.rollout import ToolRunner, read_calls
+from igpo_trl.rollout.call_syntax import CallSyntax
+from igpo_trl.rollout.observations import TRUNCATION_MARKER
+from igpo_trl.tools import tool
 from igpo_trl.trajectory import read_jsonl
 from igpo_trl.turns import turn_spans
 
@@ -163,7 +164,7 @@ def every_turn_calls(turns):
 def test_tokens_are_those_of_trl(tmp_path, monkeypatch, caplog, family, sample):
     """Greedy ones, and sampled ones from the same seed, which depend on every key and value of the context."""
     monkeypatch.setattr(trl.trainer.grpo_trainer, "parse_response", every_turn_calls(4))
-    monkeypatch.setattr(igpo_trl.rollout, "parse_response", every_turn_calls(4))
+    monkeypatch.setattr(igpo_trl.rollout.loop, "parse_response", every_turn_calls(4))
     generated, run = [], []
     for trainer_class, config_class in ((GRPOTrainer, GRPOConfig), (IGPOTrainer, IGPOConfig)):
         with caplog.at_level(logging.WARNING, logger="igpo_trl"):
@@ -208,7 +209,7 @@ def test_rollouts_that_finish_early_leave_the_batch(tmp_path, monkeypatch, lora)
         return {"role": "assistant", "content": ""} | ({} if done else {"tool_calls": calls})
 
     monkeypatch.setattr(trl.trainer.grpo_trainer, "parse_response", parse)
-    monkeypatch.setattr(igpo_trl.rollout, "parse_response", parse)
+    monkeypatch.setattr(igpo_trl.rollout.loop, "parse_response", parse)
     prompts = [[{"role": "user", "content": f"{'long ' * n} question number {n}"}] for n in (3, 0, 4, 1, 2)]
     generated = []
     for reuse in (False, True):
@@ -628,7 +629,7 @@ def test_soak_of_parsing_and_dispatch():
         for _ in range(1000):
             turn = random_turn(rng)
             ids = [*tokenizer.encode(turn, add_special_tokens=False), tokenizer.eos_token_id]
-            with igpo_trl.rollout._value_errors_only(tokenizer):
+            with igpo_trl.rollout.loop._value_errors_only(tokenizer):
                 message = parse_response(tokenizer, ids, prefix=prefix)
             read = read_calls(message.get("tool_calls"), {"adder": adder}, lambda _: None)
             problem = None if read else syntax.problem(ids, prefix)

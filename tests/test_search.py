@@ -129,7 +129,7 @@ def test_backends_and_threads_give_the_same_results(index, saved, backend, threa
 def test_numba_is_used_where_it_is_worth_compiling(saved, monkeypatch):
     pytest.importorskip("numba")
     assert BM25Index.load(saved)._scorer.backend == "numpy"
-    monkeypatch.setattr("igpo_trl.search.bm25.MIN_NUMBA", 4)
+    monkeypatch.setattr("igpo_trl.search.indexes.bm25.MIN_NUMBA", 4)
     assert BM25Index.load(saved)._scorer.backend == "numba"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert BM25Index.load(saved)._scorer.backend == "numpy"
@@ -206,7 +206,7 @@ def test_a_save_that_fails_leaves_the_old_index_and_nothing_else(saved, monkeypa
     def no_space(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("igpo_trl.search.bm25.PassageWriter", no_space)
+    monkeypatch.setattr("igpo_trl.search.indexes.bm25.PassageWriter", no_space)
     with pytest.raises(OSError, match="No space"):
         other.save(saved)
     assert len(BM25Index.load(saved)) == 4

@@ -11,7 +11,7 @@ from test_search import PASSAGES, write
 from test_search_dense import make_model
 from typer.testing import CliRunner
 
-from igpo_trl.cli import app
+from igpo_trl.cli.app import app
 from igpo_trl.search import BM25Index, DenseIndex, HybridIndex, load_index
 
 

@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from igpo_trl.search import BM25Index, DenseIndex, HybridIndex, Passage, load_index, open_search
-from igpo_trl.search.encoder import Encoder
+from igpo_trl.search.indexes.encoder import Encoder
 
 WORDS = (
     "query passage dune novel frank herbert writer tacoma port city sound sea whale ship harbour lisbon fox dog river "
@@ -195,7 +195,7 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 BUILD_SLOWLY = """
 import sys, time
 from igpo_trl.search import DenseIndex
-from igpo_trl.search.encoder import Encoder
+from igpo_trl.search.indexes.encoder import Encoder
 real = Encoder.passages
 Encoder.passages = lambda self, texts: (time.sleep(.1), real(self, texts))[1]
 DenseIndex.build(sys.argv[1], sys.argv[2], model=sys.argv[3], shard_size=10, show_progress=False)

@@ -12,9 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from igpo_trl.rollout import ToolCall, ToolErrorKind, ToolRunner
 from igpo_trl.search import HTTPSearch, Passage, SearchTool, open_search
-from igpo_trl.search._remote import SearchError, retry_after
-from igpo_trl.tooling import ToolCall, ToolErrorKind, ToolRunner
+from igpo_trl.search.network.remote import SearchError, retry_after
 
 
 class Service:
@@ -80,7 +80,7 @@ def service():
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr("igpo_trl.search._remote.FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("igpo_trl.search.network.remote.FIRST_PAUSE", 0.02)
 
 
 def test_sends_what_the_protocol_asks_for_and_reads_what_comes_back(service):

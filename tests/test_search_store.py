@@ -14,10 +14,10 @@ from test_search import PASSAGES
 
 import igpo_trl.search
 from igpo_trl.search import BM25Index, HTTPSearch, Searchable, load_index, open_search
+from igpo_trl.search.indexes.store import describe, new_index
+from igpo_trl.search.indexes.stored import PassageWriter, StoredPassages, fingerprint
+from igpo_trl.search.indexes.words import SHARD, Words
 from igpo_trl.search.passages import read_passages
-from igpo_trl.search.store import describe, new_index
-from igpo_trl.search.stored import PassageWriter, StoredPassages, fingerprint
-from igpo_trl.search.words import SHARD, Words
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_a_killed_build_leaves_no_index_and_the_next_one_goes_on(tmp_path, monke
     ],
 )
 def test_an_interrupted_build_goes_on_with_what_is_still_the_same(tmp_path, monkeypatch, change, again):
-    monkeypatch.setattr("igpo_trl.search.words.SHARD", 100)
+    monkeypatch.setattr("igpo_trl.search.indexes.words.SHARD", 100)
     rng = random.Random(0)
     words = ["the", "Éa", "ΑΣ", "İstanbul", "naïve", "東京都", *(f"w{i}ing" for i in range(300)), "w9", "w99"]
     corpus = [{"id": i, "title": rng.choice(words), "text": " ".join(rng.choices(words, k=9))} for i in range(410)]

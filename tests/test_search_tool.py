@@ -8,9 +8,9 @@ from test_search import PASSAGES
 from transformers.utils import get_json_schema
 from trl import GRPOConfig, GRPOTrainer
 
+from igpo_trl.rollout import ToolCall, ToolRunner
+from igpo_trl.rollout.tool_calls import read_calls
 from igpo_trl.search import BM25Index, SearchTool
-from igpo_trl.tooling import ToolCall, ToolRunner
-from igpo_trl.tooling.calls import read_calls
 
 
 @pytest.fixture

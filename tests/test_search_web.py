@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from test_search_http import Service
 
+from igpo_trl.rollout import ToolCall, ToolRunner
 from igpo_trl.search import Passage, Searchable, SearchTool, WebSearch
-from igpo_trl.search._answers import FILE, Answers, CacheMiss
-from igpo_trl.search._remote import SearchError
-from igpo_trl.tooling import ToolCall, ToolRunner
+from igpo_trl.search.network.remote import SearchError
+from igpo_trl.search.network.responses import FILE, Answers, CacheMiss
 from igpo_trl.trajectory import Trajectory, Turn, write_jsonl
 
 KEY = "5ecret0123456789abcdef"
@@ -47,7 +47,7 @@ def service():
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("SERPER_API_KEY", KEY)
-    monkeypatch.setattr("igpo_trl.search._remote.FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("igpo_trl.search.network.remote.FIRST_PAUSE", 0.02)
 
 
 def make(service, cache=None, **options):

@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from igpo_trl.beliefs import build_probes
 from igpo_trl.data import hold_out, load_questions
-from igpo_trl.search import BM25Index, Passage, SearchTool
-from igpo_trl.tiny_model import (
+from igpo_trl.sandbox.tiny_model import (
     ANSWER_TEMPLATE,
     IGNORE,
     _cloze,
@@ -22,6 +21,7 @@ from igpo_trl.tiny_model import (
     make_tiny_model,
     make_tokenizer,
 )
+from igpo_trl.search import BM25Index, Passage, SearchTool
 
 CITIES = {"Tacoma": "Puget Sound", "Lyon": "Rhone", "Bratislava": "Danube", "Vienna": "Wien", "Cairo": "Nile"}
 PEOPLE = ["Ada Byron", "Grace Hopper", "Alan Turing", "Emmy Noether", "Kurt Godel", "Lise Meitner", "Max Planck"]

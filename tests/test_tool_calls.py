@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import AfterValidator
 from tools import LONG, async_echo, calls_of, defined, entry, texts
 
-from igpo_trl.tooling import ToolCall, ToolErrorKind, ToolRunner, read_calls
+from igpo_trl.rollout import ToolCall, ToolErrorKind, ToolRunner, read_calls
 
 
 @pytest.fixture

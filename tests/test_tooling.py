@@ -21,7 +21,9 @@ import pytest
 from tools import LONG, async_echo, calls_of, defined, echo, entry, texts
 from transformers.utils import get_json_schema
 
-from igpo_trl.tooling import ToolCall, ToolErrorKind, ToolOptions, ToolResult, ToolRunner, read_calls, rounds, tool
+from igpo_trl.rollout import ToolCall, ToolErrorKind, ToolResult, ToolRunner, read_calls
+from igpo_trl.rollout import tool_rounds as rounds
+from igpo_trl.tools import ToolOptions, tool
 
 
 @pytest.fixture
@@ -452,7 +454,7 @@ def test_an_environment_whose_call_has_not_ended_runs_no_other(release):
 def test_a_hung_thread_does_not_keep_the_interpreter(close):
     code = f"""
 import asyncio, time
-from igpo_trl.tooling import ToolCall, ToolRunner
+from igpo_trl.rollout import ToolCall, ToolRunner
 async def stubborn():
     while True:
         try: await asyncio.sleep(60)

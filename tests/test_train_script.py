@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 from typer.testing import CliRunner
 
-from igpo_trl import IGPOConfig, training
-from igpo_trl.cli import app
+from igpo_trl import IGPOConfig
+from igpo_trl.cli import train as training
+from igpo_trl.cli.app import app
 from igpo_trl.data import SYSTEM_PROMPTS
+from igpo_trl.sandbox.tiny_model import SYSTEM_PROMPT, make_tiny_model
 from igpo_trl.search import BM25Index, bm25
-from igpo_trl.tiny_model import SYSTEM_PROMPT, make_tiny_model
 from igpo_trl.trajectory import read_jsonl
 
 

@@ -11,7 +11,7 @@ from transformers import ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen3_chat_template
 
-import igpo_trl.belief_pass
+import igpo_trl.beliefs.scorer
 import igpo_trl.trainer
 from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.beliefs import NO_THINK_TEMPLATE, score_beliefs
@@ -133,7 +133,7 @@ def test_gain_weight_zero_is_grpo_and_scores_no_belief(make, make_saved_model, m
 
     monkeypatch.setattr(ScriptedGRPO, "train", lambda self: GRPOTrainer.train(counted(self)))
     expected = plain_grpo(make, make_saved_model())
-    monkeypatch.setattr(igpo_trl.belief_pass, "score_beliefs", refuse)
+    monkeypatch.setattr(igpo_trl.beliefs.scorer, "score_beliefs", refuse)
     trainer = counted(make(model=make_saved_model(), info_gain_weight=0.0, **PLUMBING))
     trainer.train()
     assert_bit_equal(parameters_of(trainer), expected)
@@ -155,7 +155,7 @@ def test_single_turn_rollouts_train_on_grpos_advantages(make):
 @pytest.mark.parametrize("normalization", ["separate", "critic"])
 def test_mistake_16_evaluation_scores_no_belief(make, monkeypatch, normalization):
     trainer = make(eval_dataset=tiny.make_dataset(2), per_device_eval_batch_size=4, normalization=normalization)
-    monkeypatch.setattr(igpo_trl.belief_pass, "score_beliefs", refuse)
+    monkeypatch.setattr(igpo_trl.beliefs.scorer, "score_beliefs", refuse)
     metrics = trainer.evaluate()
     assert metrics["eval_reward"] == pytest.approx((1 + 0 + 1 - 2) / 4)
     assert "eval_rollout/turns/mean" in trainer.state.log_history[-1]
@@ -228,7 +228,7 @@ def test_scripted_policy_gives_hand_computed_advantages(make, monkeypatch):
     )
     trainer.scripts = scripts
     tokenizer = trainer.processing_class
-    monkeypatch.setattr(igpo_trl.belief_pass, "score_beliefs", believe_in_clues(tokenizer))
+    monkeypatch.setattr(igpo_trl.beliefs.scorer, "score_beliefs", believe_in_clues(tokenizer))
     trainer.train()
 
     expected = [[0.862372, -0.724745, 1.0], [-0.5, -1.0]]
@@ -270,7 +270,7 @@ def test_log_prob_gains(make, monkeypatch):
         [tiny.call("two", "clues"), tiny.answer("Paris")],
         [tiny.call("one", "clues"), tiny.answer("Paris")],
     ]
-    monkeypatch.setattr(igpo_trl.belief_pass, "score_beliefs", believe_in_clues(trainer.processing_class))
+    monkeypatch.setattr(igpo_trl.beliefs.scorer, "score_beliefs", believe_in_clues(trainer.processing_class))
     trainer.train()
     assert trainer.state.log_history[0]["info_gain/mean"] == pytest.approx((math.log(5) + math.log(3)) / 2, abs=1e-5)
     ((_, output),) = trainer.batches
@@ -282,7 +282,7 @@ def test_log_prob_gains(make, monkeypatch):
 def test_mistake_15_groups_with_equal_outcomes_are_rescued_by_their_gains(make, monkeypatch):
     trainer = make(tools=[clues], per_device_train_batch_size=2)
     trainer.scripts = [[tiny.call("two", "clues"), "?"], [tiny.call("none", "clues"), "?"]]  # both penalised
-    monkeypatch.setattr(igpo_trl.belief_pass, "score_beliefs", believe_in_clues(trainer.processing_class))
+    monkeypatch.setattr(igpo_trl.beliefs.scorer, "score_beliefs", believe_in_clues(trainer.processing_class))
     trainer.train()
     metrics = trainer.state.log_history[0]
     assert metrics["collapse/outcome"] == 1.0
@@ -304,7 +304,7 @@ def test_a_rollout_cut_off_behind_an_observation_keeps_its_gain(make, monkeypatc
     probe = make(tools=[clues], per_device_train_batch_size=2, processing_class=tokenizer)
     observation = probe._get_tool_suffix_ids([{"role": "tool", "name": "clues", "content": clues("two")}])
     room = len(tokenizer.encode(scripts[0][0])) + 1 + len(observation)
-    monkeypatch.setattr(igpo_trl.belief_pass, "score_beliefs", believe_in_clues(tokenizer))
+    monkeypatch.setattr(igpo_trl.beliefs.scorer, "score_beliefs", believe_in_clues(tokenizer))
     # γ = 0.5 tells the search's own reward from the penalty behind it: A = 1 - 0.5 and -1 + 0.5.
     trainer = make(
         tools=[clues], per_device_train_batch_size=2, processing_class=tokenizer, max_completion_length=room, gamma=0.5
@@ -375,7 +375,7 @@ def test_mistake_3_no_alias_is_lost(make, monkeypatch):
         seen.append([len(rollout) for rollout in probes])
         return score_beliefs(model, sequences, boundaries, probes, **options)
 
-    monkeypatch.setattr(igpo_trl.belief_pass, "score_beliefs", count_probes)
+    monkeypatch.setattr(igpo_trl.beliefs.scorer, "score_beliefs", count_probes)
     trainer = make()
     trainer.train()
     assert seen == [[2, 2, 2, 2]]

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from igpo_trl.tooling import ToolCall, ToolErrorKind
+from igpo_trl.rollout import ToolCall, ToolErrorKind
 
 LONG = 30.0  # seconds that no call of a test reaches unless something is stuck
 

@@ -1,5 +1,5 @@
 """`python -m igpo_trl` is `igpo`."""
 
-from .cli import app
+from .cli.app import app
 
 app(prog_name="igpo")

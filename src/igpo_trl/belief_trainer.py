@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from .belief_pass import BeliefPass, KeepsKeysAndValues
 from .beliefs import HeldContexts
+from .beliefs.probes import fit_template
+from .beliefs.scorer import BeliefPass, KeepsKeysAndValues
 from .checks import answers_of, check_tool_names
-from .prefix_cache import PrefixCache
-from .probes import fit_template
-from .rollout import MultiTurnTrainer, Rollout
-from .turn_batch import TurnBatch
+from .rollout.kv_cache import PrefixCache
+from .rollout.loop import MultiTurnTrainer, Rollout
+from .step import TurnBatch
 from .turns import gain_spans, turn_spans
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from .advantages import NORMALIZATIONS
-from .probes import DEFAULT_TEMPLATE, split_template
+from .beliefs.probes import DEFAULT_TEMPLATE, split_template
 from .rewards import DEFAULT_FORMAT_PENALTY
 
 
@@ -29,7 +29,7 @@ class IGPOConfig(GRPOConfig):
         default=DEFAULT_TEMPLATE,
         metadata={
             "help": "Text in which the answer is scored, with one `{answer}` slot; only its own tokens count. "
-            "The default is the template of the paper's reference code; `igpo_trl.probes.NO_THINK_TEMPLATE` is the "
+            "The default is the template of the paper's reference code; `igpo_trl.beliefs.probes.NO_THINK_TEMPLATE` is the "
             "form for models that do not think aloud. What the generation prompt opens already is left out."
         },
     )

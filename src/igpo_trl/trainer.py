@@ -24,10 +24,10 @@ from .checks import (
     named_datasets,
 )
 from .config import IGPOConfig
-from .observations import ObservationEncoder
 from .rewards import exact_match, extract_answer, f1_score, last_assistant_text, make_answer_reward
+from .rollout.observations import ObservationEncoder
+from .step import TurnBatch, number_or_none
 from .trajectory import Trajectory, drop_later, write_jsonl
-from .turn_batch import TurnBatch, number_or_none
 from .turns import expand_to_tokens
 
 
@@ -53,7 +53,7 @@ class IGPOTrainer(BeliefTrainer):
     - `advantages` are (B, T) instead of (B,): each sampled token gets the advantage of its turn. Statistics are those
       of the whole group, also where it lies across processes.
     - The rounds of a rollout: all tool calls of all rollouts at once, limits with names, the KV cache kept between
-      turns, processes in step ([`igpo_trl.rollout`]).
+      turns, processes in step ([`igpo_trl.rollout.loop`]).
     - `reward_funcs` may be left out: [`answer_reward`] then scores the F1 of the last turn's answer.
     - Metrics of gains, beliefs, turns and collapse; optional records of every rollout (`save_trajectories`).
 

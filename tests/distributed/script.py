@@ -6,7 +6,7 @@ from pathlib import Path
 import tiny
 import torch
 
-import igpo_trl.belief_pass
+import igpo_trl.beliefs.scorer
 from igpo_trl import IGPOConfig, IGPOTrainer
 
 SEARCH = tiny.call("Paris")
@@ -35,7 +35,7 @@ class Trainer(tiny.Scripted, IGPOTrainer):
 
 def main(folder: Path, num_processes: int) -> None:
     torch.set_num_threads(1)
-    forwards, score = [], igpo_trl.belief_pass.score_beliefs
+    forwards, score = [], igpo_trl.beliefs.scorer.score_beliefs
 
     def count(model, *args, **options):
         hook = model.register_forward_hook(lambda *_: forwards.append(1))
@@ -44,7 +44,7 @@ def main(folder: Path, num_processes: int) -> None:
         finally:
             hook.remove()
 
-    igpo_trl.belief_pass.score_beliefs = count
+    igpo_trl.beliefs.scorer.score_beliefs = count
     results = []
     for case in CASES:
         forwards.clear()

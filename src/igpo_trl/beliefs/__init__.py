@@ -1,6 +1,6 @@
 """Beliefs: the policy's own teacher-forced log-probability of the right answer, at every turn of a rollout."""
 
-from ..probes import DEFAULT_TEMPLATE, NO_THINK_TEMPLATE, AnswerProbe, build_probes
+from .probes import DEFAULT_TEMPLATE, NO_THINK_TEMPLATE, AnswerProbe, build_probes
 from .scoring import HeldContexts, check_beliefs, held_obstacle, packed_obstacle, reduce_aliases, score_beliefs
 
 __all__ = [

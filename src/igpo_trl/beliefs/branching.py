@@ -18,8 +18,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from . import attention
+from .models import LAYERED, TAKE_MASKS, base_model, layer_kinds
 from .packing import Forest, PlainBatch, Target, grow
-from .support import LAYERED, TAKE_MASKS, base_model, layer_kinds
 
 attention.register()
 

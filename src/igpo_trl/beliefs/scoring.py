@@ -21,10 +21,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from ..probes import AnswerProbe
 from .branching import Trunk, evaluating, run_branches, run_rows, run_trunk
+from .models import ABSOLUTE, base_model, branching_obstacle, uncompiled
 from .packing import Budget, PackedBatch, PlainBatch, Target, Unit, in_order, pack_rows, pack_trunks
-from .support import ABSOLUTE, base_model, branching_obstacle, uncompiled
+from .probes import AnswerProbe
 
 AliasReduction = Literal["max", "mean", "first"]
 Method = Literal["auto", "packed", "per_turn"]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .._jsonl import read_json_lines
+from ..files import read_json_lines
 from .layouts import UNUSED_COLUMNS
 
 # Cells of a CSV file that hold several texts: as a JSON list, or separated by `|`.

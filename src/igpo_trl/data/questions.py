@@ -190,6 +190,10 @@ def hold_out(questions: "Dataset", number: int) -> tuple["Dataset", "Dataset"]:
         raise ValueError(
             f"cannot hold out {number} of {len(questions)} questions. Expected 0 to {len(questions) - 1}."
         )
-    ids = questions["id"][:]
-    order = sorted(range(len(ids)), key=lambda i: hashlib.sha256(ids[i].encode()).digest())
+    order = order_by_hash(questions["id"][:])
     return questions.select(sorted(order[number:])), questions.select(order[:number])
+
+
+def order_by_hash(ids: Sequence[str]) -> list[int]:
+    """Indices of questions in the order of a hash of their ids: the same on every machine, whatever the file's order."""
+    return sorted(range(len(ids)), key=lambda i: hashlib.sha256(ids[i].encode()).digest())

@@ -1,7 +1,7 @@
 """Evaluation: from rollouts to scores with intervals, comparisons of runs, and the quality of a search index.
 
 Reads [`Trajectory`](../trajectory.py) records: no model is needed, neither torch nor TRL. What makes the rollouts is
-[`igpo_trl.evaluator`].
+[`igpo_trl.evaluation`].
 """
 
 from .compare import Comparison, compare_runs

@@ -62,7 +62,7 @@ class Judge:
     ) -> None:
         import httpx2
 
-        from ..search._remote import check_url
+        from ..search.network.remote import check_url
 
         self.model = model
         self._url = check_url(f"{url.rstrip('/')}/chat/completions", "judge URL")
@@ -104,7 +104,7 @@ class Judge:
         return json.dumps(fields, ensure_ascii=False, indent=1)
 
     def _ask(self, messages: list[dict[str, str]]) -> str:
-        from ..search._remote import post_json
+        from ..search.network.remote import post_json
 
         reply = post_json(
             self._client,
@@ -158,7 +158,7 @@ def judge_run(
 
     Args:
         judge ([`Judge`]): whom to ask.
-        trajectories (sequence of [`Trajectory`]): rollouts of [`igpo_trl.evaluator`].
+        trajectories (sequence of [`Trajectory`]): rollouts of [`igpo_trl.evaluation`].
         file (`Path`): where verdicts are kept.
         workers (`int`, *optional*): requests at a time.
         progress (`Callable`, *optional*): called with the number of rollouts done.

@@ -14,30 +14,30 @@ from .searchable import Searchable
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from ._answers import CacheMiss as CacheMiss
-    from ._remote import SearchError as SearchError
-    from .bm25 import BM25Index as BM25Index
-    from .dense import DenseIndex as DenseIndex
-    from .http import HTTPSearch as HTTPSearch
-    from .hybrid import HybridIndex as HybridIndex
+    from .indexes.bm25 import BM25Index as BM25Index
+    from .indexes.dense import DenseIndex as DenseIndex
+    from .indexes.hybrid import HybridIndex as HybridIndex
+    from .network.client import HTTPSearch as HTTPSearch
+    from .network.pages import PageReader as PageReader
+    from .network.pages import ReadPageTool as ReadPageTool
+    from .network.remote import SearchError as SearchError
+    from .network.responses import CacheMiss as CacheMiss
+    from .network.web import WebSearch as WebSearch
     from .passages import Passage as Passage
-    from .reader import PageReader as PageReader
-    from .reader import ReadPageTool as ReadPageTool
     from .tool import SearchTool as SearchTool
-    from .web import WebSearch as WebSearch
 
 _MODULES = {
-    "BM25Index": "bm25",
-    "DenseIndex": "dense",
-    "HybridIndex": "hybrid",
-    "HTTPSearch": "http",
-    "WebSearch": "web",
+    "BM25Index": "indexes.bm25",
+    "DenseIndex": "indexes.dense",
+    "HybridIndex": "indexes.hybrid",
+    "HTTPSearch": "network.client",
+    "WebSearch": "network.web",
     "Passage": "passages",
     "SearchTool": "tool",
-    "PageReader": "reader",
-    "ReadPageTool": "reader",
-    "SearchError": "_remote",
-    "CacheMiss": "_answers",
+    "PageReader": "network.pages",
+    "ReadPageTool": "network.pages",
+    "SearchError": "network.remote",
+    "CacheMiss": "network.responses",
 }
 
 __all__ = ["Searchable", "load_index", "open_search", *_MODULES]
@@ -72,19 +72,19 @@ def load_index(
         ValueError: The index is of an unknown kind or of another version, a file of it is missing or damaged, or the
             model is not the one that it was built with.
     """
-    from .store import read_manifest
+    from .indexes.store import read_manifest
 
     kind = read_manifest(directory)["kind"]
     if kind == "igpo_trl.bm25":
-        from .bm25 import BM25Index
+        from .indexes.bm25 import BM25Index
 
         return BM25Index.load(directory)
     if kind == "igpo_trl.dense":
-        from .dense import DenseIndex
+        from .indexes.dense import DenseIndex
 
         return DenseIndex.load(directory, model=model, device=device)
     if kind == "igpo_trl.hybrid":
-        from .hybrid import HybridIndex
+        from .indexes.hybrid import HybridIndex
 
         return HybridIndex.load(directory, model=model, device=device)
     raise ValueError(f"{directory} holds an index of kind {kind!r}, which this release does not know.")
@@ -107,7 +107,7 @@ def open_search(
         ValueError: The index cannot be read, or the address is of another kind.
     """
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        from .http import HTTPSearch
+        from .network.client import HTTPSearch
 
         return HTTPSearch(source)
     if "://" in str(source):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._jsonl import read_json_lines
+from ..files import read_json_lines
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from .._tool_options import tool
+from ..tools import tool
 from .passages import Passage
 from .searchable import Searchable
 

@@ -1,0 +1,208 @@
+"""Tool calls as a policy wrote them, checked against the tools there are."""
+
+import inspect
+import json
+import typing
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NotRequired
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticUserError
+from typing_extensions import TypedDict  # Pydantic takes that of `typing` from Python 3.12 on only
+
+from .tool_results import ToolErrorKind, ToolResult, clean, cut, describe, error_result, show
+
+MAX_NAME_CHARACTERS = 64
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """
+    One call that a policy made, checked.
+
+    Attributes:
+        name (`str`): The name that the policy gave, shortened; "unknown" if it gave none.
+        arguments (`dict`): Values by parameter name, converted to the annotated types.
+        function (`Callable`, *optional*): The tool, `None` if there is none of this name.
+        serial (`Hashable`, *optional*): Calls that share it run one after another; `None` for no such order.
+        problem (`ToolResult`, *optional*): What is wrong with the call; it is then not run.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    function: Callable[..., Any] | None
+    serial: Hashable | None = None
+    problem: ToolResult | None = None
+
+
+def read_calls(
+    raw: Any, tools: Mapping[str, Callable[..., Any]], serial: Callable[[Callable[..., Any]], Hashable | None]
+) -> list[ToolCall]:
+    """
+    Check the tool calls of one assistant message against the tools there are.
+
+    Args:
+        raw (`Any`):
+            The `tool_calls` of a parsed message, whatever a policy and a parser left there. The usual form is
+            `[{"type": "function", "function": {"name": …, "arguments": {…}}}]`; the inner dictionary alone and
+            arguments as a JSON string are understood as well.
+        tools (`Mapping[str, Callable]`):
+            The tools of this rollout, by name.
+        serial (`Callable`):
+            The `serial` of a call of this tool: something shared by all methods of an environment, `None` for a tool
+            whose calls need no order.
+
+    Returns:
+        `list[ToolCall]`: One per entry, in order. Nothing is raised, whatever `raw` is.
+    """
+    if raw is None:
+        return []
+    return [_read_call(entry, tools, serial) for entry in (raw if isinstance(raw, (list, tuple)) else [raw])]
+
+
+def _read_call(
+    entry: Any, tools: Mapping[str, Callable[..., Any]], serial: Callable[[Callable[..., Any]], Hashable | None]
+) -> ToolCall:
+    def wrong(kind: ToolErrorKind, text: str, name: str = "unknown") -> ToolCall:
+        return ToolCall(name, {}, tools.get(name), problem=error_result(kind, text))
+
+    if not isinstance(entry, dict):
+        return wrong(ToolErrorKind.MALFORMED, f"a tool call must be an object, got {show(entry)}.")
+    if entry.get("type") not in (None, "function"):
+        return wrong(ToolErrorKind.MALFORMED, f"a tool call of type {show(entry['type'])}, expected 'function'.")
+    call = entry.get("function", entry)
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        return wrong(ToolErrorKind.MALFORMED, f"a tool call must have a 'name' that is a string, got {show(call)}.")
+    name = clean(call["name"])
+    function = tools.get(name)
+    if function is None:
+        name = cut(name, MAX_NAME_CHARACTERS)
+        available = ", ".join(tools) or "none"
+        return wrong(ToolErrorKind.UNKNOWN_TOOL, f"there is no tool {name!r}. Available: {available}.", name)
+
+    arguments = call.get("arguments")
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        arguments = {}  # how some write a call without arguments
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            return wrong(ToolErrorKind.MALFORMED, f"the arguments of {name} are not valid JSON: {error}", name)
+    if not isinstance(arguments, dict):
+        text = f"the arguments of {name} must be an object with one entry per argument, got {show(arguments)}."
+        return wrong(ToolErrorKind.MALFORMED, text, name)
+    signature = signature_of(function)
+    try:
+        arguments = signature.check(arguments)
+    except ValidationError as error:
+        return wrong(ToolErrorKind.BAD_ARGUMENTS, f"{name}: {signature.explain(error)}", name)
+    except Exception as error:  # a type of the tool's own that does not check what it is given
+        return wrong(ToolErrorKind.BAD_ARGUMENTS, f"{name}: {describe(error)}", name)
+    return ToolCall(name, arguments, function, serial(function))
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a function takes and returns, as far as its annotations say."""
+
+    adapter: TypeAdapter[dict[str, Any]] | None = None  # None: it does not say what it takes
+    defaults: dict[str, Any] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
+    returns: tuple[type, ...] = ()  # kinds of JSON values, other than text, that it declares to return
+
+    def check(self, arguments: dict[Any, Any]) -> dict[str, Any]:
+        """The arguments, converted where a type allows it; raises `pydantic.ValidationError`."""
+        return arguments if self.adapter is None else self.adapter.validate_python(arguments)
+
+    def explain(self, error: ValidationError) -> str:
+        """One clause per bad argument: which, what was expected, what was got."""
+        clauses: dict[Any, str] = {}
+        for detail in error.errors(include_url=False, include_context=False):
+            name, *path = detail["loc"] or (None,)  # None: a name that is no valid text
+            argument = "an argument's name" if name is None else f"argument {cut(repr(name), MAX_NAME_CHARACTERS)}"
+            if detail["type"] == "missing" and not path:
+                clause = f"{argument} is missing"
+            elif detail["type"] in ("extra_forbidden", "invalid_key") and not path:
+                clause = f"there is no {argument}"
+            else:
+                clause = f"{argument} {detail['msg'].removeprefix('Input ')}, got {show(detail['input'])}"
+            clauses.setdefault(name, clause)
+            if len(clauses) == 3:
+                break
+        return f"{'; '.join(clauses.values())}. It takes: {', '.join(self.parameters) or 'no arguments'}."
+
+
+# By the function behind a bound method: environments come and go, and each has methods of its own.
+_signatures: weakref.WeakKeyDictionary[Any, dict[bool, Signature]] = weakref.WeakKeyDictionary()
+
+
+def signature_of(function: Callable[..., Any]) -> Signature:
+    """The signature of a tool, read once."""
+    bound = inspect.ismethod(function)
+    try:
+        known = _signatures.setdefault(function.__func__ if bound else function, {})  # type: ignore[attr-defined]
+    except TypeError:  # a callable object that has no hash or no weak reference
+        return _read_signature(function)
+    if bound not in known:
+        known[bound] = _read_signature(function)
+    return known[bound]
+
+
+def _read_signature(function: Callable[..., Any]) -> Signature:
+    try:
+        signature = inspect.signature(function, eval_str=True)
+    except Exception:  # an annotation that does not evaluate
+        try:
+            signature = inspect.signature(function)
+        except (ValueError, TypeError):
+            return Signature()
+    fields: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
+    extra: typing.Literal["allow", "forbid"] = "forbid"
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            extra = "allow"
+        elif parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            kind = parameter.annotation
+            kind = Any if kind is parameter.empty or isinstance(kind, str) else kind
+            fields[name] = kind if parameter.default is parameter.empty else NotRequired[kind]
+            if parameter.default is None:  # `k: int = None`
+                fields[name] = NotRequired[typing.Optional[kind]]  # noqa: UP045
+            if parameter.default is not parameter.empty:
+                defaults[name] = parameter.default
+    returns = _json_kinds(signature.return_annotation)
+    config = ConfigDict(extra=extra, arbitrary_types_allowed=True)
+    try:
+        adapter = _adapter(fields, config)
+    except (PydanticUserError, NameError, TypeError):  # a type that cannot be checked: check the names alone
+        plain = {name: NotRequired[Any] if name in defaults else Any for name in fields}
+        adapter = _adapter(plain, config)
+    return Signature(adapter, defaults, tuple(fields), returns)
+
+
+def _adapter(fields: dict[str, Any], config: ConfigDict) -> TypeAdapter[dict[str, Any]]:
+    typed_dict: Any = TypedDict  # it takes any name for a field, as no model does
+    arguments = typed_dict("arguments", fields)
+    arguments.__pydantic_config__ = config
+    return TypeAdapter(arguments)
+
+
+def _json_kinds(annotation: Any) -> tuple[type, ...]:
+    """The kinds of JSON values that a return annotation declares, text and nothing excepted."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _json_kinds(typing.get_args(annotation)[0])
+    if origin is typing.Union or isinstance(annotation, type(int | str)):
+        return tuple(kind for part in typing.get_args(annotation) for kind in _json_kinds(part))
+    kind = origin or annotation
+    if not isinstance(kind, type):
+        return ()
+    if kind is float:
+        return (float, int)
+    if issubclass(kind, (bool, int)):
+        return (kind,)
+    if issubclass(kind, Mapping):
+        return (dict,)
+    return (list, tuple) if issubclass(kind, Sequence) and not issubclass(kind, (str, bytes, bytearray)) else ()

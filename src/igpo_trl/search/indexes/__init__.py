@@ -1,0 +1,1 @@
+"""Indexes of passages: BM25, dense, and both together."""

@@ -1,0 +1,206 @@
+"""Several retrievers as one, by reciprocal rank fusion."""
+
+import os
+from collections.abc import Iterator, Sequence, Sized
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..passages import Corpus, Passage, read_passages
+from ..searchable import Searchable, check_request
+from .bm25 import BM25Index
+from .dense import DenseIndex
+from .store import check_kind, new_index, read_manifest, write_manifest
+from .stored import OFFSETS_FILE, PASSAGES_FILE, StoredPassages, fingerprint
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+KIND, VERSION = "igpo_trl.hybrid", 1
+
+
+class HybridIndex:
+    """
+    Fuses the rankings of two or more retrievers over the same passages.
+
+    A passage scores `sum over retrievers of 1 / (constant + rank)`, with ranks from 1, over those retrievers that
+    find it among their first `depth` (Cormack, Clarke & Büttcher, SIGIR 2009). Ranks alone count: scores of different
+    retrievers need not be comparable. With a single retriever the order is its own.
+
+    ```python
+    >>> index = HybridIndex([BM25Index.load("bm25/"), DenseIndex.load("dense/")])
+    >>> index.save("hybrid/")
+    ```
+
+    Args:
+        parts (`Sequence[Searchable]`):
+            What to fuse; passages are the same when their ids are.
+        constant (`int`, *optional*, defaults to `60`):
+            The larger, the less the first ranks count before later ones.
+        depth (`int`, *optional*, defaults to `50`):
+            Results asked of each part, or `k` where that is more.
+
+    Raises:
+        ValueError: There are no parts, or a number is not positive.
+    """
+
+    def __init__(self, parts: Sequence[Searchable], *, constant: int = 60, depth: int = 50) -> None:
+        if not parts:
+            raise ValueError("got no parts, expected at least one index.")
+        if constant < 1 or depth < 1:
+            raise ValueError(f"got constant={constant}, depth={depth}; expected both to be at least 1.")
+        self.parts = list(parts)
+        self.constant = constant
+        self.depth = depth
+
+    @classmethod
+    def build(
+        cls,
+        corpus: Corpus,
+        directory: str | Path,
+        *,
+        model: "str | Path | SentenceTransformer",
+        k1: float = 0.9,
+        b: float = 0.4,
+        title_weight: int = 4,
+        stopwords: str | None = "english",
+        stemmer: str | None = "english",
+        restart: bool = False,
+        show_progress: bool = True,
+        **dense: Any,
+    ) -> "HybridIndex":
+        """
+        Indexes a corpus with BM25 and with a dense model, on disk.
+
+        Like its parts, the index appears complete or not at all, and an interrupted build goes on where it was.
+
+        Args:
+            corpus, directory, model, k1, b, title_weight, stopwords, stemmer, restart, show_progress:
+                As for [`BM25Index.build`] and [`DenseIndex.build`].
+            dense:
+                Further arguments of [`DenseIndex.build`].
+        """
+        with new_index(directory, restart=restart) as (target, work):
+            first, second = work / "bm25", work / "dense"
+            settings: dict[str, Any] = {"k1": k1, "b": b, "title_weight": title_weight}
+            settings |= {"stopwords": stopwords, "stemmer": stemmer}
+            if not _is_done(first, corpus, settings):
+                BM25Index.build(corpus, directory=first, show_progress=show_progress, **settings)
+            passages = StoredPassages(first)
+            DenseIndex.build(passages, second, model=model, show_progress=show_progress, **dense)
+            _share_passages(first, second)
+            for part in (first, second):
+                os.replace(part, target / part.name)
+            write_manifest(
+                target, KIND, VERSION, passages=len(passages), parts=["bm25", "dense"], constant=60, depth=50
+            )
+        return cls.load(directory, model=model)
+
+    def __len__(self) -> int:
+        """Number of passages of the first part that knows it."""
+        for part in self.parts:
+            if isinstance(part, Sized):
+                return len(part)
+        raise TypeError("no part knows how many passages it has.")
+
+    def search(self, query: str, k: int = 3) -> list[Passage]:
+        """The `k` passages that rank best over all parts, best first."""
+        return self.search_batch([query], k)[0]
+
+    def search_batch(self, queries: Sequence[str], k: int = 3) -> list[list[Passage]]:
+        """
+        The results of `search` for each of several queries, in order.
+
+        Raises:
+            ValueError: `k` is not positive.
+            TypeError: `queries` is a single string.
+        """
+        check_request(queries, k)
+        if not queries:
+            return []
+        rankings = [part.search_batch(queries, max(k, self.depth)) for part in self.parts]
+        return [self._fuse(found)[:k] for found in zip(*rankings, strict=True)]
+
+    def _fuse(self, rankings: Sequence[list[Passage]]) -> list[Passage]:
+        passages: dict[str, Passage] = {}
+        scores: dict[str, float] = {}
+        for ranking in rankings:
+            for rank, passage in enumerate(ranking, start=1):
+                passages.setdefault(passage.id, passage)
+                scores[passage.id] = scores.get(passage.id, 0.0) + 1 / (self.constant + rank)
+        best = sorted(scores, key=lambda key: -scores[key])  # stable: equals stay in the order of the first part
+        return [Passage(key, passages[key].title, passages[key].text, scores[key]) for key in best]
+
+    def save(self, directory: str | Path) -> None:
+        """
+        Writes the parts to a directory, each in a folder of its own; it appears complete or not at all.
+
+        Raises:
+            FileExistsError: The directory holds something that is no index.
+            TypeError: A part cannot be saved, such as the client of a server.
+        """
+        for part in self.parts:
+            if not isinstance(part, BM25Index | DenseIndex | HybridIndex):
+                raise TypeError(f"a {type(part).__name__} cannot be saved; only indexes can.")
+        with new_index(directory, resumable=False) as (target, _):
+            names = [f"part{i}" for i in range(len(self.parts))]
+            for name, part in zip(names, self.parts, strict=True):
+                part.save(target / name)  # type: ignore[attr-defined]
+            write_manifest(
+                target, KIND, VERSION, passages=len(self), parts=names, constant=self.constant, depth=self.depth
+            )
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        *,
+        model: "str | Path | SentenceTransformer | None" = None,
+        device: str | None = None,
+    ) -> "HybridIndex":
+        """
+        Loads an index and its parts, memory-mapped.
+
+        Args:
+            directory (`str` or `Path`):
+                Where it was saved.
+            model, device:
+                For the dense parts, as for [`DenseIndex.load`].
+
+        Raises:
+            FileNotFoundError: There is no index in the directory, or not all of it.
+            ValueError: It is of another kind or version, or a part is damaged or has other passages than the rest.
+        """
+        from .. import load_index
+
+        directory = Path(directory)
+        manifest = read_manifest(directory)
+        check_kind(directory, manifest, KIND, VERSION)
+        parts: list[Any] = [load_index(directory / name, model=model, device=device) for name in manifest["parts"]]
+        for name, part in zip(manifest["parts"], parts, strict=True):
+            if len(part) != manifest["passages"]:
+                raise ValueError(
+                    f"{directory / name} has {len(part)} passages, expected {manifest['passages']}. Build it again."
+                )
+        return cls(parts, constant=manifest["constant"], depth=manifest["depth"])
+
+
+def _is_done(directory: Path, corpus: Corpus, settings: dict[str, Any]) -> bool:
+    """Whether an earlier attempt has built this part, of the same corpus with the same settings."""
+    try:
+        manifest = read_manifest(directory)
+    except (FileNotFoundError, ValueError):
+        return False
+    if isinstance(corpus, Iterator) or any(manifest.get(name) != value for name, value in settings.items()):
+        return False  # an iterator can be read once only
+    return manifest["corpus"] == fingerprint(read_passages(corpus))
+
+
+def _share_passages(first: Path, second: Path) -> None:
+    """Lets two parts have the text of their passages on disk once, where the file system can do that."""
+    for name in (PASSAGES_FILE, OFFSETS_FILE):
+        link = second / f".{name}"
+        try:
+            os.link(first / name, link)
+        except OSError:
+            return
+        os.replace(link, second / name)
