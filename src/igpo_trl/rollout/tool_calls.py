@@ -5,7 +5,8 @@ import json
 import re
 import typing
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NotRequired
 
@@ -258,3 +259,24 @@ def _json_kinds(annotation: Any) -> tuple[type, ...]:
     if issubclass(kind, Mapping):
         return (dict,)
     return (list, tuple) if issubclass(kind, Sequence) and not issubclass(kind, (str, bytes, bytearray)) else ()
+
+
+@contextmanager
+def parser_errors_as_value_errors(tokenizer: Any) -> Iterator[None]:
+    """TRL takes a `ValueError` of the parser for a malformed call; a deeply nested one is a `RecursionError`."""
+    parse, instance_attribute = tokenizer.parse_response, vars(tokenizer).get("parse_response")
+
+    def parse_or_value_error(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return parse(*args, **kwargs)
+        except (RecursionError, LookupError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+
+    tokenizer.parse_response = parse_or_value_error
+    try:
+        yield
+    finally:
+        if instance_attribute is None:
+            del tokenizer.parse_response
+        else:
+            tokenizer.parse_response = instance_attribute
