@@ -19,6 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import igpo_trl.beliefs.scorer
 import igpo_trl.rollout.loop
+import igpo_trl.step
 from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.beliefs import CachedContexts, cached_obstacle, score_beliefs, scoring
 from igpo_trl.trajectory import read_jsonl
@@ -72,17 +73,17 @@ def make(tmp_path, trainer_class=IGPOTrainer, config_class=IGPOConfig, **options
 @pytest.fixture
 def scored(monkeypatch):
     """What the belief pass returns for each batch, and a slow oracle's scores at the weights of the moment."""
-    batches, score = [], igpo_trl.beliefs.scorer.BeliefPass.score
+    batches, score = [], igpo_trl.beliefs.scorer.BeliefScorer.score
 
-    def record(self, model, sequences, boundaries):
-        expected = oracles.beliefs(model, sequences, boundaries, [self._probes_of[a] for a in self._answers])
-        found = len(self._memo)
-        values = score(self, model, sequences, boundaries)
+    def record(self, model, batch, sequences, boundaries):
+        expected = oracles.beliefs(model, sequences, boundaries, batch.probes)
+        found = len(batch.memo)
+        values = score(self, model, batch, sequences, boundaries)
         best = [[max(aliases) for aliases in rollout] for rollout in expected]
         batches.append((sequences, boundaries, [v.tolist() for v in values], best, found))
         return values
 
-    monkeypatch.setattr(igpo_trl.beliefs.scorer.BeliefPass, "score", record)
+    monkeypatch.setattr(igpo_trl.beliefs.scorer.BeliefScorer, "score", record)
     return batches
 
 
@@ -211,7 +212,7 @@ def test_wrong_keys_and_values_are_found_and_not_used(tmp_path, searching, score
             trunk.padding = [skip + 1 for skip in trunk.padding]
             return trunk
 
-    monkeypatch.setattr(igpo_trl.belief_trainer, "CachedContexts", Shifted)
+    monkeypatch.setattr(igpo_trl.step, "CachedContexts", Shifted)
     trainer = make(tmp_path, max_steps=3)
     with caplog.at_level(logging.WARNING, "igpo_trl.beliefs.scorer"):
         trainer.train()
@@ -398,7 +399,7 @@ def test_in_bfloat16_rounding_is_taken_for_rounding(tmp_path, searching, scored,
         trainer.train()
     assert "forwards of their own" not in caplog.text
     assert all(found > 0 for *_, found in scored)
-    assert trainer._belief_pass._trusts_held
+    assert trainer._belief_scorer.trusts_cache
 
 
 def test_evaluation_sets_need_answers_for_beliefs(tmp_path):

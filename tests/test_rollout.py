@@ -49,7 +49,7 @@ def roll_out(trainer, scripts, prompts=None):
     trainer.model.eval()
     with torch.no_grad():
         prompt_ids, completion_ids, mask, messages, *_ = trainer._generate([row["prompt"] for row in rows])
-    stops = trainer._log_of_rounds.stops
+    stops = trainer._current_step.round_log.stops
     return list(zip(prompt_ids, completion_ids, mask, messages, stops, strict=True))
 
 
@@ -98,9 +98,8 @@ def nasty(query: str) -> str:
 
 @pytest.fixture(scope="module")
 def nasty_trainer(tmp_path_factory):
-    trainer = make(tmp_path_factory.mktemp("nasty"), tools=[nasty], max_completion_length=2000)
-    trainer.model.config.max_position_embeddings = 9000
-    return trainer
+    model = tiny.make_model("qwen3", max_position_embeddings=9000)
+    return make(tmp_path_factory.mktemp("nasty"), model=model, tools=[nasty], max_completion_length=2000)
 
 
 @given(scripts=st.lists(st.lists(WORDS, max_size=3).map(lambda turns: turns + [None]), min_size=1, max_size=4))
@@ -194,7 +193,7 @@ def test_tokens_are_those_of_trl(tmp_path, monkeypatch, caplog, family, sample):
     reused = family not in ("mistral", "qwen2_sliding")
     assert ("KV cache is not kept" in caplog.text) != reused
     assert (run[1] < 0.7 * run[0]) == reused
-    assert trainer._prefix_cache is None  # its memory is free for training
+    assert trainer._current_step.kv_cache is None  # its memory is free for training
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -439,8 +438,8 @@ def adding(arguments):
     ],
 )
 def test_a_bad_call_is_observed(tmp_path, turn, says, kind):
-    trainer = make(tmp_path, tools=[adder], max_completion_length=8000)
-    trainer.model.config.max_position_embeddings = 9000
+    model = tiny.make_model("qwen3", max_position_embeddings=9000)
+    trainer = make(tmp_path, model=model, tools=[adder], max_completion_length=8000)
     rollout = roll_out(trainer, [[turn, ANSWER, *NEVER]])[0]
     assert rollout[4] == "answered"
     (text,) = texts(trainer, rollout)
@@ -629,7 +628,7 @@ def test_soak_of_parsing_and_dispatch():
         for _ in range(1000):
             turn = random_turn(rng)
             ids = [*tokenizer.encode(turn, add_special_tokens=False), tokenizer.eos_token_id]
-            with igpo_trl.rollout.loop._value_errors_only(tokenizer):
+            with igpo_trl.rollout.tool_calls.parser_errors_as_value_errors(tokenizer):
                 message = parse_response(tokenizer, ids, prefix=prefix)
             read = read_calls(message.get("tool_calls"), {"adder": adder}, lambda _: None)
             problem = None if read else syntax.problem(ids, prefix)
@@ -647,8 +646,9 @@ def test_soak_of_parsing_and_dispatch():
 
 def test_strange_turns_through_the_trainer(tmp_path):
     rng = random.Random(2)
-    trainer = make(tmp_path, tools=[adder], max_turns=2, max_completion_length=10**5, max_tool_response_tokens=60)
-    trainer.model.config.max_position_embeddings = 10**6
+    model = tiny.make_model("qwen3", max_position_embeddings=10**6)
+    limits = {"max_turns": 2, "max_completion_length": 10**5, "max_tool_response_tokens": 60}
+    trainer = make(tmp_path, model=model, tools=[adder], **limits)
     for _, ids, mask, messages, stop in roll_out(trainer, [[random_turn(rng), ANSWER, *NEVER] for _ in range(300)]):
         assert stop == "answered" and len(ids) == len(mask)
         assert len(messages) == 1 or (messages[-1]["content"] == ANSWER and messages[1]["role"] == "tool")
