@@ -26,8 +26,14 @@ def test_every_metric_of_the_trainer_is_documented() -> None:
     assert not {name for name in logged if f"`{name}`" not in documented}
 
 
+def test_the_readme_cites_the_paper_as_model_cards_do() -> None:
+    from igpo_trl import IGPOTrainer
+
+    assert IGPOTrainer._paper["citation"] in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_links_between_documents_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
