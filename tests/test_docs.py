@@ -1,5 +1,6 @@
 """The documentation says what the code does."""
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -37,3 +38,31 @@ def test_links_between_documents_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def messages(source: str) -> list[str]:
+    """The strings of a module, with `…` in place of what an f-string fills in."""
+    texts = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.append(node.value)
+    return texts
+
+
+def quoted_messages() -> list[str]:
+    """The code spans in the first column of the tables under "Error messages", without those that `make` prints."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    section = page.split("\n## Error messages\n")[1].split("\n## ")[0]
+    cells = [line.split(" | ")[0].removeprefix("| ") for line in section.splitlines() if line.startswith("| ")]
+    spans = [re.findall(r"``(.+?)``|`(.+?)`", cell) for cell in cells if "(from `make`)" not in cell]
+    return [long or short for found in spans for long, short in found]
+
+
+def test_the_error_reference_quotes_messages_of_the_code() -> None:
+    texts = [text for file in (ROOT / "src").rglob("*.py") for text in messages(file.read_text(encoding="utf-8"))]
+    quoted = quoted_messages()
+    assert len(quoted) >= 30
+    assert [fragment for fragment in quoted if not any(fragment in text for text in texts)] == []
+    assert "No Python 3.11 or newer found" in (ROOT / "Makefile").read_text(encoding="utf-8")
