@@ -1,14 +1,18 @@
 """
 The docstrings of `igpo_trl` as Markdown for the documentation site: a Griffe extension that `mkdocs.yml` names.
 
-They are written in the dialect of Hugging Face, which is Markdown but for its sections and its references. `Args:` and the
+They are written in the dialect of Hugging Face, which is Markdown except for its sections and references. `Args:` and the
 like become a bold title, and each of their entries an item of a list. A reference such as [`IGPOConfig`] becomes a link
-to the object of that name if the site has it, and stays plain code otherwise.
+if the site describes the object, and plain code otherwise. A reference to a name that the package does not have is a
+warning, which fails a strict build.
 """
 
+import logging
 import re
 import textwrap
 from collections import defaultdict
+from collections.abc import Iterator
+from os.path import commonprefix
 from typing import Any
 
 import griffe
@@ -17,6 +21,7 @@ SECTION = re.compile(r"^(Args|Attributes|Raises|Returns|Yields|Examples?):$")
 ENTRY = re.compile(r"^(?P<names>[`*\w][`*\w., ]*?)\s*(?P<type>\(.*\))?:(?:\s+(?P<text>.*))?$")
 REFERENCE = re.compile(r"\[`(?P<name>[\w.]+)`\](?:\([^)\s]+\.py\))?(?![\[(])")
 TITLES = {"Args": "Arguments"}
+logger = logging.getLogger("mkdocs.plugins.docstrings")
 
 
 class Docstrings(griffe.Extension):
@@ -35,7 +40,7 @@ class Docstrings(griffe.Extension):
                 obj.docstring.value = convert_sections(text)
 
 
-def walk(obj: griffe.Object) -> Any:
+def walk(obj: griffe.Object) -> Iterator[griffe.Object]:
     """`obj` and everything that is defined in it; imported names are left out."""
     yield obj
     for member in obj.members.values():
@@ -44,16 +49,18 @@ def walk(obj: griffe.Object) -> Any:
 
 
 def add_links(text: str, path: str, paths: dict[str, list[str]]) -> str:
-    """Makes each reference a link. Of several objects with its name, the one nearest to `path` is meant."""
+    """Turns each reference into a link. If several objects have its name, the one nearest to `path` is meant."""
 
     def shared_parts(other: str) -> int:
-        same = (a == b for a, b in zip(path.split("."), other.split(".")))
-        return sum(1 for _ in iter(lambda: next(same, False), False))
+        return len(commonprefix([path.split("."), other.split(".")]))
 
     def link(match: re.Match[str]) -> str:
         code = f"<code>{match['name']}</code>"
-        found = paths.get(match["name"])
-        return f'<autoref identifier="{max(found, key=shared_parts)}" optional>{code}</autoref>' if found else code
+        candidates = paths.get(match["name"])
+        if not candidates:
+            logger.warning("%s refers to [`%s`], which the package does not have.", path, match["name"])
+            return code
+        return f'<autoref identifier="{max(candidates, key=shared_parts)}" optional>{code}</autoref>'
 
     return REFERENCE.sub(link, text)
 

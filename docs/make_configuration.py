@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the help texts of `IGPOConfig`, where they stand once and for all.
+"""Write docs/configuration.md from the help texts of `IGPOConfig`.
 
 python docs/make_configuration.py
 """

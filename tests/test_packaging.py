@@ -35,7 +35,9 @@ def test_pins_lie_within_the_bounds(repository, project):
     lines = (repository / "constraints.txt").read_text().splitlines()
     pins = dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
     extras = project["optional-dependencies"]
-    for requirement in map(Requirement, project["dependencies"] + [line for group in extras.values() for line in group]):
+    for requirement in map(
+        Requirement, project["dependencies"] + [line for group in extras.values() for line in group]
+    ):
         if requirement.name in pins:
             assert requirement.specifier.contains(pins[requirement.name]), requirement
     for requirement in map(Requirement, project["dependencies"] + extras["dev"] + extras["docs"]):
