@@ -3,8 +3,8 @@ The docstrings of `igpo_trl` as Markdown for the documentation site: a Griffe ex
 
 They are written in the dialect of Hugging Face, which is Markdown except for its sections and references. `Args:` and
 the like become a bold title, and each of their entries an item of a list. A reference such as [`IGPOConfig`] becomes a
-link if the site describes the object, and plain code otherwise. A reference to a name that the package does not have is
-a warning, which fails a strict build.
+link if the site describes the object, and plain code otherwise. A reference to a name that the package does not have
+is a warning, which fails a strict build.
 """
 
 import logging
