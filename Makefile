@@ -66,15 +66,15 @@ $(VENV)/.installed-demo: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP_INSTALL) --editable ".[demo]"
 	@touch $@
 
-# The development extras hold those of the demonstration, so this makes both stamps.
+# The development extras include those of the demonstration and of the documentation, so this makes all three stamps.
 $(VENV)/.installed-dev: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "==> Installing igpo_trl and what the tests need (about 2 GB, some minutes the first time)"
 	$(PIP_INSTALL) --editable ".[dev,deepspeed]" || { \
 		echo "==> That failed; trying without DeepSpeed, whose tests are then skipped" >&2; \
 		$(PIP_INSTALL) --editable ".[dev]"; }
-	@touch $(VENV)/.installed-demo $@
+	@touch $(VENV)/.installed-demo $(VENV)/.installed-docs $@
 
 $(VENV)/.installed-docs: $(VENV)/.created pyproject.toml constraints.txt
-	@echo "==> Installing what the documentation needs"
+	@echo "==> Installing igpo_trl and what the documentation needs (about 2 GB, some minutes the first time)"
 	$(PIP_INSTALL) --editable ".[docs]"
 	@touch $@
