@@ -75,7 +75,7 @@ class TurnRewards:
         return values.sub_(mean).mul_(weight).mul_(distinct / divisor).view(-1, num_turns)
 
     def accumulate(self, z_gain: torch.Tensor, z_outcome: torch.Tensor) -> torch.Tensor:
-        """Weigh normalised gains (B, K) and outcomes (B, 1), and add up the discounted rewards that follow each turn."""
+        """Weigh normalised gains (B, K) and outcomes (B, 1), and add up what follows each turn, discounted."""
         z = z_gain.mul_(self.gain_weight).scatter_(1, self.last, self.outcome_weight * z_outcome)
         return _discounted_sum(z, self.gamma).masked_fill_(~self.is_turn, 0.0)
 
@@ -86,8 +86,8 @@ def joint_advantages(rewards: TurnRewards) -> torch.Tensor:
 
     $$A_{i,k} = \frac{r_{i,k} - \mu}{\sigma}, \qquad \tilde A_{i,k} = \sum_{j \ge k} \gamma^{j-k} A_{i,j}$$
 
-    with μ and σ over all rewards r of the group's turns. Outcomes are usually far larger than gains and then dominate σ. The
-    mean is subtracted once per turn, so a rollout of many turns pays, or earns, it many times: the "turn tax".
+    with μ and σ over all rewards r of the group's turns. Outcomes are usually far larger than gains and then dominate
+    σ. The mean is subtracted once per turn, so a rollout of many turns pays, or earns, it many times: the "turn tax".
 
     Degenerate cases: a pool of one value or of equal values gives 0.
     """
@@ -98,13 +98,14 @@ def joint_advantages(rewards: TurnRewards) -> torch.Tensor:
 
 def separate_advantages(rewards: TurnRewards) -> torch.Tensor:
     r"""
-    Gains and outcomes each have their own mean and standard deviation in the group (the IGPO authors' training script).
+    Gains and outcomes each have their own mean and standard deviation in the group (the IGPO authors' training
+    script).
 
     As [`joint_advantages`], with $A_{i,k} = (g_{i,k} - \mu_g) / \sigma_g$ for turns with a gain and
     $A_{i,K_i} = (R_i - \mu_R) / \sigma_R$ for the last turn.
 
-    Degenerate cases: if all outcomes are equal the gains still tell the rollouts apart; a group in which only one turn has
-    a gain, or all gains are equal, is GRPO.
+    Degenerate cases: if all outcomes are equal the gains still tell the rollouts apart; a group in which only one
+    turn has a gain, or all gains are equal, is GRPO.
     """
     z_outcome = rewards.z_scores(rewards.outcome, rewards.is_scored)
     return rewards.accumulate(rewards.z_scores(rewards.gain, rewards.is_gain), z_outcome)
@@ -114,8 +115,8 @@ def per_turn_advantages(rewards: TurnRewards) -> torch.Tensor:
     r"""
     Gains are compared at the same turn index only (A²TGPO, arXiv 2605.06200).
 
-    As [`separate_advantages`], with $\mu_{g,k}$ and $\sigma_{g,k}$ of turn k over the group: first searches are compared
-    with first searches.
+    As [`separate_advantages`], with $\mu_{g,k}$ and $\sigma_{g,k}$ of turn k over the group: first searches are
+    compared with first searches.
 
     Degenerate cases: a turn index that a single rollout reaches gives 0.
     """
@@ -134,8 +135,8 @@ def critic_advantages(rewards: TurnRewards) -> torch.Tensor:
 
     with $V = 0$ after the last turn, divided by the root mean square of $A$ over the batch and not re-centred. With
     a gain weight of 0 the only reward is the outcome: the objective is GRPO's, and the belief only tells in which turn
-    the outcome was decided. For γ = 1 and gains in probability the target is $R + w (b_S - b_k)$ with S the last turn, and what
-    a rollout reached is $R + w b_S$.
+    the outcome was decided. For γ = 1 and gains in probability the target is $R + w (b_S - b_k)$ with S the last
+    turn, and what a rollout reached is $R + w b_S$.
 
     Degenerate cases: a rollout without an outcome is left out of the fit; with `scale="none"` nothing is divided.
     """
@@ -193,9 +194,9 @@ def turn_advantages(
     The estimators are [`joint_advantages`], [`separate_advantages`], [`per_turn_advantages`] and
     [`critic_advantages`]; their docstrings have the formulas.
 
-    Degenerate cases of all of them: a rollout whose outcome is NaN (no reward function applied to it) leaves every pool
-    and has advantage 0, as in TRL. A gain that is not finite counts as no reward of that turn; the rollout's other turns
-    keep theirs.
+    Degenerate cases of all of them: a rollout whose outcome is NaN (no reward function applied to it) leaves every
+    pool and has advantage 0, as in TRL. A gain that is not finite counts as no reward of that turn; the rollout's
+    other turns keep theirs.
 
     Args:
         info_gain (`torch.Tensor` of shape (B, K)):
@@ -212,14 +213,16 @@ def turn_advantages(
         gamma (`float`, *optional*, defaults to `1.0`):
             Discount per turn (not per token).
         scale (`bool` or `str`, *optional*, defaults to `True`):
-            What to divide by: `True` or `"group"` the pool's standard deviation, `"batch"` that of the whole batch, `False` or
-            `"none"` nothing. The critic divides by the root mean square over the batch unless this is `"none"`.
+            What to divide by: `True` or `"group"` the pool's standard deviation, `"batch"` that of the whole batch,
+            `False` or `"none"` nothing. The critic divides by the root mean square over the batch unless this is
+            `"none"`.
         info_gain_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the gains, applied after normalisation (before it, a z-score would undo it).
         outcome_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the outcome, likewise.
         std_floor (`float`, *optional*, defaults to `1e-2`):
-            Smallest standard deviation divided by, in units of the reward, so that noise is not blown up to unit scale.
+            Smallest standard deviation divided by, in units of the reward, so that noise is not blown up to unit
+            scale.
         beliefs (`torch.Tensor` of shape (B, K), *optional*):
             Probability of the answer before turn k; read by the critic only. Defaults to the running sum of
             `info_gain`, which is the belief relative to the prompt's.

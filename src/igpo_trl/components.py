@@ -110,8 +110,8 @@ def declare_output_head(trainer: Any) -> None:
     """
     Tell ZeRO-3 that the model's own forward uses the weight of its output head.
 
-    TRL's loss reads that weight without calling the head. DeepSpeed notices by itself, except while the weight is being
-    prefetched, which it is as soon as another forward, such as a belief pass, came before: the backward pass
+    TRL's loss reads that weight without calling the head. DeepSpeed notices by itself, except while the weight is
+    being prefetched, which it is as soon as another forward, such as a belief pass, came before: the backward pass
     then finds the weight released.
     """
     if not trainer._dist.is_zero3:

@@ -70,7 +70,7 @@ def turns_of(step: Step, i: int, tokenizer: PreTrainedTokenizerBase) -> list[Tur
 
 
 def completion_columns(step: Step) -> dict[str, list[str]]:
-    """Columns for TRL's table of completions: the values of each rollout's turns as text, empty where there are none."""
+    """Columns for TRL's table of completions: values of each rollout's turns as text, empty where there are none."""
     columns = dict.fromkeys(("belief", "info_gain", "turn_advantage"), [""] * len(step.global_outcome))
     if step.global_advantages is None or step.global_beliefs is None or step.global_gains is None:
         return columns

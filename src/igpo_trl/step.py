@@ -28,24 +28,25 @@ class Step:
     """
     One generation batch of one rank: rollouts → outcomes → beliefs → gains → advantages → metrics and records.
 
-    [`IGPOTrainer`] makes one per batch and fills it in the order below. Attributes named `global_…` cover the N rollouts
-    of all ranks, in the order of ranks; all others cover the B rollouts of this rank. Axes: T completion tokens, K turns.
+    [`IGPOTrainer`] makes one per batch and fills it in the order below. Attributes named `global_…` cover the N
+    rollouts of all ranks, in the order of ranks; all others cover the B rollouts of this rank. Axes: T completion
+    tokens, K turns.
 
     Attributes:
         rows (list of `dict`): rows of the data set.
         training (`bool`): whether the batch is trained on.
         num_generations (`int`): group size G.
         answer_column (`str`): column of `rows` with the right answers.
-        info_gain (`str`), info_gain_every (`int`), info_gain_tools (list of `str`, *optional*): how gains are measured, as
-            in [`IGPOConfig`].
+        info_gain (`str`), info_gain_every (`int`), info_gain_tools (list of `str`, *optional*): how gains are
+            measured, as in [`IGPOConfig`].
         scores_every_turn (`bool`): whether to score the belief before every turn, even if no gain needs it.
         optimizer_step (`int`): number of optimizer steps taken so far.
         rank (`int`): index of this process.
 
         kv_cache ([`PrefixCache`], *optional*): of the rollouts in progress; only while they are sampled.
         belief_batch ([`BeliefBatch`], *optional*): beliefs scored so far; `None` if none are wanted.
-        captures_old_log_probs (`bool`): whether TRL's forward for the old log-probabilities is still to come, and beliefs
-            are to be scored against its KV cache.
+        captures_old_log_probs (`bool`): whether TRL's forward for the old log-probabilities is still to come, and
+            beliefs are to be scored against its KV cache.
 
         round_log ([`RoundLog`]): counts of the rollout loop.
         prompt_ids, completion_ids (list of list of `int`): token ids.
@@ -55,8 +56,8 @@ class Step:
         global_rewards (`torch.Tensor` of shape (N, reward functions)): NaN where a function does not apply.
         global_outcome (`torch.Tensor` of shape (N,)): their weighted sum; NaN where none applies.
 
-        beliefs, gains (`torch.Tensor` of shape (B, K), *optional*): probability of the answer before each turn, and the
-            information gain of each turn; NaN where there is none.
+        beliefs, gains (`torch.Tensor` of shape (B, K), *optional*): probability of the answer before each turn, and
+            the information gain of each turn; NaN where there is none.
         global_beliefs, global_gains (`torch.Tensor` of shape (N, K)), global_num_turns (N,): the same, gathered.
         global_advantages (`torch.Tensor` of shape (N, K), *optional*): what the turns are trained with.
     """
@@ -201,7 +202,7 @@ class Step:
         scorer.score_cached(model, self.belief_batch, contexts, indices, sequences, boundaries, in_step=True)
 
     def score_beliefs(self, scorer: BeliefScorer, model: nn.Module) -> None:
-        """Beliefs and gains of the batch; only what no cache has given yet takes a forward. Every rank must call this."""
+        """Beliefs and gains of the batch; what no cache has given yet takes a forward. Every rank must call this."""
         assert self.belief_batch is not None
         self.set_beliefs(scorer.score(model, self.belief_batch, self.sequences, self.boundaries))
 

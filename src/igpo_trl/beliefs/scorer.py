@@ -1,15 +1,15 @@
 """
 When beliefs are scored, and against which KV cache.
 
-Scoring needs the keys and values of a rollout and then runs the probes alone. So a rollout is scored where its keys and
-values are already available:
+Scoring needs the keys and values of a rollout and then runs the probes alone, so it happens where these are already
+available:
 
     rollout loop         its own KV cache, when it ends              score_cached
     old log-probs        the cache of TRL's forward ([`KVCapture`])  score_cached
     end of the step      a forward of its own, for what is left      score
 
-Scores are memoized by context and probe, so nothing is scored twice, and a wrong guess about which beliefs will be needed
-costs time but never changes a value.
+Scores are memoized by context and probe, so nothing is scored twice, and a wrong guess about which beliefs will be
+needed costs time but never changes a value.
 """
 
 import logging
@@ -61,8 +61,8 @@ class BeliefScorer:
     Args:
         tokenizer (`PreTrainedTokenizerBase`): makes the probes' tokens.
         template (`str`, *optional*): text with the answer's slot, fitted to the generation prompt.
-        method (`str`, *optional*, defaults to `"auto"`): as in [`score_beliefs`]; `"auto"` is settled on the first batch,
-            by comparing packed scores with plain forwards.
+        method (`str`, *optional*, defaults to `"auto"`): as in [`score_beliefs`]; `"auto"` is settled on the first
+            batch, by comparing packed scores with plain forwards.
         alias_reduction (`str`, *optional*, defaults to `"max"`): how the beliefs in several aliases become one.
         max_answer_tokens (`int`, *optional*): longest answer scored.
         tokens_per_batch (`int`, *optional*, defaults to `16384`): tokens per forward.
@@ -133,8 +133,8 @@ class BeliefScorer:
             contexts ([`CachedContexts`]): keys and values, in the order of `rollouts`.
             rollouts (list of `int`): indices within this rank's batch.
             sequences, boundaries: as for [`score_beliefs`].
-            in_step (`bool`, *optional*, defaults to `False`): whether every rank calls this equally often and must make
-                the same number of forwards.
+            in_step (`bool`, *optional*, defaults to `False`): whether every rank calls this equally often and must
+                make the same number of forwards.
         """
         started = time.perf_counter()
         score_beliefs(
@@ -224,7 +224,8 @@ class KVCapture:
 
     Args:
         model (`nn.Module`): what is called.
-        on_forward (`Callable`): called after each forward with its cache, the index of its first row and its number of rows.
+        on_forward (`Callable`): called after each forward with its cache, the index of its first row and its number
+            of rows.
     """
 
     def __init__(self, model: Any, on_forward: Callable[[DynamicCache, int, int], None]):

@@ -45,7 +45,12 @@ class EvaluationTrainer(IGPOTrainer):
         failed = sum(errors[kind] for kind in (ToolErrorKind.RAISED, ToolErrorKind.TIMEOUT))
         if not self.max_over_ranks(failed):
             return
-        told = [message["content"] for messages in self._current_step.completions for message in messages if _failed(message)]
+        told = [
+            message["content"]
+            for messages in self._current_step.completions
+            for message in messages
+            if _failed(message)
+        ]
         told.sort(key=lambda text: not text.startswith(("Error: search failed", "Error: search gave no result")))
         raise ConnectionError(
             f"searches have failed ({told[0] if failed else 'on another process'}). Nothing of this batch is kept; "
@@ -71,7 +76,8 @@ class EvaluationTrainer(IGPOTrainer):
             "em": em,
             "searches": sum(message.get("role") == "tool" for message in messages),
             "failed_calls": sum(map(_failed, messages)),
-            "tokens_observed": len(self._current_step.completion_ids[i]) - sum(turn.num_tokens for turn in record.turns),
+            "tokens_observed": len(self._current_step.completion_ids[i])
+            - sum(turn.num_tokens for turn in record.turns),
         }
         return record
 

@@ -1,9 +1,11 @@
 """The rollout loop: all turns of all rollouts of a batch together, token-faithful, bounded, in step across ranks.
 
-In every round the tool calls of all rollouts run at once, their results are encoded once, and all rollouts that continue
-sample their next turn in one call. The loop knows neither a trainer nor a model: it is handed a function that samples.
+In every round the tool calls of all rollouts run at once, their results are encoded once, and all rollouts that
+continue sample their next turn in one call. The loop knows neither a trainer nor a model: it is handed a function
+that samples.
 
-A bad rollout is data: whatever a policy samples and whatever a tool does ends in an observation or in a [`StopReason`].
+A bad rollout is data: whatever a policy samples and whatever a tool does ends in an observation or in a
+[`StopReason`].
 """
 
 import sys
@@ -39,8 +41,8 @@ class RolloutLimits:
         max_turn_length (`int`): sampled tokens of one turn.
         context_length (`int`): prompt and completion together.
         max_rounds (`int`): rounds of tool calls.
-        forced_answer_prompt (`str`, *optional*): user message that asks a rollout which reaches a limit to answer; `None`
-            ends it there.
+        forced_answer_prompt (`str`, *optional*): user message that asks a rollout which reaches a limit to answer;
+            `None` ends it there.
         forced_answer_length (`int`): tokens kept free for that answer.
         on_malformed_tool_call (`str`): `"observe"` tells the policy what was wrong, `"end"` ends the rollout.
     """
@@ -133,16 +135,16 @@ class RolloutLoop:
     2. the turn was the forced answer: the rollout keeps the stop reason of the limit that led to it;
     3. the turn was cut off by the completion or context limit: `length_limit` or `context_limit`;
     4. it holds an answer: `answered`; calls in the same turn are not run;
-    5. it holds no call, or only a call that was cut off: `turn_length_limit` if `max_turn_length` cut it off (the policy
-       may then be asked to answer), else `answered`;
+    5. it holds no call, or only a call that was cut off: `turn_length_limit` if `max_turn_length` cut it off (the
+       policy may then be asked to answer), else `answered`;
     6. it holds a malformed call and `on_malformed_tool_call="end"`: `malformed`;
     7. the rounds are used up: `turn_limit`;
     8. otherwise its calls run.
 
-    After the calls ran, before the next turn: if the rounds are used up and a forced answer is wanted, the request comes with the
-    last observation. An observation that leaves no room for another token ends the rollout (`length_limit` or
-    `context_limit`); one that does not even fit is dropped. With a forced answer, tool results are cut down until
-    the request and an answer fit.
+    After the calls ran, before the next turn: if the rounds are used up and a forced answer is wanted, the request
+    comes with the last observation. An observation that leaves no room for another token ends the rollout
+    (`length_limit` or `context_limit`); one that does not even fit is dropped. With a forced answer, tool results are
+    cut down until the request and an answer fit.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): with a `response_template` that tool calls are parsed with.
@@ -196,8 +198,8 @@ class RolloutLoop:
         Args:
             rollouts (list of [`Rollout`]): with their prompts only.
             first_turns ([`SampledTurns`]): their first turns.
-            on_end (`Callable`, *optional*): called in every round with the rollouts that have ended since the last, before
-                the next sampling drops their KV cache.
+            on_end (`Callable`, *optional*): called in every round with the rollouts that have ended since the last,
+                before the next sampling drops their KV cache.
 
         Returns:
             [`RoundLog`]: what the rounds were like.
