@@ -140,7 +140,7 @@ def environment_rewards(factory: Any) -> bool:
 
 
 def check_tool_names(wanted: Sequence[str] | None, tools: Iterable[Callable[..., Any]] | None) -> None:
-    """Raise `ValueError` if `info_gain_tools` names a tool that there is not."""
+    """Raise `ValueError` if `info_gain_tools` names a tool that the trainer does not have."""
     names = {tool.__name__ for tool in tools or ()}
     if unknown := set(wanted or ()) - names:
         raise ValueError(

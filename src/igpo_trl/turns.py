@@ -18,14 +18,14 @@ def turn_spans(sampled_mask: torch.Tensor, lengths: torch.Tensor) -> tuple[torch
     Find the turns of every rollout.
 
     A completion that ends in an observation (the length limit left no room to sample after it) has one last, empty
-    turn behind that observation: the turn before it was executed and keeps its information gain, and the missing
+    turn after that observation: the turn before it was executed and keeps its information gain, and the missing
     answer is charged to the empty one.
 
     Args:
         sampled_mask (`torch.Tensor` of shape (B, T)):
             1 on tokens sampled from the policy, 0 on observations (TRL's `tool_mask`). Read up to `lengths` only.
         lengths (`torch.Tensor` of shape (B,)):
-            Number of completion tokens of each rollout; what stands behind them is padding.
+            Number of completion tokens of each rollout; the rest is padding.
 
     Returns:
         `tuple` of `torch.Tensor`:

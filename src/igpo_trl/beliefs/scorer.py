@@ -220,7 +220,7 @@ class _Cache(DynamicCache):
 
 class KVCapture:
     """
-    A model that hands on the KV cache of each of its forwards; everything else is the model's own.
+    A model that passes on the KV cache of each of its forwards; everything else is the model's own.
 
     Args:
         model (`nn.Module`): what is called.
