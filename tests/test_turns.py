@@ -130,6 +130,7 @@ def ragged(rollouts):
     return torch.tensor([row + [float("nan")] * (width - len(row)) for row in rollouts], dtype=torch.float64)
 
 
+@settings(deadline=None)
 @given(log_beliefs, st.sampled_from(["prob_diff", "log_prob_diff"]), st.none() | st.integers(1, 4))
 def test_gains_are_those_of_the_oracle(rollouts, kind, every):
     spans = None if every is None else [gain_spans(len(row), every=every) for row in rollouts]
@@ -148,6 +149,7 @@ def test_gains_by_hand():
     torch.testing.assert_close(log_gains[0, :2], torch.tensor([4.0, 0.75]).log())
 
 
+@settings(deadline=None)
 @given(log_beliefs)
 def test_gains_in_probability_telescope(rollouts):
     gains = information_gain(ragged(rollouts)).nan_to_num(0.0).sum(dim=1)

@@ -122,7 +122,8 @@ class IGPOConfig(GRPOConfig):
         default="auto",
         metadata={
             "help": "`packed`: the trajectory once, then all probes against its KV cache. `per_turn`: one sequence "
-            "per turn. `auto`: packed where it is exact on this model and agrees with plain forwards on the first batch."
+            "per turn. `auto`: packed where it is exact on this model and agrees with plain forwards on the first "
+            "batch."
         },
     )
     belief_tokens_per_batch: int = field(
@@ -220,7 +221,8 @@ class IGPOConfig(GRPOConfig):
         default=False,
         metadata={
             "help": "Write every training rollout with its beliefs, gains and advantages to "
-            "`output_dir/trajectories/` as JSON Lines, one file per process. Resumed training removes the records of the steps that it repeats."
+            "`output_dir/trajectories/` as JSON Lines, one file per process. Resumed training removes the records of "
+            "the steps that it repeats."
         },
     )
 
