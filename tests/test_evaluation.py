@@ -22,11 +22,10 @@ from igpo_trl.evaluation import (
     score_retrieval,
     score_run,
 )
-from igpo_trl.evaluation.questions import pair, questions_digest, select
 from igpo_trl.evaluation.retrieval import retrieval_table
-from igpo_trl.evaluation.run import Run
+from igpo_trl.evaluation.run import RolloutKey, RunDirectory, append_lines, drop_torn_line, key_of
 from igpo_trl.evaluation.scores import AVERAGE, measure
-from igpo_trl.evaluation.store import Key, append_lines, drop_torn_line, key_of
+from igpo_trl.evaluation.settings import choose_questions, pair_sources, questions_digest
 from igpo_trl.evaluation.tables import Table
 from igpo_trl.rewards import f1_score
 from igpo_trl.search import BM25Index
@@ -296,7 +295,7 @@ def test_a_torn_last_line_is_dropped_and_others_are_not(tmp_path):
     append_lines(path, [lines[0]])
     assert len(load_trajectories(tmp_path)) == 4  # no run: nothing says that a question counts once
     (tmp_path / "run.json").write_text("{}")
-    assert [key_of(t) for t in load_trajectories(tmp_path)] == [Key("nq", str(i), 0) for i in range(3)]
+    assert [key_of(t) for t in load_trajectories(tmp_path)] == [RolloutKey("nq", str(i), 0) for i in range(3)]
     path.write_bytes(whole[:100] + b"\n" + whole)
     with pytest.raises(ValueError, match=r"rank0.jsonl, line 1: not a trajectory"):
         load_trajectories(tmp_path)
@@ -318,27 +317,27 @@ def test_a_run_goes_on_with_the_same_settings_only(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    run = Run(tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
     run.open(settings(tmp_path), "q1")
     run.open(settings(tmp_path), "q2")  # nothing has been rolled out yet: the settings may still change
     run.open(settings(tmp_path, sources=["./a"]), "q1")
-    append_lines(run.file(0), [rollout("nq", "1", "Paris").to_json()])
+    append_lines(run.rollout_file(0), [rollout("nq", "1", "Paris").to_json()])
     run.open(settings(tmp_path), "q1")
     with pytest.raises(FileExistsError, match=r"other settings \(k was 3, is 5; the questions have changed\)"):
         run.open(settings(tmp_path, k=5), "q2")
     (model / "config.json").write_text('{"trained": "on"}')
     with pytest.raises(FileExistsError, match="the weights have changed"):
         run.open(settings(tmp_path), "q1")
-    with pytest.raises(FileExistsError, match="no evaluation"):
-        Run(model).open(settings(tmp_path), "q1")
+    with pytest.raises(FileExistsError, match="not an evaluation"):
+        RunDirectory(model).open(settings(tmp_path), "q1")
 
 
 def test_one_process_at_a_time(tmp_path):
     code = (
-        "import pathlib, sys, time; from igpo_trl.evaluation.run import Run\n"
-        "with Run(pathlib.Path(sys.argv[1])).lock(): print('held', flush=True); time.sleep(60)"
+        "import pathlib, sys, time; from igpo_trl.evaluation.run import RunDirectory\n"
+        "with RunDirectory(pathlib.Path(sys.argv[1])).lock(): print('held', flush=True); time.sleep(60)"
     )
-    run = Run(tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
     process = subprocess.Popen([sys.executable, "-c", code, str(run.folder)], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "held\n"
@@ -372,21 +371,21 @@ def test_a_limit_takes_what_is_held_out_of_each_set():
     from igpo_trl.data import hold_out
 
     rows = [question(str(i), dataset=name) for name in ("nq", "popqa") for i in range(20)]
-    few, more = select(rows, 3), select(rows[::-1], 7)
+    few, more = choose_questions(rows, 3), choose_questions(rows[::-1], 7)
     assert [row["dataset"] for row in few] == ["nq"] * 3 + ["popqa"] * 3
     assert {(row["dataset"], row["id"]) for row in few} < {(row["dataset"], row["id"]) for row in more}
     assert [row["id"] for row in few[:3]] == hold_out(Dataset.from_list(rows[:20]), 3)[1]["id"][:]
-    assert len(select(rows, 100)) == len(select(rows, None)) == 40
+    assert len(choose_questions(rows, 100)) == len(choose_questions(rows, None)) == 40
     assert questions_digest(rows) == questions_digest(rows[::-1]) != questions_digest(few)
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        select(rows, 0)
+        choose_questions(rows, 0)
 
 
 def test_sources_and_indexes_are_paired():
-    assert pair(["a", "b"], ["x"]) == [("a", "x"), ("b", "x")]
-    assert pair(["a", "b"], ["x", "y"]) == [("a", "x"), ("b", "y")]
+    assert pair_sources(["a", "b"], ["x"]) == [("a", "x"), ("b", "x")]
+    assert pair_sources(["a", "b"], ["x", "y"]) == [("a", "x"), ("b", "y")]
     with pytest.raises(ValueError, match="3 sources of questions and 2 indexes"):
-        pair(["a", "b", "c"], ["x", "y"])
+        pair_sources(["a", "b", "c"], ["x", "y"])
 
 
 def test_retrieval_by_hand():

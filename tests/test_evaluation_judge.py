@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from igpo_trl.cli.app import app
 from igpo_trl.evaluation import load_trajectories
 from igpo_trl.evaluation.judge import Judge, Verdict, judge_run, read_verdict
-from igpo_trl.evaluation.store import append_lines
+from igpo_trl.evaluation.run import append_lines
 
 KEY = "sk-secret-0123456789"
 

@@ -18,10 +18,9 @@ from igpo_trl.beliefs import build_probes, score_beliefs
 from igpo_trl.cli.app import app
 from igpo_trl.data import load_questions
 from igpo_trl.evaluation import load_trajectories
-from igpo_trl.evaluation.rollouts import evaluate
-from igpo_trl.evaluation.settings import EvaluationSettings, make_arguments, settings_of_training
-from igpo_trl.evaluation.store import key_of
-from igpo_trl.evaluation.trainer import EvaluationTrainer
+from igpo_trl.evaluation.rollouts import EvaluationTrainer, make_arguments, roll_out
+from igpo_trl.evaluation.run import key_of
+from igpo_trl.evaluation.settings import EvaluationSettings, settings_of_training
 from igpo_trl.rewards import make_answer_reward
 from igpo_trl.search import BM25Index
 
@@ -95,7 +94,7 @@ def test_killed_in_the_middle_it_goes_on_without_losing_or_repeating_a_question(
     assert len(keys) == len(set(keys)) == 28
     assert {key.sample for key in keys} == {0, 1, 2, 3} and len({key.id for key in keys}) == 7
     # What it rolls out does not depend on whether it was killed: a batch has its own seed.
-    fresh = evaluate(settings(files, num_samples=4, temperature=1.0), tmp_path / "fresh", batch_size=2)
+    fresh = roll_out(settings(files, num_samples=4, temperature=1.0), tmp_path / "fresh", batch_size=2)
     texts = {key_of(t): [turn.text for turn in t.turns] for t in fresh}
     assert texts == {key_of(t): [turn.text for turn in t.turns] for t in load_trajectories(file)}
     assert len({str(text) for text in texts.values()}) > 20  # they are sampled, and not all with the same seed
@@ -130,7 +129,7 @@ def test_two_processes_share_the_questions(files, tmp_path):
     assert output.count("Why rollouts ended") == 1
     of_rank = [load_trajectories(tmp_path / f"run/trajectories/rank{rank}.jsonl") for rank in (0, 1)]
     assert [len(trajectories) for trajectories in of_rank] == [4, 3]
-    alone = evaluate(settings(files), tmp_path / "alone", batch_size=7)
+    alone = roll_out(settings(files), tmp_path / "alone", batch_size=7)
     together = {key_of(t): [turn.text for turn in t.turns] for t in load_trajectories(tmp_path / "run")}
     assert together == {key_of(t): [turn.text for turn in t.turns] for t in alone}
 
@@ -208,7 +207,7 @@ def test_greedy_takes_the_likeliest_token_and_several_sets_have_their_own_index(
         indexes=[str(files / "index"), str(tmp_path / "other")],
         limit=2,
     )
-    found = evaluate(wanted, tmp_path / "run", batch_size=3)
+    found = roll_out(wanted, tmp_path / "run", batch_size=3)
     assert [t.info["dataset"] for t in found] == ["rivers", "rivers", "other"]
     model, tokenizer = make_model().eval(), make_tokenizer()
     for trajectory in found:
@@ -227,12 +226,12 @@ def test_every_set_is_searched_in_its_own_index(files, tmp_path, monkeypatch):
         )
         passage = {"id": "1", "title": name, "text": "the city", "score": 0}
         BM25Index.build([passage], show_progress=False).save(tmp_path / name)
-    monkeypatch.setattr("igpo_trl.evaluation.trainer.EvaluationTrainer", Searching)
+    monkeypatch.setattr("igpo_trl.evaluation.rollouts.EvaluationTrainer", Searching)
     rollout = {"max_turns": 3, "max_completion_length": 200}
     names = ["Oslo", "Lyon", "Oslo"]
     sources = [str(tmp_path / f"{name}.jsonl") for name in names[:2]]
     wanted = settings(files, sources=sources, indexes=[str(tmp_path / name) for name in names[:2]], rollout=rollout)
-    found = evaluate(wanted, tmp_path / "run", batch_size=8)
+    found = roll_out(wanted, tmp_path / "run", batch_size=8)
     assert [(t.info["dataset"], names[1] in t.turns[0].observation) for t in found] == [
         ("Oslo", False),
         ("Lyon", True),
@@ -248,7 +247,7 @@ def test_a_search_service_that_fails_ends_the_run_and_is_not_held_against_the_mo
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     monkeypatch.setattr("igpo_trl.search.network.remote.FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("igpo_trl.evaluation.trainer.EvaluationTrainer", Searching)
+    monkeypatch.setattr("igpo_trl.evaluation.rollouts.EvaluationTrainer", Searching)
     words = command(files, tmp_path / "run")
     words[words.index("--index") + 1] = f"http://127.0.0.1:{port}"
     words[words.index("--max-completion-length") + 1] = "300"
@@ -269,9 +268,9 @@ def test_an_adapter_is_used_and_its_directory_is_enough(files, tmp_path):
     )
     adapted.peft_config["default"].base_model_name_or_path = str(files / "model")
     adapted.save_pretrained(tmp_path / "adapter")
-    plain = evaluate(settings(files, limit=2), tmp_path / "plain")
-    named = evaluate(settings(files, limit=2, adapter=str(tmp_path / "adapter")), tmp_path / "named")
-    alone = evaluate(settings(files, limit=2, model=str(tmp_path / "adapter")), tmp_path / "alone")
+    plain = roll_out(settings(files, limit=2), tmp_path / "plain")
+    named = roll_out(settings(files, limit=2, adapter=str(tmp_path / "adapter")), tmp_path / "named")
+    alone = roll_out(settings(files, limit=2, model=str(tmp_path / "adapter")), tmp_path / "alone")
     texts = [[[turn.text for turn in t.turns] for t in run] for run in (plain, named, alone)]
     assert texts[0] != texts[1] == texts[2]
     assert [t.turns[0].belief for t in plain] != [t.turns[0].belief for t in named]
@@ -306,11 +305,9 @@ def test_the_rollout_of_a_training_configuration(repository):
     ],
 )
 def test_bad_settings_are_refused_before_a_model_is_loaded(files, tmp_path, monkeypatch, changed, error, message):
-    monkeypatch.setattr(
-        "igpo_trl.evaluation.rollouts.make_evaluator", lambda *_: pytest.fail("went on to load the model")
-    )
+    monkeypatch.setattr("igpo_trl.evaluation.rollouts.make_trainer", lambda *_: pytest.fail("loaded the model"))
     with pytest.raises(error, match=message):
-        evaluate(settings(files, **changed), tmp_path / "run")
+        roll_out(settings(files, **changed), tmp_path / "run")
     assert not (tmp_path / "run/run.json").exists()
 
 
@@ -327,7 +324,7 @@ def test_what_failed_before_its_first_rollout_does_not_stand_in_the_way(files, t
 def test_the_same_question_twice_is_refused(files, tmp_path):
     wanted = settings(files, sources=[str(files / "questions.jsonl")] * 2)
     with pytest.raises(ValueError, match="is in .* and in"):
-        evaluate(wanted, tmp_path / "run")
+        roll_out(wanted, tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -354,7 +351,7 @@ def test_retrieval_alone(run, files, tmp_path):
 
 def test_table_and_compare(run, files, tmp_path):
     for name, temperature in (("a", 0.0), ("b", 1.5)):
-        evaluate(settings(files, temperature=temperature, limit=3), tmp_path / name)
+        roll_out(settings(files, temperature=temperature, limit=3), tmp_path / name)
     result = run("eval", "table", tmp_path / "a", tmp_path / "b", "--variant", "reference")
     assert result.exit_code == 0, result.output
     assert result.output.count("F1 and EM (reference)") == 2
@@ -380,7 +377,10 @@ def test_table_and_compare(run, files, tmp_path):
         (["compare", ".", "."], "no rollouts in ."),
         (["--data", "a", "--index", "b", "--model", "m", "--out", "o", "--judge-url", "u"], "needs both"),
         (["--data", "a", "--index", "b", "--model", "./m", "--out", "o"], "no such directory: ./m"),
-        (["--data", "a", "--index", "b", "--model", "m", "--out", "o", "--variant", "em"], "squad or reference"),
+        (
+            ["--data", "a", "--index", "b", "--model", "m", "--out", "o", "--variant", "em"],
+            "'em' is not one of 'squad', 'reference'",
+        ),
     ],
 )
 def test_bad_input_is_one_error_and_no_traceback(run, tmp_path, monkeypatch, words, message):

@@ -8,14 +8,14 @@ from rich.console import Console
 
 from igpo_trl.report import (
     Piece,
+    beliefs_after,
     format_belief,
     format_gain,
     pieces,
     plot_curves,
     plot_rollout,
-    question_of,
+    question_text,
     render_trajectory,
-    steps,
 )
 from igpo_trl.trajectory import Trajectory, Turn
 
@@ -84,11 +84,12 @@ def test_pieces_of_odd_turns(text, expected):
     ],
 )
 def test_question(prompt, expected):
-    assert question_of(Trajectory(prompt, [Turn("x")])) == expected
+    assert question_text(Trajectory(prompt, [Turn("x")])) == expected
 
 
-def test_steps_pair_each_turn_with_the_belief_on_both_sides(trajectory):
-    assert [(step.before, step.after) for step in steps(trajectory)] == [(0.1, 0.6), (0.6, 0.4), (0.4, None)]
+def test_each_turn_has_a_belief_before_and_after_it(trajectory):
+    pairs = zip(trajectory.beliefs, beliefs_after(trajectory), strict=True)
+    assert list(pairs) == [(0.1, 0.6), (0.6, 0.4), (0.4, None)]
 
 
 @pytest.mark.parametrize(
