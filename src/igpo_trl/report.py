@@ -23,6 +23,7 @@ BLUE, GREEN, RED = "#4a7fb5", "#2f9e6b", "#d1495b"
 CURVES = ("#7b8794", "#2f9e6b", "#4a7fb5", "#d9822b", "#8e5ea2", "#d1495b")
 
 PieceKind = Literal["think", "call", "answer", "text"]
+_KINDS: dict[str, PieceKind] = {"think": "think", "tool_call": "call", "answer": "answer"}
 
 _BLOCK = re.compile(r"<(think|tool_call|answer)>(.*?)(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 _CHAT_MARKER = re.compile(r"<\|im_start\|>\s*(?:system|user|assistant|tool)?|<\|[^|<>]+\|>|</?tool_response>")
@@ -53,12 +54,9 @@ def pieces(text: str) -> list[Piece]:
     parts: list[Piece] = []
     end = 0
     for match in _BLOCK.finditer(text):
+        kind, body = _KINDS[match.group(1).lower()], match.group(2)
         parts.append(Piece("text", plain_text(text[end : match.start()])))
-        tag, body = match.group(1).lower(), match.group(2)
-        if tag == "tool_call":
-            parts.append(Piece("call", _call(body)))
-        else:
-            parts.append(Piece("think" if tag == "think" else "answer", plain_text(body)))
+        parts.append(Piece(kind, _call(body) if kind == "call" else plain_text(body)))
         end = match.end()
     parts.append(Piece("text", plain_text(text[end:])))
     return [piece for piece in parts if piece.text]
@@ -238,53 +236,62 @@ def plot_rollout(trajectory: Trajectory, path: str | Path, max_lines: int = 4) -
     figure = _figure(_WIDTH, total)
     axes: Axes = figure.add_axes((0, 0, 1, 1), xlim=(0, _WIDTH), ylim=(total, 0))
     axes.axis("off")
-    for i, line in enumerate(question):
-        axes.text(
-            _MARGIN, 0.34 + 0.23 * i, line, fontsize=11.5, fontweight="bold", color=INK, va="center", parse_math=False
-        )
-    if trajectory.answers:
-        answers = textwrap.shorten("right answer: " + " | ".join(trajectory.answers), 70, placeholder=" …")
-        y = 0.35 + 0.23 * len(question)
-        axes.text(_MARGIN, y, answers, fontsize=9, color=GREY, va="center", parse_math=False)
-    if scale is not None:
-        title = "belief in the right answer" + ("" if scale == 1 else f" (full bar: {scale:g})")
-        axes.text(_BAR_LEFT, 0.34, title, fontsize=9, color=GREY, va="center", parse_math=False)
-        if (start := trajectory.beliefs[0]) is not None:
-            _draw_bar(axes, 0.48, start, start, scale)
-
-    y, last = header, trajectory.turns[-1]
+    _draw_header(axes, trajectory, question, scale)
+    y = header
     for i, (turn, after) in enumerate(zip(trajectory.turns, beliefs_after(trajectory), strict=True)):
-        _draw_card(axes, y, heights[i], i + 1, cards[i])
         middle = y + heights[i] / 2
+        _draw_card(axes, y, heights[i], i + 1, cards[i])
         if scale is not None and after is not None:
             _draw_bar(axes, middle - 0.17, after if turn.belief is None else turn.belief, after, scale)
-        if turn is last and trajectory.outcome is not None:
-            _note(axes, middle + 0.03, f"reward {trajectory.outcome:.2f}", trajectory.outcome > 0, fontsize=10.5)
+        last = i + 1 == len(cards)
+        if last and trajectory.outcome is not None:
+            colour = GREEN if trajectory.outcome > 0 else RED
+            text = f"reward {trajectory.outcome:.2f}".replace("-", "−")
+            _write(axes, _BAR_LEFT, middle + 0.03, text, 10.5, colour, fontweight="bold")
         elif turn.info_gain is not None:
-            _note(axes, middle + 0.14, f"gain {format_gain(turn.info_gain)}", turn.info_gain >= 0)
+            colour = GREEN if turn.info_gain >= 0 else RED
+            text = f"gain {format_gain(turn.info_gain)}".replace("-", "−")
+            _write(axes, _BAR_LEFT, middle + 0.14, text, 8.5, colour)
         if turn.advantage is not None:
             text = f"advantage {turn.advantage:+.2f}".replace("-", "−")
-            x, y_text = _BAR_LEFT + _BAR_WIDTH, middle + (0.03 if turn is last else 0.14)
-            axes.text(x, y_text, text, fontsize=8.5, color=GREY, va="center", ha="right")
+            _write(axes, _BAR_LEFT + _BAR_WIDTH, middle + (0.03 if last else 0.14), text, 8.5, GREY, ha="right")
         y += heights[i] + _GAP
     _save(figure, path)
+
+
+def _write(axes: "Axes", x: float, y: float, text: str, size: float, colour: str = INK, **style: Any) -> None:
+    axes.text(x, y, text, fontsize=size, color=colour, va="center", parse_math=False, **style)
+
+
+def _draw_header(axes: "Axes", trajectory: Trajectory, question: Sequence[str], scale: float | None) -> None:
+    """The question, its answers, and the belief before any turn."""
+    for i, line in enumerate(question):
+        _write(axes, _MARGIN, 0.34 + 0.23 * i, line, 11.5, fontweight="bold")
+    if trajectory.answers:
+        answers = textwrap.shorten("right answer: " + " | ".join(trajectory.answers), 70, placeholder=" …")
+        _write(axes, _MARGIN, 0.35 + 0.23 * len(question), answers, 9, GREY)
+    if scale is not None:
+        title = "belief in the right answer" + ("" if scale == 1 else f" (full bar: {scale:g})")
+        _write(axes, _BAR_LEFT, 0.34, title, 9, GREY)
+        if (start := trajectory.beliefs[0]) is not None:
+            _draw_bar(axes, 0.48, start, start, scale)
 
 
 def _turn_lines(turn: Turn, max_lines: int) -> list[_Line]:
     """The lines of one turn, with their styles."""
     styles: dict[str, dict[str, Any]] = {
-        "think": {"color": GREY, "style": "italic"},
-        "call": {"color": BLUE, "fontweight": "bold"},
-        "answer": {"color": INK, "fontweight": "bold"},
-        "text": {"color": INK},
+        "think": {"colour": GREY, "style": "italic"},
+        "call": {"colour": BLUE, "fontweight": "bold"},
+        "answer": {"fontweight": "bold"},
+        "text": {},
     }
     lines = []
     for piece in pieces(turn.text):
         text = f"answer: {piece.text}" if piece.kind == "answer" else piece.text
         lines += [_Line(line, styles[piece.kind]) for line in _wrap(text, max_lines)]
     if observation := plain_text(turn.observation):
-        lines += [_Line(line, {"color": INK}) for line in _wrap("→ " + observation, max_lines)]
-    return lines or [_Line("(no text)", {"color": GREY, "style": "italic"})]
+        lines += [_Line(line, {}) for line in _wrap("→ " + observation, max_lines)]
+    return lines or [_Line("(no text)", styles["think"])]
 
 
 def _draw_card(axes: "Axes", top: float, height: float, number: int, lines: Sequence[_Line]) -> None:
@@ -293,9 +300,9 @@ def _draw_card(axes: "Axes", top: float, height: float, number: int, lines: Sequ
     style = "round,pad=0,rounding_size=0.06"
     axes.add_patch(FancyBboxPatch((_MARGIN, top), _CARD_WIDTH, height, boxstyle=style, facecolor=CARD, edgecolor=PALE))
     first = top + height / 2 - (len(lines) - 1) * _LINE / 2
-    axes.text(_MARGIN + 0.19, first, str(number), fontsize=9, color=GREY, ha="center", va="center")
+    _write(axes, _MARGIN + 0.19, first, str(number), 9, GREY, ha="center")
     for i, line in enumerate(lines):
-        axes.text(_TEXT_LEFT, first + i * _LINE, line.text, fontsize=8.5, va="center", parse_math=False, **line.style)
+        _write(axes, _TEXT_LEFT, first + i * _LINE, line.text, 8.5, **line.style)
 
 
 def _draw_bar(axes: "Axes", top: float, before: float, after: float, scale: float) -> None:
@@ -306,14 +313,7 @@ def _draw_bar(axes: "Axes", top: float, before: float, after: float, scale: floa
     for start, stop, colour in ((0, scale, PALE), (0, low, BLUE), (low, high, GREEN if after >= before else RED)):
         left, width = _BAR_LEFT + _BAR_WIDTH * start / scale, _BAR_WIDTH * (stop - start) / scale
         axes.add_patch(Rectangle((left, top), width, 0.18, facecolor=colour, linewidth=0))
-    x = _BAR_LEFT + _BAR_WIDTH + 0.12
-    axes.text(x, top + 0.09, format_belief(after), fontsize=10.5, fontweight="bold", color=INK, va="center")
-
-
-def _note(axes: "Axes", y: float, text: str, good: bool, fontsize: float = 8.5) -> None:
-    colour = GREEN if good else RED
-    weight = "bold" if fontsize > 9 else "normal"
-    axes.text(_BAR_LEFT, y, text.replace("-", "−"), fontsize=fontsize, fontweight=weight, color=colour, va="center")
+    _write(axes, _BAR_LEFT + _BAR_WIDTH + 0.12, top + 0.09, format_belief(after), 10.5, fontweight="bold")
 
 
 def _scale(beliefs: Sequence[float]) -> float | None:

@@ -8,7 +8,7 @@ from ..rewards import Variant
 from ..trajectory import Trajectory
 from .intervals import Interval, bootstrap_interval, mcnemar_test, permutation_test
 from .scores import AVERAGE, METRICS, question_values
-from .tables import Table, format_p, format_percent
+from .tables import Table, format_p, format_percent, to_plain
 
 RIGHT_OR_WRONG = ("em", "judge", "in_evidence", "answered")
 
@@ -52,16 +52,8 @@ class Comparison:
     variant: Variant
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        return {
-            "variant": self.variant,
-            "only_first": self.only_first,
-            "only_second": self.only_second,
-            "sets": {
-                name: {m: each._asdict() | {"difference": each.difference._asdict()} for m, each in metrics.items()}
-                for name, metrics in self.sets.items()
-            },
-        }
+        """Plain values for JSON."""
+        return dict(to_plain(self))
 
     def table(self, names: tuple[str, str] = ("A", "B")) -> Table:
         """F1, EM and the judge for every set, and the other metrics for the last row's set only."""

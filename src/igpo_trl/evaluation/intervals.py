@@ -48,16 +48,8 @@ def bootstrap_interval(
     mean = float(np.mean([scores.mean() for scores in values]))
     if min(len(scores) for scores in values) < 2:
         return Interval(mean, None, None)
-    interval = bootstrap(
-        values,
-        _mean_of_means,
-        n_resamples=resamples,
-        batch=_BATCH,
-        vectorized=True,
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
+    options = {"confidence_level": confidence, "method": "percentile", **_sampling(resamples, seed)}
+    interval = bootstrap(values, _mean_of_means, **options).confidence_interval
     return Interval(mean, float(interval.low), float(interval.high))
 
 
@@ -86,16 +78,9 @@ def permutation_test(*differences: Sequence[float], resamples: int = RESAMPLES, 
     weighted = np.concatenate([values / len(values) / len(sets) for values in sets])
     if len(weighted) < 2:
         return None
-    result = scipy_test(
-        (weighted, np.zeros_like(weighted)),
-        lambda a, b, axis: (a - b).sum(axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=resamples,
-        batch=_BATCH,
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.pvalue)
+    pairs = weighted, np.zeros_like(weighted)
+    options = {"permutation_type": "samples", **_sampling(resamples, seed)}
+    return float(scipy_test(pairs, lambda a, b, axis: (a - b).sum(axis=axis), **options).pvalue)
 
 
 def mcnemar_test(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -121,6 +106,11 @@ def mcnemar_test(first: Sequence[float], second: Sequence[float]) -> float | Non
         return None
     better, worse = int((b > a).sum()), int((b < a).sum())
     return float(binomtest(better, better + worse, 0.5).pvalue) if better + worse else 1.0
+
+
+def _sampling(resamples: int, seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {"n_resamples": resamples, "batch": _BATCH, "vectorized": True, "rng": rng}
 
 
 def _mean_of_means(*sets: Any, axis: int) -> Any:

@@ -1,13 +1,13 @@
 """How good an index is for a set of questions, without any model: each question itself is the query."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ..search import Searchable
 from .intervals import Interval, bootstrap_interval
 from .scores import has_answer, is_searchable
-from .tables import Table, format_interval, format_percent
+from .tables import Table, format_interval, format_percent, to_plain
 
 _BATCH = 64  # queries per search
 
@@ -38,11 +38,8 @@ class RetrievalScores:
     recall_all: dict[int, Interval]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        curves = ("answer", "recall", "recall_all")
-        return asdict(self) | {
-            name: {str(k): value._asdict() for k, value in getattr(self, name).items()} for name in curves
-        }
+        """Plain values for JSON."""
+        return dict(to_plain(self))
 
 
 def score_retrieval(

@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..rewards import Variant, exact_match, extract_answer, f1_score
 from ..trajectory import Trajectory
 from .intervals import Interval, bootstrap_interval
 from .run import key_of
-from .tables import Table, format_interval, format_number, format_percent, format_probability, format_share
+from .tables import Table, format_interval, format_number, format_percent, format_probability, format_share, to_plain
 
 AVERAGE = "average"
 
@@ -143,15 +143,8 @@ class RunScores:
     variant: Variant
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        return {
-            "variant": self.variant,
-            "sets": {
-                name: asdict(scores)
-                | {"metrics": {metric: value._asdict() for metric, value in scores.metrics.items()}}
-                for name, scores in self.sets.items()
-            },
-        }
+        """Plain values for JSON."""
+        return dict(to_plain(self))
 
     def tables(self) -> list[Table]:
         """A table of the scores, and one of the stop reasons."""

@@ -36,43 +36,25 @@ class EvaluationSettings:
     """
     Everything that the rollouts of an evaluation depend on. A run can be resumed only with the same settings.
 
-    Args:
-        model (`str`):
-            Name on the hub, or a directory, which may be that of a PEFT adapter.
-        sources (`list[str]`):
-            Sources of questions, see [`load_questions`].
-        indexes (`list[str]`):
-            What to search: one for all sources, or one for each in the same order, see [`open_search`].
-        adapter (`str`, *optional*):
-            PEFT adapter on top of the model.
-        limit (`int`, *optional*):
-            Questions per data set; [`choose_questions`] chooses them.
-        num_samples (`int`, *optional*, defaults to `1`):
-            Rollouts per question.
-        temperature (`float`, *optional*, defaults to `0.0`):
-            Sampling temperature; 0 takes the most likely token.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the sampling.
-        k (`int`, *optional*, defaults to `3`):
-            Passages per search.
-        max_words (`int`, *optional*, defaults to `200`):
-            Longest passage shown, in words; `None` shows all of it.
-        many_queries (`bool`, *optional*, defaults to `False`):
-            Whether one search may have several queries, see [`SearchTool`].
-        system_prompt (`str`, *optional*, defaults to `"think"`):
-            `"think"`, `"no_think"`, `"none"`, a text, or a file with a text.
-        beliefs (`bool`, *optional*, defaults to `True`):
-            Whether to score the belief in the right answer before every turn.
-        variant (`str`, *optional*, defaults to `"squad"`):
-            Scorer of the `f1` and `em` in the records. Tables can be made with either scorer.
-        vllm (`bool`, *optional*, defaults to `False`):
-            Whether to sample with vLLM, in the same process.
-        dtype (`str`, *optional*):
-            Type of the weights. Defaults to bfloat16 on a GPU and float32 elsewhere.
-        attn_implementation (`str`, *optional*):
-            As in transformers.
-        rollout (`dict`, *optional*):
-            More fields of [`IGPOConfig`], such as `max_turns`.
+    Attributes:
+        model (`str`): name on the hub, or a directory, which may be that of a PEFT adapter.
+        sources (`list[str]`): sources of questions, see [`load_questions`].
+        indexes (`list[str]`): what to search, one for all sources or one for each, see [`open_search`].
+        adapter (`str` or `None`): PEFT adapter on top of the model.
+        limit (`int` or `None`): questions per data set, see [`choose_questions`].
+        num_samples (`int`): rollouts per question.
+        temperature (`float`): sampling temperature; 0 takes the most likely token.
+        seed (`int`): seed of the sampling.
+        k (`int`): passages per search.
+        max_words (`int` or `None`): longest passage shown, in words; `None` shows all of it.
+        many_queries (`bool`): whether one search may have several queries, see [`SearchTool`].
+        system_prompt (`str`): `"think"`, `"no_think"`, `"none"`, a text, or a file with a text.
+        beliefs (`bool`): whether to score the belief in the right answer before every turn.
+        variant (`str`): scorer of the `f1` and `em` in the records; tables can be made with either scorer.
+        vllm (`bool`): whether to sample with vLLM, in the same process.
+        dtype (`str` or `None`): type of the weights; by default bfloat16 on a GPU, float32 elsewhere.
+        attn_implementation (`str` or `None`): as in transformers.
+        rollout (`dict`): more fields of [`IGPOConfig`], such as `max_turns`.
     """
 
     model: str

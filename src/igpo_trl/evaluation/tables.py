@@ -1,8 +1,8 @@
-"""Tables, as text for the terminal and as Markdown, and the formats of their numbers."""
+"""Scores as tables, for the terminal and as Markdown, and as plain values for JSON."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -65,6 +65,15 @@ class Table:
         for row in self.rows:
             table.add_row(*(escape(row[i]) for i in columns))
         return table
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, named tuples and dictionaries as dictionaries for JSON, at every level; other values unchanged."""
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    elif hasattr(value, "_asdict"):
+        value = value._asdict()
+    return {str(name): to_plain(each) for name, each in value.items()} if isinstance(value, dict) else value
 
 
 def format_percent(value: float) -> str:
