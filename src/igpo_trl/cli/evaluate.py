@@ -114,7 +114,7 @@ def evaluate(
         raise typer.BadParameter("give the questions with --data and what to search with --index.")
     if retrieval_only:
         with one_line_errors():
-            return _score_index(data, index, _numbers(k or "5,10"), limit, out)
+            return _score_index(data, index, _numbers(k or "5,10", several=True), limit, out)
     if model is None or out is None:
         raise typer.BadParameter("give --model and --out (or --retrieval-only).")
     if (judge_url is None) != (judge_model is None):
@@ -123,29 +123,9 @@ def evaluate(
         from ..evaluation.rollouts import roll_out
         from ..evaluation.settings import make_settings
 
-        settings = make_settings(
-            config,
-            model=model,
-            sources=data,
-            indexes=index,
-            adapter=adapter,
-            limit=limit,
-            num_samples=num_samples,
-            temperature=temperature,
-            seed=seed,
-            k=_one_number(k) if k else None,
-            max_words=max_words,
-            many_queries=many_queries,
-            system_prompt=system_prompt,
-            beliefs=beliefs,
-            variant=variant,
-            vllm=vllm,
-            dtype=dtype,
-            max_turns=max_turns,
-            max_turn_length=max_turn_length,
-            max_completion_length=max_completion_length,
-            forced_answer=forced_answer,
-        )
+        # Options are named after fields of `EvaluationSettings` and `IGPOConfig`.
+        options = context.params | {"sources": data, "indexes": index, "k": _numbers(k)[0] if k else None}
+        settings = make_settings(options, config)
         roll_out(settings, out, batch_size)
         if os.environ.get("RANK", "0") != "0":
             return
@@ -293,15 +273,12 @@ def _save(path: Path, record: object, *tables: "Table") -> None:
     path.with_suffix(".md").write_text("\n".join(each.to_markdown() for each in tables), encoding="utf-8")
 
 
-def _numbers(text: str) -> list[int]:
+def _numbers(text: str, several: bool = False) -> list[int]:
+    """The value of `--k`."""
     try:
-        return [int(part) for part in text.split(",")]
+        numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"got {text!r}, expected numbers as in 5 or 5,10.", param_hint="--k") from None
-
-
-def _one_number(text: str) -> int:
-    numbers = _numbers(text)
-    if len(numbers) > 1:
+    if len(numbers) > 1 and not several:
         raise typer.BadParameter(f"got {text!r}, expected one number without --retrieval-only.", param_hint="--k")
-    return numbers[0]
+    return numbers

@@ -54,7 +54,6 @@ class AnswerMetric(evaluate.Metric):
 
     score: Callable[[str | None, str | Sequence[str], Variant], float]
     key: str
-    description_of_score: str
 
     def __init__(
         self, config_name: str | None = None, keep_in_memory: bool | None = None, num_process: int = 1, **options: Any
@@ -70,7 +69,7 @@ class AnswerMetric(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         text = Value("string")
         return evaluate.MetricInfo(
-            description=self.description_of_score,
+            description=type(self).__doc__ or "",
             citation=_CITATION,
             inputs_description=_INPUTS,
             features=[
@@ -111,7 +110,6 @@ class AnswerF1(AnswerMetric):
 
     score = staticmethod(f1_score)
     key = "f1"
-    description_of_score = "Token F1 between an answer and the best of the right answers."
 
 
 class AnswerExactMatch(AnswerMetric):
@@ -119,7 +117,6 @@ class AnswerExactMatch(AnswerMetric):
 
     score = staticmethod(exact_match)
     key = "exact_match"
-    description_of_score = "Whether an answer equals one of the right answers after normalisation."
 
 
 class AnswerCoverExactMatch(AnswerMetric):
@@ -127,4 +124,3 @@ class AnswerCoverExactMatch(AnswerMetric):
 
     score = staticmethod(cover_exact_match)
     key = "cover_exact_match"
-    description_of_score = "Whether an answer contains one of the right answers after normalisation."

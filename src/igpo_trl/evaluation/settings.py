@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -103,24 +103,23 @@ class EvaluationSettings:
                 raise FileNotFoundError(f"no adapter_config.json in {self.adapter}: it is not a PEFT adapter.")
 
 
-def make_settings(config: str | Path | None = None, **options: Any) -> EvaluationSettings:
+def make_settings(options: Mapping[str, Any], config: str | Path | None = None) -> EvaluationSettings:
     """
     Settings from options, then from a training configuration, then the defaults of `igpo eval`.
 
     Args:
+        options (mapping):
+            Options by the names of fields of [`EvaluationSettings`] and [`IGPOConfig`]. Other names are ignored, and
+            `None` means that the option is not given.
         config (`str` or `Path`, *optional*):
             YAML file of a training run, see [`settings_of_training`].
-        options:
-            Fields of [`EvaluationSettings`] and of [`IGPOConfig`]. `None` means that the option is not given.
     """
     given = {name: value for name, value in options.items() if value is not None}
     from_file = settings_of_training(config) if config is not None else {}
-    rollout = {"max_turns": 8, "max_completion_length": 4096} | from_file.pop("rollout", {})
-    own = {each.name for each in fields(EvaluationSettings)}
-    rollout |= {name: value for name, value in given.items() if name not in own}
-    return EvaluationSettings(
-        **from_file | {name: value for name, value in given.items() if name in own}, rollout=rollout
-    )
+    settings = from_file | {each.name: given[each.name] for each in fields(EvaluationSettings) if each.name in given}
+    limits = {"max_turns": 8, "max_completion_length": 4096} | from_file.get("rollout", {})
+    rollout = limits | {name: value for name, value in given.items() if name in _ROLLOUT_FIELDS}
+    return EvaluationSettings(**settings | {"rollout": rollout})
 
 
 def settings_of_training(config: str | Path) -> dict[str, Any]:
