@@ -28,12 +28,7 @@ _OBJECT = re.compile(r"\{[^{}]*\}")
 _PLAIN = re.compile(r"\bcorrect\W{1,4}(true|false|yes|no)\b", re.IGNORECASE)
 
 
-class Case(NamedTuple):
-    """What the judge is asked about."""
-
-    question: str
-    answers: list[str]
-    prediction: str
+Case = tuple[str, list[str], str]  # question, answers, prediction
 
 
 class Verdict(NamedTuple):
@@ -227,7 +222,7 @@ def _ask_all(judge: Judge, cases: Mapping[str, Case], workers: int) -> Iterator[
 
 def _case(trajectory: Trajectory) -> Case:
     info = trajectory.info
-    return Case(info.get("question", trajectory.prompt), trajectory.answers, info.get("prediction") or "")
+    return info.get("question", trajectory.prompt), trajectory.answers, info.get("prediction") or ""
 
 
 def _record(trajectory: Trajectory, verdict: Verdict, model: str, cache: str) -> dict[str, Any]:

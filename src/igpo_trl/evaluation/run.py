@@ -51,7 +51,8 @@ class RunDirectory:
     The directory of an evaluation, while it is being made.
 
     Args:
-        folder (`Path`): Directory; [`RunDirectory.open`] creates it.
+        folder (`Path`):
+            The directory, which [`RunDirectory.open`] creates.
     """
 
     def __init__(self, folder: Path):
@@ -62,8 +63,10 @@ class RunDirectory:
         Starts a run, or resumes one and cuts off incomplete last lines.
 
         Args:
-            settings (`dict`): Everything that the rollouts depend on, JSON-serialisable.
-            questions (`str`): Digest of the questions, see [`questions_digest`].
+            settings (`dict`):
+                Everything that the rollouts depend on, JSON-serialisable.
+            questions (`str`):
+                Digest of the questions, see [`questions_digest`].
 
         Raises:
             FileExistsError: The directory holds other files, or a run with other settings, questions or weights.
