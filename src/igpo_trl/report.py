@@ -201,11 +201,6 @@ _WIDTH, _MARGIN, _LINE, _GAP = 9.6, 0.3, 0.185, 0.12
 _CARD_WIDTH, _TEXT_LEFT, _BAR_LEFT, _BAR_WIDTH = 5.75, 0.65, 6.3, 2.3
 
 
-class _Line(NamedTuple):
-    text: str
-    style: dict[str, Any]
-
-
 def plot_rollout(trajectory: Trajectory, path: str | Path, max_lines: int = 4) -> None:
     """
     Plots one rollout: its transcript from top to bottom, and beside each turn a bar for the belief after it.
@@ -277,7 +272,7 @@ def _draw_header(axes: "Axes", trajectory: Trajectory, question: Sequence[str], 
             _draw_bar(axes, 0.48, start, start, scale)
 
 
-def _turn_lines(turn: Turn, max_lines: int) -> list[_Line]:
+def _turn_lines(turn: Turn, max_lines: int) -> list[tuple[str, dict[str, Any]]]:
     """The lines of one turn, with their styles."""
     styles: dict[str, dict[str, Any]] = {
         "think": {"colour": GREY, "style": "italic"},
@@ -288,21 +283,21 @@ def _turn_lines(turn: Turn, max_lines: int) -> list[_Line]:
     lines = []
     for piece in pieces(turn.text):
         text = f"answer: {piece.text}" if piece.kind == "answer" else piece.text
-        lines += [_Line(line, styles[piece.kind]) for line in _wrap(text, max_lines)]
+        lines += [(line, styles[piece.kind]) for line in _wrap(text, max_lines)]
     if observation := plain_text(turn.observation):
-        lines += [_Line(line, {}) for line in _wrap("→ " + observation, max_lines)]
-    return lines or [_Line("(no text)", styles["think"])]
+        lines += [(line, styles["text"]) for line in _wrap("→ " + observation, max_lines)]
+    return lines or [("(no text)", styles["think"])]
 
 
-def _draw_card(axes: "Axes", top: float, height: float, number: int, lines: Sequence[_Line]) -> None:
+def _draw_card(axes: "Axes", top: float, height: float, number: int, lines: Sequence[tuple[str, Any]]) -> None:
     from matplotlib.patches import FancyBboxPatch
 
-    style = "round,pad=0,rounding_size=0.06"
-    axes.add_patch(FancyBboxPatch((_MARGIN, top), _CARD_WIDTH, height, boxstyle=style, facecolor=CARD, edgecolor=PALE))
+    shape = "round,pad=0,rounding_size=0.06"
+    axes.add_patch(FancyBboxPatch((_MARGIN, top), _CARD_WIDTH, height, boxstyle=shape, facecolor=CARD, edgecolor=PALE))
     first = top + height / 2 - (len(lines) - 1) * _LINE / 2
     _write(axes, _MARGIN + 0.19, first, str(number), 9, GREY, ha="center")
-    for i, line in enumerate(lines):
-        _write(axes, _TEXT_LEFT, first + i * _LINE, line.text, 8.5, **line.style)
+    for i, (text, style) in enumerate(lines):
+        _write(axes, _TEXT_LEFT, first + i * _LINE, text, 8.5, **style)
 
 
 def _draw_bar(axes: "Axes", top: float, before: float, after: float, scale: float) -> None:

@@ -38,9 +38,7 @@ def register(app: typer.Typer) -> None:
 @commands.callback()
 def evaluate(
     context: typer.Context,
-    data: Annotated[
-        list[str] | None, typer.Option(help="Questions: a file, or the name of a set. Repeat it for several.")
-    ] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Questions: file, or name of a set; repeatable.")] = None,
     index: Annotated[
         list[str] | None,
         typer.Option(help="What to search: directory of an index, or http://…; one for all data, or one for each."),
@@ -77,9 +75,7 @@ def evaluate(
         bool | None, _option("--forced-answer/--no-forced-answer", help="Ask for an answer at a limit.")
     ] = None,
     max_words: Annotated[int | None, _option(help="Longest passage shown, in words.", show_default="200")] = None,
-    many_queries: Annotated[
-        bool | None, _option("--many-queries", help="Allow several queries in one search.")
-    ] = None,
+    many_queries: Annotated[bool | None, _option("--many-queries", help="Allow several queries per search.")] = None,
     system_prompt: Annotated[
         str | None, _option(help="think, no_think, none, a text, or a file with a text.", show_default="think")
     ] = None,
@@ -88,11 +84,7 @@ def evaluate(
     dtype: Annotated[str | None, _option(help="Type of the weights; bfloat16 on a GPU, else float32.")] = None,
     retrieval_only: Annotated[
         bool,
-        typer.Option(
-            "--retrieval-only",
-            help="Use no model: search with the questions themselves.",
-            rich_help_panel="Retrieval alone",
-        ),
+        _option("--retrieval-only", help="Search with the questions, without a model.", rich_help_panel="Index alone"),
     ] = False,
     judge_url: Annotated[str | None, _judge_option(help=_URL_HELP)] = None,
     judge_model: Annotated[str | None, _judge_option(help=_MODEL_HELP)] = None,
