@@ -84,7 +84,7 @@ def evaluate(
     dtype: Annotated[str | None, _option(help="Type of the weights; bfloat16 on a GPU, else float32.")] = None,
     retrieval_only: Annotated[
         bool,
-        _option("--retrieval-only", help="Search with the questions, without a model.", rich_help_panel="Index alone"),
+        _option("--retrieval-only", help="Search with the questions alone.", rich_help_panel="Index alone"),
     ] = False,
     judge_url: Annotated[str | None, _judge_option(help=_URL_HELP)] = None,
     judge_model: Annotated[str | None, _judge_option(help=_MODEL_HELP)] = None,
