@@ -1,5 +1,6 @@
-"""Scores of rollouts: by hand, against enumeration, and intervals that hold what they promise."""
+"""Scores, intervals, tests, comparisons and the files of a run: by hand, and against enumeration and simulation."""
 
+import importlib
 import importlib.util
 import io
 import itertools
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from igpo_trl import evaluation
 from igpo_trl.data import load_questions
 from igpo_trl.evaluation import (
     bootstrap_interval,
@@ -22,11 +24,10 @@ from igpo_trl.evaluation import (
     score_retrieval,
     score_run,
 )
-from igpo_trl.evaluation.questions import pair, questions_digest, select
 from igpo_trl.evaluation.retrieval import retrieval_table
-from igpo_trl.evaluation.run import Run
+from igpo_trl.evaluation.run import RolloutKey, RunDirectory, append_lines, drop_torn_line, key_of
 from igpo_trl.evaluation.scores import AVERAGE, measure
-from igpo_trl.evaluation.store import Key, append_lines, drop_torn_line, key_of
+from igpo_trl.evaluation.settings import choose_questions, pair_sources, questions_digest
 from igpo_trl.evaluation.tables import Table
 from igpo_trl.rewards import f1_score
 from igpo_trl.search import BM25Index
@@ -40,11 +41,11 @@ def rollout(dataset, name, said, answers=("Paris",), sample=0, observation="", b
     return Trajectory("Who?", turns, list(answers), stop_reason="answered", info=info)
 
 
-# ------------------------------------------------------------------------------------------------- whether it is there
+# --------------------------------------------------------------------------------------------------- answers in texts
 
 
 @pytest.mark.parametrize(
-    ("text", "answer", "found"),
+    ("text", "answer", "expected"),
     [
         ("It is Paris's oldest bridge.", "Paris", True),
         ("a comparison", "Paris", False),
@@ -58,34 +59,34 @@ def rollout(dataset, name, said, answers=("Paris",), sample=0, observation="", b
         ("", "Paris", False),
     ],
 )
-def test_an_answer_is_found_as_whole_words(text, answer, found):
-    assert has_answer(["nothing here", text], ["something else", answer]) is found
+def test_an_answer_is_found_as_whole_words(text, answer, expected):
+    assert has_answer(["nothing here", text], ["something else", answer]) is expected
 
 
 # --------------------------------------------------------------------------------------------------- intervals, tests
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
-    # 300 samples of 80 questions, right with probability 0.3: about 95 % of the intervals hold 0.3. Binomial noise
+def test_intervals_contain_the_true_mean_as_often_as_they_promise():
+    # 300 samples of 80 questions, right with probability 0.3: about 95 % of the intervals contain 0.3. Binomial noise
     # over 300 is 1.3 points; the percentile bootstrap of 80 zeros and ones is about a point short.
     generator = np.random.default_rng(0)
-    held = 0
+    hits = 0
     for seed in range(300):
         low, high = bootstrap_interval(generator.binomial(1, 0.3, 80), resamples=499, seed=seed)[1:]
-        held += low <= 0.3 <= high
-    assert 0.90 <= held / 300 <= 0.985
+        hits += low <= 0.3 <= high
+    assert 0.90 <= hits / 300 <= 0.985
 
 
 def test_interval_of_an_average_over_sets_is_stratified():
     generator = np.random.default_rng(0)
     small, large = generator.normal(0, 1, 50), generator.normal(10, 1, 400)
-    found = bootstrap_interval(small, large)
-    assert found.mean == pytest.approx((small.mean() + large.mean()) / 2)
-    # Mixing the sets would give an interval of about 2 · 1.96 · 3.1 / √450 = 0.6; each by itself gives this:
+    interval = bootstrap_interval(small, large)
+    assert interval.mean == pytest.approx((small.mean() + large.mean()) / 2)
+    # Mixing the sets would give an interval of about 2 · 1.96 · 3.1 / √450 = 0.6; drawing from each separately:
     width = 2 * 1.96 * np.sqrt(small.var() / 50 + large.var() / 400) / 2
-    assert found.high - found.low == pytest.approx(width, rel=0.1)
-    assert bootstrap_interval(small, large) == found
-    assert bootstrap_interval(small, large, seed=1) != found
+    assert interval.high - interval.low == pytest.approx(width, rel=0.1)
+    assert bootstrap_interval(small, large) == interval
+    assert bootstrap_interval(small, large, seed=1) != interval
 
 
 def test_one_question_has_no_interval():
@@ -108,7 +109,7 @@ def test_permutation_test_is_all_sign_flips():
     sums = [np.dot(signs, differences) for signs in itertools.product((1, -1), repeat=len(differences))]
     expected = np.mean(np.abs(sums) >= abs(sum(differences)) - 1e-12)
     assert permutation_test(differences) == pytest.approx(expected)
-    # Over sets: every difference counts as much as its set has room for it.
+    # Over several sets, each set has the same weight.
     sets = [0.5, 0.5, 0.5, 0.25], [-0.5, 1.0]
     weighted = [x / len(values) / 2 for values in sets for x in values]
     sums = [np.dot(signs, weighted) for signs in itertools.product((1, -1), repeat=6)]
@@ -118,7 +119,7 @@ def test_permutation_test_is_all_sign_flips():
     assert permutation_test([1.0] * 40) < 0.001  # drawn, not enumerated
 
 
-def test_permutation_test_agrees_with_the_t_test_where_that_holds():
+def test_permutation_test_agrees_with_the_t_test_on_normal_data():
     from scipy.stats import ttest_1samp
 
     for shift in (0.0, 0.1, 0.2):
@@ -175,12 +176,12 @@ def test_scores_by_hand():
     assert endings.rows[-1] == [AVERAGE, "4", "100"]
 
 
-def test_f1_is_that_of_the_golden_file(shared_dir):
+def test_f1_and_em_equal_the_golden_scores(shared_dir):
     cases = json.loads((shared_dir / "golden" / "answer_scores.json").read_text(encoding="utf-8"))["cases"]
     for i, case in enumerate(cases):
         record = rollout("x", str(i), None, case["answers"], response=case["text"])
-        found = measure(record, "reference")
-        assert (found["f1"], found["em"]) == (case["f1_no_format"], max(0, case["em"])), case
+        scores = measure(record, "reference")
+        assert (scores["f1"], scores["em"]) == (case["f1_no_format"], max(0, case["em"])), case
         record.turns[-1].text = case["text"]  # as records of a training run have it
         del record.info["response"]
         assert measure(record, "reference")["f1"] == case["f1_no_format"]
@@ -188,7 +189,7 @@ def test_f1_is_that_of_the_golden_file(shared_dir):
     assert measure(rollout("x", "1", "cat cat", ["cat"]), "reference")["f1"] == 1
 
 
-def test_an_answer_counts_where_the_reward_reads_it_only():
+def test_an_answer_counts_only_where_the_reward_reads_it():
     record = rollout("x", "1", None, observation="<answer>Paris</answer>", response="")
     assert measure(record)["answered"] == measure(record)["f1"] == 0
     record.info["response"] = "<answer>Paris</answer>"
@@ -196,18 +197,18 @@ def test_an_answer_counts_where_the_reward_reads_it_only():
 
 
 @pytest.mark.parametrize(
-    ("observation", "found"),
+    ("observation", "expected"),
     [
         ("Results for 'Where is Paris':\n[1] Rome\nA city.", 0),
         ("Error: the call could not be read: 'Paris'.\n", 0),
         ("Results for 'Where':\n[1] Error: Paris\nA city.", 1),
     ],
 )
-def test_what_a_tool_repeats_of_a_query_is_no_evidence(observation, found):
-    assert measure(rollout("x", "1", "Rome", observation=observation))["in_evidence"] == found
+def test_a_query_that_a_tool_repeats_is_not_evidence(observation, expected):
+    assert measure(rollout("x", "1", "Rome", observation=observation))["in_evidence"] == expected
 
 
-def test_a_table_that_is_too_wide_is_turned():
+def test_a_table_that_is_too_wide_is_transposed():
     table = Table(
         "T", ["Set", "F1", "A long heading", "Another long heading", "Nothing"], [["nq", "1.0", "2", "3", ""]]
     )
@@ -247,22 +248,22 @@ def test_nothing_to_score_is_refused():
 def test_comparison_by_hand():
     first = [rollout("nq", str(i), "Paris" if i < 4 else "Rome") for i in range(12)]
     second = [rollout("nq", str(i), "Paris" if i < 10 else "Rome") for i in range(1, 14)]
-    found = compare_runs(first, second)
-    assert (found.only_first, found.only_second) == (1, 2)
-    em = found.sets["nq"]["em"]
+    comparison = compare_runs(first, second)
+    assert (comparison.only_first, comparison.only_second) == (1, 2)
+    em = comparison.sets["nq"]["em"]
     # Questions 1 to 11: 3 right in the first, 9 in the second, which has all of the first's: 2 · (1/2)⁶ = 1/32.
     assert em.questions == 11
     assert (em.first, em.second, em.difference.mean) == pytest.approx((3 / 11, 9 / 11, 6 / 11))
     assert em.p == pytest.approx(1 / 32) and em.mcnemar == pytest.approx(1 / 32)
     assert 0 < em.difference.low < 6 / 11 < em.difference.high < 1
-    table = found.table().to_markdown()
+    table = comparison.table().to_markdown()
     assert "| nq: EM | 11 | 27.3 | 81.8 | +54.5 | [+" in table
     assert "left out: 1 (A), 2 (B)" in table
     same = compare_runs(first, first).sets["nq"]["f1"]
     assert (same.difference.mean, same.p) == (0, 1)
 
 
-def test_comparison_over_sets_gives_each_the_same_weight():
+def test_the_average_comparison_gives_each_set_the_same_weight():
     first = [rollout(name, str(i), "Rome") for name, n in (("nq", 40), ("hotpotqa", 4)) for i in range(n)]
     second = [
         rollout(name, str(i), "Paris" if name == "nq" else "Rome")
@@ -273,17 +274,29 @@ def test_comparison_over_sets_gives_each_the_same_weight():
     assert (average.questions, average.difference.mean, average.mcnemar) == (44, 0.5, None)
 
 
-def test_runs_on_other_questions_are_not_compared():
+def test_runs_on_different_questions_cannot_be_compared():
     with pytest.raises(ValueError, match="no question in common: 1 and 1 questions of nq and popqa"):
         compare_runs([rollout("nq", "1", "x")], [rollout("popqa", "1", "x")])
     with pytest.raises(ValueError, match="has the answers .*'Paris'.* in the first run and .*'Rome'.* in the second"):
         compare_runs([rollout("nq", "1", "x")], [rollout("nq", "1", "x", answers=["Rome"])])
 
 
+# ------------------------------------------------------------------------------------------------------------- imports
+
+
+def test_scores_and_reports_need_neither_torch_nor_trl():
+    code = (
+        "import sys, igpo_trl.evaluation, igpo_trl.report\n"
+        "print({'torch', 'trl', 'transformers', 'datasets', 'evaluate'} & sys.modules.keys())"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+    assert evaluation.roll_out is importlib.import_module("igpo_trl.evaluation.rollouts").roll_out
+
+
 # ------------------------------------------------------------------------------------------------------------- on disk
 
 
-def test_a_torn_last_line_is_dropped_and_others_are_not(tmp_path):
+def test_only_an_incomplete_last_line_is_dropped(tmp_path):
     path = tmp_path / "trajectories" / "rank0.jsonl"
     assert not drop_torn_line(path)
     lines = [rollout("nq", str(i), "Paris").to_json() for i in range(3)]
@@ -294,9 +307,9 @@ def test_a_torn_last_line_is_dropped_and_others_are_not(tmp_path):
     assert drop_torn_line(path)
     assert path.read_bytes() == whole
     append_lines(path, [lines[0]])
-    assert len(load_trajectories(tmp_path)) == 4  # no run: nothing says that a question counts once
+    assert len(load_trajectories(tmp_path)) == 4  # without run.json, no rollout is a duplicate
     (tmp_path / "run.json").write_text("{}")
-    assert [key_of(t) for t in load_trajectories(tmp_path)] == [Key("nq", str(i), 0) for i in range(3)]
+    assert [key_of(t) for t in load_trajectories(tmp_path)] == [RolloutKey("nq", str(i), 0) for i in range(3)]
     path.write_bytes(whole[:100] + b"\n" + whole)
     with pytest.raises(ValueError, match=r"rank0.jsonl, line 1: not a trajectory"):
         load_trajectories(tmp_path)
@@ -314,41 +327,41 @@ def settings(tmp_path, **changed):
     } | changed
 
 
-def test_a_run_goes_on_with_the_same_settings_only(tmp_path):
+def test_a_run_resumes_only_with_the_same_settings(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    run = Run(tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
     run.open(settings(tmp_path), "q1")
-    run.open(settings(tmp_path), "q2")  # nothing has been rolled out yet: the settings may still change
+    run.open(settings(tmp_path), "q2")  # there are no rollouts yet, so the settings may still change
     run.open(settings(tmp_path, sources=["./a"]), "q1")
-    append_lines(run.file(0), [rollout("nq", "1", "Paris").to_json()])
+    append_lines(run.rollout_file(0), [rollout("nq", "1", "Paris").to_json()])
     run.open(settings(tmp_path), "q1")
     with pytest.raises(FileExistsError, match=r"other settings \(k was 3, is 5; the questions have changed\)"):
         run.open(settings(tmp_path, k=5), "q2")
     (model / "config.json").write_text('{"trained": "on"}')
     with pytest.raises(FileExistsError, match="the weights have changed"):
         run.open(settings(tmp_path), "q1")
-    with pytest.raises(FileExistsError, match="no evaluation"):
-        Run(model).open(settings(tmp_path), "q1")
+    with pytest.raises(FileExistsError, match="not an evaluation"):
+        RunDirectory(model).open(settings(tmp_path), "q1")
 
 
 def test_one_process_at_a_time(tmp_path):
     code = (
-        "import pathlib, sys, time; from igpo_trl.evaluation.run import Run\n"
-        "with Run(pathlib.Path(sys.argv[1])).lock(): print('held', flush=True); time.sleep(60)"
+        "import pathlib, sys, time; from igpo_trl.evaluation.run import RunDirectory\n"
+        "with RunDirectory(pathlib.Path(sys.argv[1])).lock(): print('locked', flush=True); time.sleep(60)"
     )
-    run = Run(tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
     process = subprocess.Popen([sys.executable, "-c", code, str(run.folder)], stdout=subprocess.PIPE, text=True)
     try:
-        assert process.stdout.readline() == "held\n"
+        assert process.stdout.readline() == "locked\n"
         with pytest.raises(BlockingIOError, match="another process"), run.lock():
             pass
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
-    with run.lock():  # a killed process holds nothing
+    with run.lock():  # a killed process leaves no lock
         pass
 
 
@@ -366,27 +379,27 @@ def question(name, text="Where is Paris?", dataset="nq", answers=("Paris",), tit
     }
 
 
-def test_a_limit_takes_what_is_held_out_of_each_set():
+def test_a_limit_chooses_the_held_out_questions_of_each_set():
     from datasets import Dataset
 
     from igpo_trl.data import hold_out
 
     rows = [question(str(i), dataset=name) for name in ("nq", "popqa") for i in range(20)]
-    few, more = select(rows, 3), select(rows[::-1], 7)
+    few, more = choose_questions(rows, 3), choose_questions(rows[::-1], 7)
     assert [row["dataset"] for row in few] == ["nq"] * 3 + ["popqa"] * 3
     assert {(row["dataset"], row["id"]) for row in few} < {(row["dataset"], row["id"]) for row in more}
     assert [row["id"] for row in few[:3]] == hold_out(Dataset.from_list(rows[:20]), 3)[1]["id"][:]
-    assert len(select(rows, 100)) == len(select(rows, None)) == 40
+    assert len(choose_questions(rows, 100)) == len(choose_questions(rows, None)) == 40
     assert questions_digest(rows) == questions_digest(rows[::-1]) != questions_digest(few)
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        select(rows, 0)
+        choose_questions(rows, 0)
 
 
 def test_sources_and_indexes_are_paired():
-    assert pair(["a", "b"], ["x"]) == [("a", "x"), ("b", "x")]
-    assert pair(["a", "b"], ["x", "y"]) == [("a", "x"), ("b", "y")]
+    assert pair_sources(["a", "b"], ["x"]) == [("a", "x"), ("b", "x")]
+    assert pair_sources(["a", "b"], ["x", "y"]) == [("a", "x"), ("b", "y")]
     with pytest.raises(ValueError, match="3 sources of questions and 2 indexes"):
-        pair(["a", "b", "c"], ["x", "y"])
+        pair_sources(["a", "b", "c"], ["x", "y"])
 
 
 def test_retrieval_by_hand():
@@ -396,31 +409,31 @@ def test_retrieval_by_hand():
         {"id": "3", "title": "Herbert prize", "text": "The Herbert prize is given to Frank people."},
     ]
     index = BM25Index.build(passages, show_progress=False)
-    asked = [
+    questions = [
         question("1", "Who wrote Dune?", answers=["F. Herbert", "Frank Herbert"], titles=["DUNE"]),
         question("2", "Where was the writer of Dune born?", answers=["Tacoma"], titles=["Dune", "Frank Herbert"]),
         question("3", "Was Dune written by Frank Herbert?", answers=["yes"], titles=["Dune", "Herbert prize"]),
     ]
-    found = score_retrieval(index, asked, [1, 3], dataset="x", name="bm25")
-    assert (found.questions, found.searchable, found.supported) == (3, 2, 3)
-    assert {k: value.mean for k, value in found.answer.items()} == {1: 0.5, 3: 1.0}
-    assert {k: value.mean for k, value in found.recall.items()} == pytest.approx({1: 2 / 3, 3: 1.0})
-    assert {k: value.mean for k, value in found.recall_all.items()} == pytest.approx({1: 1 / 3, 3: 1.0})
-    assert "| x | bm25 | 3 | 50.0 [0.0, 100.0] |" in retrieval_table([found]).to_markdown()
+    scores = score_retrieval(index, questions, [1, 3], dataset="x", name="bm25")
+    assert (scores.questions, scores.searchable, scores.supported) == (3, 2, 3)
+    assert {k: value.mean for k, value in scores.answer.items()} == {1: 0.5, 3: 1.0}
+    assert {k: value.mean for k, value in scores.recall.items()} == pytest.approx({1: 2 / 3, 3: 1.0})
+    assert {k: value.mean for k, value in scores.recall_all.items()} == pytest.approx({1: 1 / 3, 3: 1.0})
+    assert "| x | bm25 | 3 | 50.0 [0.0, 100.0] |" in retrieval_table([scores]).to_markdown()
     bare = score_retrieval(index, [question("1", "Dune?")], [1], dataset="y", name="bm25")
     assert (bare.recall, bare.answer[1].mean) == ({}, 0.0)
-    for rows, ks in (([], [1]), (asked, [0]), (asked, [])):
+    for rows, ks in (([], [1]), (questions, [0]), (questions, [])):
         with pytest.raises(ValueError, match="k of at least 1"):
             score_retrieval(index, rows, ks)
 
 
 def test_bm25_finds_the_answers_of_real_questions(shared_dir):
     index = BM25Index.build(shared_dir / "data/corpus/nq.jsonl.gz", show_progress=False)
-    asked = load_questions(shared_dir / "data/questions/nq.jsonl.gz", None).to_list()
-    found = score_retrieval(index, asked)
-    assert (found.questions, found.searchable, found.supported) == (541, 541, 0)
-    assert found.answer[5].mean >= 0.94
-    assert found.answer[5].low < found.answer[5].mean < found.answer[10].mean
+    questions = load_questions(shared_dir / "data/questions/nq.jsonl.gz", None).to_list()
+    scores = score_retrieval(index, questions)
+    assert (scores.questions, scores.searchable, scores.supported) == (541, 541, 0)
+    assert scores.answer[5].mean >= 0.94
+    assert scores.answer[5].low < scores.answer[5].mean < scores.answer[10].mean
 
 
 def test_the_static_embedding_of_the_results_finds_rare_words(repository, tmp_path):
@@ -446,7 +459,7 @@ def test_the_static_embedding_of_the_results_finds_rare_words(repository, tmp_pa
 
 
 def test_the_trained_embedding_is_what_the_package_holds(tmp_path, repository, monkeypatch):
-    """With a package of the same layout: the real one is no dependency."""
+    """With a package of the same layout, because the real one is not a dependency."""
     pytest.importorskip("sentence_transformers")
     import torch
     from safetensors.torch import save_file

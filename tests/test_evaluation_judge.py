@@ -1,4 +1,4 @@
-"""The judge, against a real server on the loopback interface that speaks the chat-completions protocol."""
+"""The judge, with a real server of the chat-completions protocol on the loopback interface."""
 
 import json
 import threading
@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 from igpo_trl.cli.app import app
 from igpo_trl.evaluation import load_trajectories
 from igpo_trl.evaluation.judge import Judge, Verdict, judge_run, read_verdict
-from igpo_trl.evaluation.store import append_lines
+from igpo_trl.evaluation.run import append_lines
 
 KEY = "sk-secret-0123456789"
 
 
 class Server(ThreadingHTTPServer):
-    """Answers each request by `reply(number, request)`: a text, a status, or a status with headers."""
+    """Answers each request with `reply(number, request)`: a text, or a status."""
 
     daemon_threads = True
 
@@ -60,11 +60,11 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr("igpo_trl.search.network.remote.FIRST_PAUSE", 0.01)
-    with Server() as made:
-        thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
+    with Server() as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield made
-        made.shutdown()
+        yield running
+        running.shutdown()
         thread.join()
 
 
@@ -93,7 +93,7 @@ def run_of(folder, *said):
         ("", None),
     ],
 )
-def test_a_verdict_is_read_from_what_models_write(reply, expected):
+def test_a_verdict_is_read_from_typical_replies(reply, expected):
     assert read_verdict(reply) == expected
 
 
@@ -103,8 +103,8 @@ def test_asks_at_temperature_0_with_question_answers_and_prediction(server):
     judge.close()
     (request,) = server.requests
     assert (request["model"], request["temperature"]) == ("grader", 0)
-    asked = json.loads(request["messages"][1]["content"])
-    assert list(asked.values()) == ["Where?", ["Paris", "City of Light"], 'Paris, "France"']
+    content = json.loads(request["messages"][1]["content"])
+    assert list(content.values()) == ["Where?", ["Paris", "City of Light"], 'Paris, "France"']
     assert server.headers_seen[0]["Authorization"] == f"Bearer {KEY}"
     keyless = Judge(server.url, "grader")
     keyless("Where?", ["Paris"], "Paris")
@@ -112,7 +112,7 @@ def test_asks_at_temperature_0_with_question_answers_and_prediction(server):
     assert server.headers_seen[1]["Authorization"] is None
 
 
-def test_tries_again_where_the_server_is_busy_or_the_reply_unreadable(server):
+def test_retries_if_the_server_is_busy_or_the_reply_is_unreadable(server):
     replies = [429, 500, "hmm", '{"reason": "another", "correct": false}']
     server.reply = lambda number, request: replies[number - 1]
     judge = Judge(server.url, "grader")
@@ -123,7 +123,7 @@ def test_tries_again_where_the_server_is_busy_or_the_reply_unreadable(server):
     judge.close()
 
 
-def test_every_verdict_is_kept_and_none_asked_for_twice(server, tmp_path):
+def test_every_verdict_is_saved_and_none_is_requested_twice(server, tmp_path):
     run = run_of(tmp_path, "Paris", "Rome", None, "Oslo")
     file = run / "verdicts.jsonl"
 
@@ -140,7 +140,7 @@ def test_every_verdict_is_kept_and_none_asked_for_twice(server, tmp_path):
     with pytest.raises(SearchError, match="400") as caught:
         judge_run(judge, load_trajectories(run), file, workers=1)
     assert KEY not in str(caught.value) and "[secret]" in str(caught.value)
-    assert len(server.requests) == 3  # a missing answer is wrong without asking
+    assert len(server.requests) == 3  # a missing answer is wrong without a request
     with file.open("a") as torn:
         torn.write('{"dataset": "nq", "id"')
     assert judge_run(judge, load_trajectories(run), file) == 0
@@ -155,7 +155,7 @@ def test_every_verdict_is_kept_and_none_asked_for_twice(server, tmp_path):
         "2": (False, "no answer", "grader"),
         "3": (False, "read Oslo", "grader"),
     }
-    # Another model is asked anew, and its verdict replaces the first.
+    # Another model gets its own requests, and its verdicts replace the first ones.
     server.reply = lambda number, request: '{"correct": true, "reason": "generous"}'
     other = Judge(server.url, "other")
     judge_run(other, load_trajectories(run), file)
@@ -165,7 +165,7 @@ def test_every_verdict_is_kept_and_none_asked_for_twice(server, tmp_path):
     assert KEY not in "".join(path.read_text() for path in tmp_path.rglob("*.json*"))
 
 
-def test_unreadable_verdicts_are_counted_and_asked_for_again(server, tmp_path):
+def test_unreadable_verdicts_are_counted_and_requested_again(server, tmp_path):
     run = run_of(tmp_path, "Paris", "Paris")
     server.reply = lambda number, request: "no idea"
     judge = Judge(server.url, "grader")

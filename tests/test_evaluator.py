@@ -10,20 +10,21 @@ import time
 
 import pytest
 import torch
+import typer
 from test_tiny_model import world, write
 from tiny import Scripted, answer, call, make_dataset, make_model, make_tokenizer, search
 from typer.testing import CliRunner
 
 from igpo_trl.beliefs import build_probes, score_beliefs
 from igpo_trl.cli.app import app
+from igpo_trl.cli.errors import one_line_errors
 from igpo_trl.data import load_questions
 from igpo_trl.evaluation import load_trajectories
-from igpo_trl.evaluation.rollouts import evaluate
-from igpo_trl.evaluation.settings import EvaluationSettings, make_arguments, settings_of_training
-from igpo_trl.evaluation.store import key_of
-from igpo_trl.evaluation.trainer import EvaluationTrainer
+from igpo_trl.evaluation.rollouts import EvaluationTrainer, make_arguments, roll_out
+from igpo_trl.evaluation.run import key_of
+from igpo_trl.evaluation.settings import EvaluationSettings, settings_of_training
 from igpo_trl.rewards import make_answer_reward
-from igpo_trl.search import BM25Index
+from igpo_trl.search import BM25Index, SearchError
 
 ROLLOUT = {"max_turns": 3, "max_completion_length": 48}
 
@@ -55,7 +56,7 @@ def command(files, out, *more):
 
 
 def start(*words):
-    """A process of its own."""
+    """Starts a separate process."""
     source = os.path.join(os.path.dirname(__file__), "..", "src")
     path = os.pathsep.join([os.path.abspath(source), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
@@ -67,7 +68,7 @@ def start(*words):
     )
 
 
-def test_killed_in_the_middle_it_goes_on_without_losing_or_repeating_a_question(files, tmp_path):
+def test_a_killed_run_resumes_without_skipping_or_repeating_a_question(files, tmp_path):
     words = command(files, tmp_path / "run", "--batch-size", 2, "--num-samples", 4, "--temperature", 1.0)
     file = tmp_path / "run/trajectories/rank0.jsonl"
     process = start("-m", "igpo_trl", *words)
@@ -83,10 +84,10 @@ def test_killed_in_the_middle_it_goes_on_without_losing_or_repeating_a_question(
         process.communicate()
     before = file.read_bytes()
     whole = before[: before.rfind(b"\n") + 1]
-    if whole.count(b"\n") % 2 == 0:  # as if it had hit between the two rollouts of a batch
+    if whole.count(b"\n") % 2 == 0:  # as if the kill had come between the two rollouts of a batch
         whole = whole[: whole.rstrip(b"\n").rfind(b"\n") + 1]
     assert 3 <= whole.count(b"\n") < 28, "the kill came too late to show anything"
-    file.write_bytes(whole + b'{"prompt": "<|im_start|>us')  # torn, wherever the kill has hit
+    file.write_bytes(whole + b'{"prompt": "<|im_start|>us')  # an incomplete line, wherever the kill came
 
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
@@ -94,13 +95,13 @@ def test_killed_in_the_middle_it_goes_on_without_losing_or_repeating_a_question(
     keys = [key_of(trajectory) for trajectory in load_trajectories(file)]
     assert len(keys) == len(set(keys)) == 28
     assert {key.sample for key in keys} == {0, 1, 2, 3} and len({key.id for key in keys}) == 7
-    # What it rolls out does not depend on whether it was killed: a batch has its own seed.
-    fresh = evaluate(settings(files, num_samples=4, temperature=1.0), tmp_path / "fresh", batch_size=2)
+    # The rollouts do not depend on the kill, because each batch has its own seed.
+    fresh = roll_out(settings(files, num_samples=4, temperature=1.0), tmp_path / "fresh", batch_size=2)
     texts = {key_of(t): [turn.text for turn in t.turns] for t in fresh}
     assert texts == {key_of(t): [turn.text for turn in t.turns] for t in load_trajectories(file)}
-    assert len({str(text) for text in texts.values()}) > 20  # they are sampled, and not all with the same seed
+    assert len({str(text) for text in texts.values()}) > 20  # sampled, and not all with the same seed
 
-    # A finished run prints its table, and does not even load the model.
+    # A complete run prints its table without loading the model.
     (files / "model/model.safetensors").rename(files / "moved")
     try:
         result = CliRunner().invoke(app, words)
@@ -130,7 +131,7 @@ def test_two_processes_share_the_questions(files, tmp_path):
     assert output.count("Why rollouts ended") == 1
     of_rank = [load_trajectories(tmp_path / f"run/trajectories/rank{rank}.jsonl") for rank in (0, 1)]
     assert [len(trajectories) for trajectories in of_rank] == [4, 3]
-    alone = evaluate(settings(files), tmp_path / "alone", batch_size=7)
+    alone = roll_out(settings(files), tmp_path / "alone", batch_size=7)
     together = {key_of(t): [turn.text for turn in t.turns] for t in load_trajectories(tmp_path / "run")}
     assert together == {key_of(t): [turn.text for turn in t.turns] for t in alone}
 
@@ -144,7 +145,7 @@ class ScriptedEvaluation(Scripted, EvaluationTrainer):
     )
 
 
-def test_records_are_what_the_trainer_saw(files, tmp_path):
+def test_records_agree_with_the_trainer(files, tmp_path):
     wanted = settings(
         files, rollout={"max_turns": 4, "max_completion_length": 400, "answer_template": "<answer>{answer}</answer>"}
     )
@@ -168,17 +169,22 @@ def test_records_are_what_the_trainer_saw(files, tmp_path):
         {"prompt": row["prompt"], "answers": row["answers"], "dataset": "x", "id": str(i), "sample": 0, "hops": 2}
         for i, row in enumerate(make_dataset(4))
     ]
-    found = trainer.rollouts(rows, wanted)
-    info = [trajectory.info for trajectory in found]
+    trajectories = trainer.rollouts(rows, wanted)
+    info = [trajectory.info for trajectory in trajectories]
     assert [row["prediction"] for row in info] == ["City of Light", "Paris Rome", None, None]
     assert [row["f1"] for row in info] == seen == pytest.approx([1, 2 / 3, 0, 0])
     assert [row["em"] for row in info] == [1, 0, 0, 0]
     assert [row["searches"] for row in info] == [2, 1, 3, 2]
     assert [row["failed_calls"] for row in info] == [0, 0, 0, 1]
-    assert [trajectory.stop_reason for trajectory in found] == ["answered", "answered", "turn_limit", "answered"]
-    assert [len(trajectory.turns) for trajectory in found] == [3, 2, 4, 2]
+    assert [trajectory.stop_reason for trajectory in trajectories] == [
+        "answered",
+        "answered",
+        "turn_limit",
+        "answered",
+    ]
+    assert [len(t.turns) for t in trajectories] == [3, 2, 4, 2]
     tokenizer = trainer._tokenizer
-    for trajectory in found:
+    for trajectory in trajectories:
         text = trajectory.prompt + "".join(turn.text + turn.observation for turn in trajectory.turns)
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
         prompt = tokenizer(trajectory.prompt, add_special_tokens=False)["input_ids"]
@@ -196,7 +202,7 @@ def test_records_are_what_the_trainer_saw(files, tmp_path):
         assert [turn.info_gain for turn in trajectory.turns] == [*map(pytest.approx, gains), None]
 
 
-def test_greedy_takes_the_likeliest_token_and_several_sets_have_their_own_index(files, tmp_path):
+def test_greedy_decoding_takes_the_most_likely_tokens(files, tmp_path):
     other = write(
         tmp_path / "other.jsonl",
         [{"question": "What is at the Seine?", "answers": "Paris", "id": 1, "dataset": "other"}],
@@ -208,10 +214,10 @@ def test_greedy_takes_the_likeliest_token_and_several_sets_have_their_own_index(
         indexes=[str(files / "index"), str(tmp_path / "other")],
         limit=2,
     )
-    found = evaluate(wanted, tmp_path / "run", batch_size=3)
-    assert [t.info["dataset"] for t in found] == ["rivers", "rivers", "other"]
+    trajectories = roll_out(wanted, tmp_path / "run", batch_size=3)
+    assert [t.info["dataset"] for t in trajectories] == ["rivers", "rivers", "other"]
     model, tokenizer = make_model().eval(), make_tokenizer()
-    for trajectory in found:
+    for trajectory in trajectories:
         ids = tokenizer(trajectory.prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
         said = model.generate(ids, do_sample=False, max_new_tokens=48, eos_token_id=2, pad_token_id=0)
         assert trajectory.turns[0].text == tokenizer.decode(said[0, ids.shape[1] :])
@@ -227,20 +233,20 @@ def test_every_set_is_searched_in_its_own_index(files, tmp_path, monkeypatch):
         )
         passage = {"id": "1", "title": name, "text": "the city", "score": 0}
         BM25Index.build([passage], show_progress=False).save(tmp_path / name)
-    monkeypatch.setattr("igpo_trl.evaluation.trainer.EvaluationTrainer", Searching)
+    monkeypatch.setattr("igpo_trl.evaluation.rollouts.EvaluationTrainer", Searching)
     rollout = {"max_turns": 3, "max_completion_length": 200}
     names = ["Oslo", "Lyon", "Oslo"]
     sources = [str(tmp_path / f"{name}.jsonl") for name in names[:2]]
     wanted = settings(files, sources=sources, indexes=[str(tmp_path / name) for name in names[:2]], rollout=rollout)
-    found = evaluate(wanted, tmp_path / "run", batch_size=8)
-    assert [(t.info["dataset"], names[1] in t.turns[0].observation) for t in found] == [
+    trajectories = roll_out(wanted, tmp_path / "run", batch_size=8)
+    assert [(t.info["dataset"], names[1] in t.turns[0].observation) for t in trajectories] == [
         ("Oslo", False),
         ("Lyon", True),
     ]
-    assert [t.info["searches"] for t in found] == [1, 1]
+    assert [t.info["searches"] for t in trajectories] == [1, 1]
 
 
-def test_a_search_service_that_fails_ends_the_run_and_is_not_held_against_the_model(files, tmp_path, monkeypatch, run):
+def test_a_failing_search_service_ends_the_run(files, tmp_path, monkeypatch, run):
     class Searching(Scripted, EvaluationTrainer):
         scripts = ([call("city", "browse"), answer("Paris")], [call("city"), answer("Paris")])
 
@@ -248,7 +254,7 @@ def test_a_search_service_that_fails_ends_the_run_and_is_not_held_against_the_mo
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
     monkeypatch.setattr("igpo_trl.search.network.remote.FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("igpo_trl.evaluation.trainer.EvaluationTrainer", Searching)
+    monkeypatch.setattr("igpo_trl.evaluation.rollouts.EvaluationTrainer", Searching)
     words = command(files, tmp_path / "run")
     words[words.index("--index") + 1] = f"http://127.0.0.1:{port}"
     words[words.index("--max-completion-length") + 1] = "300"
@@ -260,7 +266,7 @@ def test_a_search_service_that_fails_ends_the_run_and_is_not_held_against_the_mo
     assert not (tmp_path / "run/trajectories").exists()
 
 
-def test_an_adapter_is_used_and_its_directory_is_enough(files, tmp_path):
+def test_an_adapter_can_be_given_as_adapter_or_as_model(files, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(1)
@@ -269,15 +275,15 @@ def test_an_adapter_is_used_and_its_directory_is_enough(files, tmp_path):
     )
     adapted.peft_config["default"].base_model_name_or_path = str(files / "model")
     adapted.save_pretrained(tmp_path / "adapter")
-    plain = evaluate(settings(files, limit=2), tmp_path / "plain")
-    named = evaluate(settings(files, limit=2, adapter=str(tmp_path / "adapter")), tmp_path / "named")
-    alone = evaluate(settings(files, limit=2, model=str(tmp_path / "adapter")), tmp_path / "alone")
+    plain = roll_out(settings(files, limit=2), tmp_path / "plain")
+    named = roll_out(settings(files, limit=2, adapter=str(tmp_path / "adapter")), tmp_path / "named")
+    alone = roll_out(settings(files, limit=2, model=str(tmp_path / "adapter")), tmp_path / "alone")
     texts = [[[turn.text for turn in t.turns] for t in run] for run in (plain, named, alone)]
     assert texts[0] != texts[1] == texts[2]
     assert [t.turns[0].belief for t in plain] != [t.turns[0].belief for t in named]
 
 
-def test_the_rollout_of_a_training_configuration(repository):
+def test_settings_of_a_training_configuration(repository):
     assert settings_of_training(repository / "configs/hotpotqa_cpu.yaml") == {
         "system_prompt": "Search, then answer inside <answer> and </answer>.",
         "k": 2,
@@ -288,8 +294,8 @@ def test_the_rollout_of_a_training_configuration(repository):
             "max_tool_calling_iterations": 3,
         },
     }
-    found = settings_of_training(repository / "configs/qwen2.5-3b-lora.yaml")
-    assert (found["dtype"], found["rollout"]["max_turns"]) == ("bfloat16", 5)
+    lora = settings_of_training(repository / "configs/qwen2.5-3b-lora.yaml")
+    assert (lora["dtype"], lora["rollout"]["max_turns"]) == ("bfloat16", 5)
 
 
 @pytest.mark.parametrize(
@@ -306,15 +312,13 @@ def test_the_rollout_of_a_training_configuration(repository):
     ],
 )
 def test_bad_settings_are_refused_before_a_model_is_loaded(files, tmp_path, monkeypatch, changed, error, message):
-    monkeypatch.setattr(
-        "igpo_trl.evaluation.rollouts.make_evaluator", lambda *_: pytest.fail("went on to load the model")
-    )
+    monkeypatch.setattr("igpo_trl.evaluation.rollouts.make_trainer", lambda *_: pytest.fail("loaded the model"))
     with pytest.raises(error, match=message):
-        evaluate(settings(files, **changed), tmp_path / "run")
+        roll_out(settings(files, **changed), tmp_path / "run")
     assert not (tmp_path / "run/run.json").exists()
 
 
-def test_what_failed_before_its_first_rollout_does_not_stand_in_the_way(files, tmp_path, run):
+def test_a_run_that_failed_before_its_first_rollout_can_be_started_again(files, tmp_path, run):
     words = command(files, tmp_path / "run", "--limit", 2)
     for wrong in ("no-such-model", files / "index"):
         result = run(*words, "--model", wrong)
@@ -327,7 +331,7 @@ def test_what_failed_before_its_first_rollout_does_not_stand_in_the_way(files, t
 def test_the_same_question_twice_is_refused(files, tmp_path):
     wanted = settings(files, sources=[str(files / "questions.jsonl")] * 2)
     with pytest.raises(ValueError, match="is in .* and in"):
-        evaluate(wanted, tmp_path / "run")
+        roll_out(wanted, tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -347,14 +351,14 @@ def test_retrieval_alone(run, files, tmp_path):
     assert result.exit_code == 0, result.output
     (scores,) = json.loads((tmp_path / "out/retrieval.json").read_text())
     assert (scores["dataset"], scores["questions"]) == ("rivers", 5)
-    # The person named in the question has a passage; the city, which the answer is with, is named in that alone.
+    # The person named in the question has a passage; only that passage names the city with the answer.
     assert scores["recall"]["4"]["mean"] >= 0.5
     assert (tmp_path / "out/retrieval.md").read_text().startswith("## Retrieval\n\n| Set |")
 
 
 def test_table_and_compare(run, files, tmp_path):
     for name, temperature in (("a", 0.0), ("b", 1.5)):
-        evaluate(settings(files, temperature=temperature, limit=3), tmp_path / name)
+        roll_out(settings(files, temperature=temperature, limit=3), tmp_path / name)
     result = run("eval", "table", tmp_path / "a", tmp_path / "b", "--variant", "reference")
     assert result.exit_code == 0, result.output
     assert result.output.count("F1 and EM (reference)") == 2
@@ -363,8 +367,8 @@ def test_table_and_compare(run, files, tmp_path):
     assert result.exit_code == 0, result.output
     assert "temperature: 0.0 (A), 1.5 (B)" in result.output
     assert "rivers: F1" in (tmp_path / "c/compare.md").read_text()
-    found = json.loads((tmp_path / "c/compare.json").read_text())
-    assert found["sets"]["rivers"]["f1"]["questions"] == 3
+    comparison = json.loads((tmp_path / "c/compare.json").read_text())
+    assert comparison["sets"]["rivers"]["f1"]["questions"] == 3
 
 
 @pytest.mark.parametrize(
@@ -380,15 +384,31 @@ def test_table_and_compare(run, files, tmp_path):
         (["compare", ".", "."], "no rollouts in ."),
         (["--data", "a", "--index", "b", "--model", "m", "--out", "o", "--judge-url", "u"], "needs both"),
         (["--data", "a", "--index", "b", "--model", "./m", "--out", "o"], "no such directory: ./m"),
-        (["--data", "a", "--index", "b", "--model", "m", "--out", "o", "--variant", "em"], "squad or reference"),
+        (
+            ["--data", "a", "--index", "b", "--model", "m", "--out", "o", "--variant", "em"],
+            "'em' is not one of 'squad', 'reference'",
+        ),
     ],
 )
-def test_bad_input_is_one_error_and_no_traceback(run, tmp_path, monkeypatch, words, message):
+def test_bad_input_gives_one_error_without_a_traceback(run, tmp_path, monkeypatch, words, message):
     monkeypatch.chdir(tmp_path)
     result = run("eval", *words)
     assert result.exit_code in (1, 2)
     assert message in " ".join(result.output.replace("│", " ").split())
     assert isinstance(result.exception, SystemExit)
+
+
+def test_errors_that_the_user_can_fix_take_one_line(capsys):
+    for error in (ValueError("two\n lines"), OSError("two lines"), ImportError("two lines"), SearchError("two lines")):
+        with pytest.raises(typer.Exit) as caught, one_line_errors():
+            raise error
+        assert (caught.value.exit_code, capsys.readouterr().err) == (1, "Error: two lines\n")
+    with pytest.raises(typer.BadParameter, match="two lines"), one_line_errors(OSError, param_hint="--model"):
+        raise FileNotFoundError("two\nlines")
+    bugs = [(KeyError("a bug"), ()), (ValueError("a bug"), (OSError,)), (SearchError("a bug"), (OSError,))]
+    for error, kinds in bugs:
+        with pytest.raises(type(error), match="a bug"), one_line_errors(*kinds):
+            raise error
 
 
 def test_help_of_all_commands(run):
@@ -400,5 +420,5 @@ def test_help_of_all_commands(run):
 
 
 def test_questions_are_the_loaded_ones(files):
-    """The digest of a run covers what `load_questions` gives."""
+    """The digest of a run covers the result of `load_questions`."""
     assert load_questions(files / "questions.jsonl").num_rows == 7

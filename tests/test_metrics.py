@@ -1,4 +1,4 @@
-"""Answer scores as metrics of Evaluate: the same numbers as the rewards, by every way in."""
+"""Answer scores as metrics of 🤗 Evaluate: the same numbers as the rewards, through every interface."""
 
 import json
 import multiprocessing
@@ -60,7 +60,7 @@ def test_all_golden_scores_together_and_in_parts(golden):
     assert both.compute(**options) == expected
 
 
-def test_the_squad_variant_is_the_default_and_another():
+def test_variants():
     one = {"predictions": ["the cat cat"], "references": [["cat"]]}
     assert AnswerF1().compute(**one) == {"f1": pytest.approx(2 / 3)}  # P = 1/2, R = 1
     assert AnswerF1().compute(**one, variant="reference") == {"f1": pytest.approx(2 / 3)}  # {the, cat} against {cat}
@@ -104,7 +104,7 @@ def test_bad_references_are_errors():
         AnswerF1().compute(predictions=["a"], references=[3])
 
 
-def test_a_metric_can_be_used_again_also_after_an_error():
+def test_a_metric_can_be_reused_even_after_an_error():
     metric = AnswerF1()
     with pytest.raises(ValueError, match="variant"):
         metric.compute(predictions=["a"], references=["a"], variant="x")
@@ -130,8 +130,8 @@ phrases = st.lists(st.sampled_from(["the", "cat", "Cat!", "dog", "-"]), max_size
 def test_the_mean_is_that_of_an_independent_scorer(rows):
     predictions, references = [prediction for prediction, _ in rows], [answers for _, answers in rows]
     expected = [oracles.squad_f1(text, answers) if text else 0.0 for text, answers in rows]
-    found = AnswerF1().compute(predictions=predictions, references=references)["f1"]
-    assert found == pytest.approx(sum(expected) / len(expected))
+    f1 = AnswerF1().compute(predictions=predictions, references=references)["f1"]
+    assert f1 == pytest.approx(sum(expected) / len(expected))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def gathered(process_id: int, folder: str, predictions: list[str], results: "mul
 
 
 def compute_alone_and_together(folder: str) -> None:
-    """In a process of its own, so that its home and its forks are not those of the tests."""
+    """Runs in a separate process, with its own home directory and forks."""
     alone = AnswerF1().compute(predictions=["a"], references=[["a"]])
     written = [
         str(path) for path in Path(folder).parent.rglob("*") if "metrics" in path.name or path.suffix == ".arrow"
@@ -181,12 +181,12 @@ def test_alone_it_writes_nothing_and_two_processes_gather(tmp_path, repository):
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join([str(repository / "src"), str(repository / "tests")])
     command = [sys.executable, __file__, str(tmp_path / "shared")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["alone"] == {"f1": 1.0}
-    assert found["written"] == []
-    assert found["together"] == [{"f1": 0.5}, None]  # as for any metric, the first process has the result
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert process.returncode == 0, process.stderr[-3000:]
+    results = json.loads(process.stdout.splitlines()[-1])
+    assert results["alone"] == {"f1": 1.0}
+    assert results["written"] == []
+    assert results["together"] == [{"f1": 0.5}, None]  # as for any metric, the first process has the result
     assert (tmp_path / "shared" / "answer_f1").is_dir()
 
 

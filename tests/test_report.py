@@ -8,14 +8,14 @@ from rich.console import Console
 
 from igpo_trl.report import (
     Piece,
+    beliefs_after,
     format_belief,
     format_gain,
     pieces,
     plot_curves,
     plot_rollout,
-    question_of,
+    question_text,
     render_trajectory,
-    steps,
 )
 from igpo_trl.trajectory import Trajectory, Turn
 
@@ -84,11 +84,12 @@ def test_pieces_of_odd_turns(text, expected):
     ],
 )
 def test_question(prompt, expected):
-    assert question_of(Trajectory(prompt, [Turn("x")])) == expected
+    assert question_text(Trajectory(prompt, [Turn("x")])) == expected
 
 
-def test_steps_pair_each_turn_with_the_belief_on_both_sides(trajectory):
-    assert [(step.before, step.after) for step in steps(trajectory)] == [(0.1, 0.6), (0.6, 0.4), (0.4, None)]
+def test_each_turn_has_a_belief_before_and_after_it(trajectory):
+    pairs = zip(trajectory.beliefs, beliefs_after(trajectory), strict=True)
+    assert list(pairs) == [(0.1, 0.6), (0.6, 0.4), (0.4, None)]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_transcript_shows_the_belief_after_each_turn(trajectory):
     text = "\n".join(lines)
     for expected in ("Capital of France?", "Paris | Paname", "→ Paris is the capital.", "answer: Paris", "1.00"):
         assert expected in text
-    # What a tool or a policy writes is text, not markup.
+    # Texts of tools and policies are not interpreted as markup.
     assert "[bold]x[/bold]" in text
     assert "<|im_" not in text
 
@@ -123,7 +124,7 @@ def test_transcript_without_beliefs(trajectory):
     assert "belief" not in text and "Outcome" not in text and "Answer  " not in text
 
 
-def test_transcript_says_what_ended_a_rollout_that_did_not_answer(trajectory):
+def test_transcript_says_why_a_rollout_ended_without_an_answer(trajectory):
     assert "Ended by" not in text_of(trajectory)
     trajectory.stop_reason = "turn_limit"
     assert "Ended by  turn_limit" in text_of(trajectory)
@@ -131,7 +132,7 @@ def test_transcript_says_what_ended_a_rollout_that_did_not_answer(trajectory):
     assert "Ended by" not in text_of(trajectory)
 
 
-def test_picture_of_a_rollout(trajectory, tmp_path):
+def test_plot_of_a_rollout(trajectory, tmp_path):
     path = tmp_path / "new" / "rollout.png"
     plot_rollout(trajectory, path)
     assert path.read_bytes().startswith(PNG)
@@ -139,7 +140,7 @@ def test_picture_of_a_rollout(trajectory, tmp_path):
     assert "svg" in path.with_suffix(".svg").read_text()[:300]
 
 
-def test_bars_of_the_picture_are_the_beliefs(trajectory, tmp_path, monkeypatch):
+def test_bars_of_the_plot_are_the_beliefs(trajectory, tmp_path, monkeypatch):
     from matplotlib.patches import Rectangle
 
     from igpo_trl import report
@@ -160,14 +161,14 @@ def test_bars_of_the_picture_are_the_beliefs(trajectory, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("beliefs", [[None, None, None], [0.0, 0.0, 0.0], [1e-5, 3e-4, 1e-300]])
-def test_picture_with_missing_or_small_beliefs(trajectory, tmp_path, beliefs):
+def test_plot_with_missing_or_small_beliefs(trajectory, tmp_path, beliefs):
     for turn, belief in zip(trajectory.turns, beliefs, strict=True):
         turn.belief = belief
     plot_rollout(trajectory, tmp_path / "rollout.png")
     assert (tmp_path / "rollout.png").read_bytes().startswith(PNG)
 
 
-def test_picture_of_an_empty_turn(tmp_path):
+def test_plot_of_an_empty_turn(tmp_path):
     plot_rollout(Trajectory("", [Turn("")], outcome=-1.0), tmp_path / "rollout.png")
     assert (tmp_path / "rollout.png").read_bytes().startswith(PNG)
 

@@ -103,7 +103,7 @@ def roll_out(trainer, scripts, prompts=None):
     trainer.model.eval()
     with torch.no_grad():
         prompt_ids, completion_ids, mask, messages, *_ = trainer._generate([row["prompt"] for row in rows])
-    stops = trainer._current_step.round_log.stops
+    stops = trainer.current_step.round_log.stops
     return list(zip(prompt_ids, completion_ids, mask, messages, stops, strict=True))
 
 
@@ -247,7 +247,7 @@ def test_tokens_are_those_of_trl(tmp_path, monkeypatch, caplog, family, sample):
     reused = family not in ("mistral", "qwen2_sliding")
     assert ("KV cache is not kept" in caplog.text) != reused
     assert (run[1] < 0.7 * run[0]) == reused
-    assert trainer._current_step.kv_cache is None  # its memory is free for training
+    assert trainer.current_step.kv_cache is None  # its memory is free for training
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -1,6 +1,6 @@
-"""Pictures and printed transcripts of a run: learning curves, and one rollout with its belief after each turn.
+"""Transcripts and plots: one rollout with the belief after each turn, and learning curves.
 
-Reads [`Trajectory`] records only: neither torch nor TRL is needed. The plots need the extra `plots`.
+They are made from [`Trajectory`] records, without torch and TRL. Plots need the extra `plots`.
 """
 
 import json
@@ -22,7 +22,8 @@ INK, GREY, PALE, CARD = "#1f2933", "#7b8794", "#e4e7eb", "#f7f8fa"
 BLUE, GREEN, RED = "#4a7fb5", "#2f9e6b", "#d1495b"
 CURVES = ("#7b8794", "#2f9e6b", "#4a7fb5", "#d9822b", "#8e5ea2", "#d1495b")
 
-Kind = Literal["think", "call", "answer", "text"]
+PieceKind = Literal["think", "call", "answer", "text"]
+_KINDS: dict[str, PieceKind] = {"think": "think", "tool_call": "call", "answer": "answer"}
 
 _BLOCK = re.compile(r"<(think|tool_call|answer)>(.*?)(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 _CHAT_MARKER = re.compile(r"<\|im_start\|>\s*(?:system|user|assistant|tool)?|<\|[^|<>]+\|>|</?tool_response>")
@@ -32,74 +33,53 @@ _USER_MESSAGE = re.compile(
 
 
 class Piece(NamedTuple):
-    """A part of a turn: reasoning, a tool call, the answer, or anything else."""
+    """A part of a turn: reasoning, a tool call, the answer, or other text."""
 
-    kind: Kind
+    kind: PieceKind
     text: str
 
 
-def clean(text: str) -> str:
-    """Text without the chat template's markers and with the white space of a single paragraph."""
+def plain_text(text: str) -> str:
+    """A text without the markers of the chat template, as a single paragraph."""
     return " ".join(_CHAT_MARKER.sub(" ", text).split())
 
 
 def pieces(text: str) -> list[Piece]:
     """
-    The parts of a turn in order, each in readable form: `search(query="…")` for a JSON tool call.
+    The parts of a turn in order, in readable form: a JSON tool call becomes `search(query="…")`.
 
-    For display only. A block that was never closed runs to the end of the turn; a call that is not valid JSON is
-    shown as it is.
+    For display only. A block that is never closed extends to the end of the turn. A call that is not valid JSON is
+    shown unchanged.
     """
-    found: list[Piece] = []
+    parts: list[Piece] = []
     end = 0
     for match in _BLOCK.finditer(text):
-        found.append(Piece("text", clean(text[end : match.start()])))
-        tag, body = match.group(1).lower(), match.group(2)
-        if tag == "tool_call":
-            found.append(Piece("call", _call(body)))
-        else:
-            found.append(Piece("think" if tag == "think" else "answer", clean(body)))
+        kind, body = _KINDS[match.group(1).lower()], match.group(2)
+        parts.append(Piece("text", plain_text(text[end : match.start()])))
+        parts.append(Piece(kind, _call(body) if kind == "call" else plain_text(body)))
         end = match.end()
-    found.append(Piece("text", clean(text[end:])))
-    return [piece for piece in found if piece.text]
+    parts.append(Piece("text", plain_text(text[end:])))
+    return [piece for piece in parts if piece.text]
 
 
 def _call(body: str) -> str:
     try:
         call = json.loads(body)
-        arguments = ", ".join(
-            f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in call["arguments"].items()
-        )
-        return f"{call['name']}({arguments})"
+        arguments = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in call["arguments"].items())
+        return f"{call['name']}({', '.join(arguments)})"
     except (AttributeError, KeyError, TypeError, ValueError):
-        return clean(body)
+        return plain_text(body)
 
 
-def question_of(trajectory: Trajectory) -> str:
-    """The question: the last user message of the rendered prompt, or, where no template is known, the whole prompt."""
+def question_text(trajectory: Trajectory) -> str:
+    """The last user message of the rendered prompt, or the whole prompt if its template is not known."""
     messages = _USER_MESSAGE.findall(trajectory.prompt)
-    return clean(messages[-1] if messages else trajectory.prompt)
+    return plain_text(messages[-1] if messages else trajectory.prompt)
 
 
-class Step(NamedTuple):
-    """
-    What one turn did to the belief.
-
-    Attributes:
-        turn (`Turn`): the turn.
-        before (`float` or `None`): belief before it.
-        after (`float` or `None`): belief after it and its observation; `None` for the last turn.
-    """
-
-    turn: Turn
-    before: float | None
-    after: float | None
-
-
-def steps(trajectory: Trajectory) -> list[Step]:
-    """The turns of a rollout, each with the belief before and after it."""
-    beliefs = trajectory.beliefs
-    return [Step(turn, beliefs[i], (beliefs[i + 1 :] or [None])[0]) for i, turn in enumerate(trajectory.turns)]
+def beliefs_after(trajectory: Trajectory) -> list[float | None]:
+    """The belief after each turn and its observation; `None` for the last turn."""
+    return [*trajectory.beliefs[1:], None]
 
 
 def format_belief(value: float) -> str:
@@ -110,20 +90,19 @@ def format_belief(value: float) -> str:
 
 
 def format_gain(value: float) -> str:
-    """A signed gain, in the form of [`format_belief`]."""
-    sign = "+" if value >= 0 else "−"
-    return sign + format_belief(abs(value))
+    """A gain with its sign, in the format of [`format_belief`]."""
+    return ("+" if value >= 0 else "−") + format_belief(abs(value))
 
 
 def render_trajectory(trajectory: Trajectory, width: int = 24) -> "RenderableType":
     """
-    A rollout for the terminal: the transcript, with a bar for the belief after each turn.
+    The transcript of a rollout for the terminal, with a bar for the belief after each turn.
 
     Args:
         trajectory ([`Trajectory`]):
             The rollout.
         width (`int`, *optional*, defaults to `24`):
-            Characters of the bar of a belief of 1.
+            Length of the bar of a belief of 1, in characters.
 
     Returns:
         A renderable for `rich.console.Console.print`.
@@ -141,24 +120,24 @@ def render_trajectory(trajectory: Trajectory, width: int = 24) -> "RenderableTyp
             line.append(f"  gain {format_gain(gain)}", style="green" if gain >= 0 else "red")
         return line
 
-    lines: list[RenderableType] = [Text.assemble(("Question  ", "bold"), question_of(trajectory))]
+    lines: list[RenderableType] = [Text.assemble(("Question  ", "bold"), question_text(trajectory))]
     if trajectory.answers:
         lines.append(Text.assemble(("Answer    ", "bold"), " | ".join(trajectory.answers)))
     if (before := trajectory.turns[0].belief) is not None:
         lines.append(bar(before, None))
     styles = {"think": "italic dim", "call": "cyan", "answer": "bold magenta", "text": ""}
-    for number, step in enumerate(steps(trajectory), start=1):
-        head = Text(f"\nTurn {number}", style="bold").append(f"  {step.turn.num_tokens} tokens", style="dim")
-        if step.turn.advantage is not None:
-            head.append(f"  advantage {step.turn.advantage:+.2f}", style="dim")
+    for number, (turn, after) in enumerate(zip(trajectory.turns, beliefs_after(trajectory), strict=True), start=1):
+        head = Text(f"\nTurn {number}", style="bold").append(f"  {turn.num_tokens} tokens", style="dim")
+        if turn.advantage is not None:
+            head.append(f"  advantage {turn.advantage:+.2f}", style="dim")
         lines.append(head)
-        for piece in pieces(step.turn.text):
+        for piece in pieces(turn.text):
             label = "answer: " if piece.kind == "answer" else ""
             lines.append(Padding(Text(label + piece.text, style=styles[piece.kind]), (0, 0, 0, 2)))
-        if observation := clean(step.turn.observation):
+        if observation := plain_text(turn.observation):
             lines.append(Padding(Text(f"→ {observation}", style="dim"), (0, 0, 0, 2)))
-        if step.after is not None:
-            lines.append(bar(step.after, step.turn.info_gain))
+        if after is not None:
+            lines.append(bar(after, turn.info_gain))
     rewards = ", ".join(f"{name} {value:.2f}" for name, value in trajectory.rewards.items() if value is not None)
     if trajectory.outcome is not None:
         rewards = f"{trajectory.outcome:.2f}" + (f"  ({rewards})" if rewards else "")
@@ -173,19 +152,19 @@ def plot_curves(
     panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], path: str | Path, xlabel: str = "training step"
 ) -> None:
     """
-    Learning curves as a picture, one panel beside the other.
+    Plots learning curves, in panels side by side.
 
     Args:
         panels (mapping of `str` to mapping of `str` to sequence of `(x, y)`):
-            Title of each panel, then name of each curve, then its points. A curve keeps its colour in every panel;
-            points that are not finite are left out.
+            By title of the panel and name of the curve, the points of the curve. A curve has the same colour in every
+            panel. Points that are not finite are left out.
         path (`str` or `Path`):
-            File to write; parent folders are made. The format follows the suffix.
+            File to write, in the format of its suffix. Parent folders are created.
         xlabel (`str`, *optional*, defaults to `"training step"`):
-            What x counts.
+            Label of the x axis.
 
     Raises:
-        ValueError: There is no panel.
+        ValueError: `panels` is empty.
         ImportError: matplotlib is not installed.
     """
     if not panels:
@@ -211,45 +190,40 @@ def plot_curves(
         axes.locator_params(axis="x", integer=True)
         if i > len(panels) - columns:
             axes.set_xlabel(xlabel, fontsize=9, color=GREY)
-    handles = [_line(colours[name], name) for name in names]
+    handles = [_legend_line(colours[name], name) for name in names]
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.36 / figure.get_figheight()))
     figure.legend(handles=handles, loc="upper left", ncols=len(names), frameon=False, fontsize=9, labelcolor=INK)
     _save(figure, path)
 
 
-# Sizes of the picture of a rollout, in inches from the top left corner.
+# Layout of the plot of a rollout, in inches from the top left corner.
 _WIDTH, _MARGIN, _LINE, _GAP = 9.6, 0.3, 0.185, 0.12
 _CARD_WIDTH, _TEXT_LEFT, _BAR_LEFT, _BAR_WIDTH = 5.75, 0.65, 6.3, 2.3
 
 
-class _Line(NamedTuple):
-    text: str
-    style: dict[str, Any]
-
-
 def plot_rollout(trajectory: Trajectory, path: str | Path, max_lines: int = 4) -> None:
     """
-    One rollout as a picture: its transcript from top to bottom, and the belief after each turn as a bar beside it.
+    Plots one rollout: its transcript from top to bottom, and beside each turn a bar for the belief after it.
 
-    The topmost bar is the belief that the question alone gives. Each later bar shows the belief before the turn in
-    blue and what the turn added (green) or took away (red); the number is the belief after it, and below stand the
-    gain and the advantage that the turn was trained with. Bars end at 1, or, where every belief is small, at a round
-    number above the largest one, which the picture then names.
+    The first bar is the belief before any turn. Each later bar shows the belief before the turn in blue, and what the
+    turn added in green or removed in red. The number is the belief after the turn; the gain and the advantage of the
+    turn are below it. A full bar is 1. If all beliefs are small, it is a round number above the largest one, and the
+    plot says so.
 
     Args:
         trajectory ([`Trajectory`]):
             The rollout. Turns without a belief get no bar.
         path (`str` or `Path`):
-            File to write; parent folders are made. The format follows the suffix.
+            File to write, in the format of its suffix. Parent folders are created.
         max_lines (`int`, *optional*, defaults to `4`):
-            Lines shown of each reasoning block and each observation.
+            Maximum number of lines for each part of a turn and each observation.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     scale = _scale([belief for belief in trajectory.beliefs if belief is not None])
-    cards = [_turn_lines(step.turn, max_lines) for step in steps(trajectory)]
-    question = _wrap(question_of(trajectory), 4, 52)
+    cards = [_turn_lines(turn, max_lines) for turn in trajectory.turns]
+    question = _wrap(question_text(trajectory), 4, 52)
     heights = [max(len(lines), 2) * _LINE + 0.22 for lines in cards]
     header = max(len(question) * 0.23 + (0.24 if trajectory.answers else 0.0) + 0.3, 0.95)
     total = header + sum(heights) + _GAP * (len(cards) - 1) + _MARGIN
@@ -257,86 +231,88 @@ def plot_rollout(trajectory: Trajectory, path: str | Path, max_lines: int = 4) -
     figure = _figure(_WIDTH, total)
     axes: Axes = figure.add_axes((0, 0, 1, 1), xlim=(0, _WIDTH), ylim=(total, 0))
     axes.axis("off")
-    for i, line in enumerate(question):
-        axes.text(
-            _MARGIN, 0.34 + 0.23 * i, line, fontsize=11.5, fontweight="bold", color=INK, va="center", parse_math=False
-        )
-    if trajectory.answers:
-        answers = textwrap.shorten("right answer: " + " | ".join(trajectory.answers), 70, placeholder=" …")
-        y = 0.35 + 0.23 * len(question)
-        axes.text(_MARGIN, y, answers, fontsize=9, color=GREY, va="center", parse_math=False)
-    if scale is not None:
-        title = "belief in the right answer" + ("" if scale == 1 else f" (full bar: {scale:g})")
-        axes.text(_BAR_LEFT, 0.34, title, fontsize=9, color=GREY, va="center", parse_math=False)
-        if (start := trajectory.beliefs[0]) is not None:
-            _draw_bar(axes, 0.48, start, start, scale)
-
+    _draw_header(axes, trajectory, question, scale)
     y = header
-    for number, (step, lines, height) in enumerate(zip(steps(trajectory), cards, heights, strict=True), start=1):
-        _draw_card(axes, y, height, number, lines)
-        middle = y + height / 2
-        if scale is not None and step.after is not None:
-            _draw_bar(axes, middle - 0.17, step.after if step.before is None else step.before, step.after, scale)
-        if number == len(cards) and trajectory.outcome is not None:
-            _note(axes, middle + 0.03, f"reward {trajectory.outcome:.2f}", trajectory.outcome > 0, fontsize=10.5)
-        elif step.turn.info_gain is not None:
-            _note(axes, middle + 0.14, f"gain {format_gain(step.turn.info_gain)}", step.turn.info_gain >= 0)
-        if step.turn.advantage is not None:
-            y_note = middle + (0.03 if number == len(cards) else 0.14)
-            text = f"advantage {step.turn.advantage:+.2f}".replace("-", "−")
-            axes.text(_BAR_LEFT + _BAR_WIDTH, y_note, text, fontsize=8.5, color=GREY, va="center", ha="right")
-        y += height + _GAP
+    for i, (turn, after) in enumerate(zip(trajectory.turns, beliefs_after(trajectory), strict=True)):
+        middle = y + heights[i] / 2
+        _draw_card(axes, y, heights[i], i + 1, cards[i])
+        if scale is not None and after is not None:
+            _draw_bar(axes, middle - 0.17, after if turn.belief is None else turn.belief, after, scale)
+        last = i + 1 == len(cards)
+        if last and trajectory.outcome is not None:
+            colour = GREEN if trajectory.outcome > 0 else RED
+            text = f"reward {trajectory.outcome:.2f}".replace("-", "−")
+            _write(axes, _BAR_LEFT, middle + 0.03, text, 10.5, colour, fontweight="bold")
+        elif turn.info_gain is not None:
+            colour = GREEN if turn.info_gain >= 0 else RED
+            text = f"gain {format_gain(turn.info_gain)}".replace("-", "−")
+            _write(axes, _BAR_LEFT, middle + 0.14, text, 8.5, colour)
+        if turn.advantage is not None:
+            text = f"advantage {turn.advantage:+.2f}".replace("-", "−")
+            _write(axes, _BAR_LEFT + _BAR_WIDTH, middle + (0.03 if last else 0.14), text, 8.5, GREY, ha="right")
+        y += heights[i] + _GAP
     _save(figure, path)
 
 
-def _turn_lines(turn: Turn, max_lines: int) -> list[_Line]:
-    """Lines of text of one turn, each with its style."""
+def _write(axes: "Axes", x: float, y: float, text: str, size: float, colour: str = INK, **style: Any) -> None:
+    axes.text(x, y, text, fontsize=size, color=colour, va="center", parse_math=False, **style)
+
+
+def _draw_header(axes: "Axes", trajectory: Trajectory, question: Sequence[str], scale: float | None) -> None:
+    """The question, its answers, and the belief before any turn."""
+    for i, line in enumerate(question):
+        _write(axes, _MARGIN, 0.34 + 0.23 * i, line, 11.5, fontweight="bold")
+    if trajectory.answers:
+        answers = textwrap.shorten("right answer: " + " | ".join(trajectory.answers), 70, placeholder=" …")
+        _write(axes, _MARGIN, 0.35 + 0.23 * len(question), answers, 9, GREY)
+    if scale is not None:
+        title = "belief in the right answer" + ("" if scale == 1 else f" (full bar: {scale:g})")
+        _write(axes, _BAR_LEFT, 0.34, title, 9, GREY)
+        if (start := trajectory.beliefs[0]) is not None:
+            _draw_bar(axes, 0.48, start, start, scale)
+
+
+def _turn_lines(turn: Turn, max_lines: int) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of one turn, with their styles."""
     styles: dict[str, dict[str, Any]] = {
-        "think": {"color": GREY, "style": "italic"},
-        "call": {"color": BLUE, "fontweight": "bold"},
-        "answer": {"color": INK, "fontweight": "bold"},
-        "text": {"color": INK},
+        "think": {"colour": GREY, "style": "italic"},
+        "call": {"colour": BLUE, "fontweight": "bold"},
+        "answer": {"fontweight": "bold"},
+        "text": {},
     }
     lines = []
     for piece in pieces(turn.text):
         text = f"answer: {piece.text}" if piece.kind == "answer" else piece.text
-        lines += [_Line(line, styles[piece.kind]) for line in _wrap(text, max_lines)]
-    if observation := clean(turn.observation):
-        lines += [_Line(line, {"color": INK}) for line in _wrap("→ " + observation, max_lines)]
-    return lines or [_Line("(no text)", {"color": GREY, "style": "italic"})]
+        lines += [(line, styles[piece.kind]) for line in _wrap(text, max_lines)]
+    if observation := plain_text(turn.observation):
+        lines += [(line, styles["text"]) for line in _wrap("→ " + observation, max_lines)]
+    return lines or [("(no text)", styles["think"])]
 
 
-def _draw_card(axes: "Axes", top: float, height: float, number: int, lines: Sequence[_Line]) -> None:
+def _draw_card(axes: "Axes", top: float, height: float, number: int, lines: Sequence[tuple[str, Any]]) -> None:
     from matplotlib.patches import FancyBboxPatch
 
-    style = "round,pad=0,rounding_size=0.06"
-    axes.add_patch(FancyBboxPatch((_MARGIN, top), _CARD_WIDTH, height, boxstyle=style, facecolor=CARD, edgecolor=PALE))
+    shape = "round,pad=0,rounding_size=0.06"
+    axes.add_patch(FancyBboxPatch((_MARGIN, top), _CARD_WIDTH, height, boxstyle=shape, facecolor=CARD, edgecolor=PALE))
     first = top + height / 2 - (len(lines) - 1) * _LINE / 2
-    axes.text(_MARGIN + 0.19, first, str(number), fontsize=9, color=GREY, ha="center", va="center")
-    for i, line in enumerate(lines):
-        axes.text(_TEXT_LEFT, first + i * _LINE, line.text, fontsize=8.5, va="center", parse_math=False, **line.style)
+    _write(axes, _MARGIN + 0.19, first, str(number), 9, GREY, ha="center")
+    for i, (text, style) in enumerate(lines):
+        _write(axes, _TEXT_LEFT, first + i * _LINE, text, 8.5, **style)
 
 
 def _draw_bar(axes: "Axes", top: float, before: float, after: float, scale: float) -> None:
-    """The belief `before` in blue, the change to `after` in green or red, on a pale track, and the number `after`."""
+    """A bar with `before` in blue and the change to `after` in green or red, and the number `after`."""
     from matplotlib.patches import Rectangle
 
     low, high = min(before, after), max(before, after)
     for start, stop, colour in ((0, scale, PALE), (0, low, BLUE), (low, high, GREEN if after >= before else RED)):
         left, width = _BAR_LEFT + _BAR_WIDTH * start / scale, _BAR_WIDTH * (stop - start) / scale
         axes.add_patch(Rectangle((left, top), width, 0.18, facecolor=colour, linewidth=0))
-    x = _BAR_LEFT + _BAR_WIDTH + 0.12
-    axes.text(x, top + 0.09, format_belief(after), fontsize=10.5, fontweight="bold", color=INK, va="center")
-
-
-def _note(axes: "Axes", y: float, text: str, good: bool, fontsize: float = 8.5) -> None:
-    colour = GREEN if good else RED
-    weight = "bold" if fontsize > 9 else "normal"
-    axes.text(_BAR_LEFT, y, text.replace("-", "−"), fontsize=fontsize, fontweight=weight, color=colour, va="center")
+    _write(axes, _BAR_LEFT + _BAR_WIDTH + 0.12, top + 0.09, format_belief(after), 10.5, fontweight="bold")
 
 
 def _scale(beliefs: Sequence[float]) -> float | None:
-    """Right end of the axis: 1, or 1, 2 or 5 times a power of ten above small beliefs; `None` without beliefs."""
+    """The belief of a full bar: 1, or 1, 2 or 5 times a power of ten if all are small. `None` without beliefs."""
     if not beliefs:
         return None
     largest = max(beliefs)
@@ -351,7 +327,7 @@ def _wrap(text: str, max_lines: int, width: int = 78) -> list[str]:
 
 
 def _figure(width: float, height: float) -> "Figure":
-    """A figure that needs no display and leaves the caller's pyplot state alone."""
+    """A figure that needs no display and does not touch the state of pyplot."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -359,7 +335,7 @@ def _figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), dpi=160, facecolor="white")
 
 
-def _line(colour: str, label: str) -> Any:
+def _legend_line(colour: str, label: str) -> Any:
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=colour, linewidth=1.8, label=label)

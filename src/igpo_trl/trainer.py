@@ -145,7 +145,7 @@ class IGPOTrainer(GRPOTrainer):
         )
         # Nobody reports which tools the turns of a `rollout_func` call.
         check_tool_names(args.info_gain_tools, [] if self.rollout_func is not None else self.tools)
-        self._current_step = Step([], training=False)  # the current generation batch
+        self.current_step = Step([], training=False)  # the current generation batch
         limit_generation(self)
         self._belief_scorer = make_belief_scorer(self)
         self._rollout_loop = make_rollout_loop(self) if self.tools else None
@@ -158,7 +158,7 @@ class IGPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         args, training = self.args, self.model.training
-        step = self._current_step = Step(
+        step = self.current_step = Step(
             inputs,
             training,
             num_generations=self.num_generations,
@@ -216,7 +216,7 @@ class IGPOTrainer(GRPOTrainer):
         return output
 
     def _generate(self, prompts: list[Any]) -> Any:
-        step = self._current_step
+        step = self.current_step
         step.kv_cache = PrefixCache() if self._reuses_prefixes else None
         try:
             with parser_errors_as_value_errors(self._tokenizer):
@@ -255,7 +255,7 @@ class IGPOTrainer(GRPOTrainer):
                 )
         rollouts = range(len(prompt_ids)) if rollouts is None else rollouts
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        with replaced_generate(model, self._current_step.kv_cache, rollouts, max_new_tokens):
+        with replaced_generate(model, self.current_step.kv_cache, rollouts, max_new_tokens):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
 
     def sample_turns(
@@ -289,7 +289,7 @@ class IGPOTrainer(GRPOTrainer):
             for i, ids in enumerate(prompt_ids)
         ]
         first_turns = SampledTurns(completion_ids, logprobs, [messages[0] for messages in completions])
-        log = self._current_step.round_log = self._rollout_loop.run(rollouts, first_turns, self._score_ended_rollouts)
+        log = self.current_step.round_log = self._rollout_loop.run(rollouts, first_turns, self._score_ended_rollouts)
         return (
             [rollout.sampled_mask for rollout in rollouts],
             [rollout.messages for rollout in rollouts],
@@ -304,12 +304,12 @@ class IGPOTrainer(GRPOTrainer):
         # Sharded models score later: their ranks must make equally many forwards, and rollouts end when they like.
         if not self.is_sharded:
             with self.accelerator.autocast():
-                self._current_step.score_ended_rollouts(self._belief_scorer, self.model, rollouts)
+                self.current_step.score_ended_rollouts(self._belief_scorer, self.model, rollouts)
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        step = self._current_step
+        step = self.current_step
         if step.captures_old_log_probs:
             step.captures_old_log_probs = False  # the forwards that follow are those of the reference and of the loss
             usable = self._belief_scorer.can_use_cache(self.model, input_ids.shape[1], counts_padding=True)
@@ -321,14 +321,14 @@ class IGPOTrainer(GRPOTrainer):
 
     def _score_captured_rows(self, padding: list[int], cache: Any, first: int, size: int) -> None:
         with self.accelerator.autocast():
-            self._current_step.score_captured_rows(self._belief_scorer, self.model, padding, cache, first, size)
+            self.current_step.score_captured_rows(self._belief_scorer, self.model, padding, cache, first, size)
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> torch.Tensor:
         global_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._current_step.completions = completions
-        self._current_step.set_rewards(global_rewards, self.reward_weights)
+        self.current_step.completions = completions
+        self.current_step.set_rewards(global_rewards, self.reward_weights)
         return global_rewards
 
     def _replace_logged_advantages(self, step: Step) -> None:

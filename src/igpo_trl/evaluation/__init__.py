@@ -1,18 +1,26 @@
-"""Evaluation: from rollouts to scores with intervals, comparisons of runs, and the quality of a search index.
+"""
+Evaluation: rollouts of a model on questions, their scores with intervals, comparisons of runs, and the quality of an
+index.
 
-Reads [`Trajectory`](../trajectory.py) records: no model is needed, neither torch nor TRL. What makes the rollouts is
-[`igpo_trl.evaluation`].
+Only `roll_out` needs a model: it is imported when it is used. Everything else reads [`Trajectory`](../trajectory.py)
+records, and needs neither torch nor TRL.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .compare import Comparison, compare_runs
-from .evidence import has_answer
 from .intervals import bootstrap_interval, mcnemar_test, permutation_test
 from .retrieval import RetrievalScores, score_retrieval
-from .scores import RunScores, score_run
-from .store import load_trajectories
+from .run import load_trajectories
+from .scores import RunScores, has_answer, score_run
+from .settings import EvaluationSettings
+
+if TYPE_CHECKING:
+    from .rollouts import roll_out
 
 __all__ = [
     "Comparison",
+    "EvaluationSettings",
     "RetrievalScores",
     "RunScores",
     "bootstrap_interval",
@@ -21,6 +29,15 @@ __all__ = [
     "load_trajectories",
     "mcnemar_test",
     "permutation_test",
+    "roll_out",
     "score_retrieval",
     "score_run",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "roll_out":
+        from .rollouts import roll_out
+
+        return roll_out
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

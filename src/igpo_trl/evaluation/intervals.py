@@ -1,4 +1,4 @@
-"""Intervals and tests over questions, on scipy. All are seeded: the same scores give the same numbers."""
+"""Confidence intervals and tests over questions, with SciPy. All are seeded: equal scores give equal results."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 RESAMPLES = 4999
-_BATCH = 500  # resamples at a time, which bounds the memory
+_BATCH = 500  # resamples at a time, which limits the memory
 
 
 class Interval(NamedTuple):
-    """A mean and its interval; `low` and `high` are `None` where a set has fewer than two questions."""
+    """A mean and its confidence interval; `low` and `high` are `None` where a set has fewer than two questions."""
 
     mean: float
     low: float | None
@@ -21,20 +21,24 @@ def bootstrap_interval(
     *sets: Sequence[float], confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
     """
-    Mean of the means of one or more sets, with a percentile bootstrap interval over questions.
+    The mean of the means of one or more sets, with a percentile bootstrap interval over questions.
 
-    Each set's questions are drawn with replacement from that set, so that the average over several sets is a
-    stratified bootstrap. Give one value per question: with several samples of a question their mean, which makes it
-    the bootstrap over clusters.
+    The questions of each set are drawn with replacement from that set, so the average over several sets is a
+    stratified bootstrap. Pass one value per question, the mean over its samples: this makes it a bootstrap over
+    clusters.
 
     Args:
-        sets (sequences of `float`): values of the questions of each set, none empty.
-        confidence (`float`, *optional*, defaults to `0.95`): share of such intervals that hold the true mean.
-        resamples (`int`, *optional*): number of bootstrap samples.
-        seed (`int`, *optional*, defaults to `0`): of the drawing.
+        sets (sequences of `float`):
+            Values of the questions of each set.
+        confidence (`float`, *optional*, defaults to `0.95`):
+            Confidence level.
+        resamples (`int`, *optional*, defaults to `4999`):
+            Number of bootstrap samples.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the drawing.
 
     Raises:
-        ValueError: there is no set, or a set is empty.
+        ValueError: There is no set, or a set is empty.
     """
     from scipy.stats import bootstrap
 
@@ -44,29 +48,26 @@ def bootstrap_interval(
     mean = float(np.mean([scores.mean() for scores in values]))
     if min(len(scores) for scores in values) < 2:
         return Interval(mean, None, None)
-    found = bootstrap(
-        values,
-        _mean_of_means,
-        n_resamples=resamples,
-        batch=_BATCH,
-        vectorized=True,
-        confidence_level=confidence,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return Interval(mean, float(found.low), float(found.high))
+    options = {"confidence_level": confidence, "method": "percentile", **_sampling(resamples, seed)}
+    interval = bootstrap(values, _mean_of_means, **options).confidence_interval
+    return Interval(mean, float(interval.low), float(interval.high))
 
 
 def permutation_test(*differences: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> float | None:
     """
-    Two-sided p-value of "two systems score alike", from the differences of paired scores.
+    The two-sided p-value of "both systems score alike", from the differences of paired scores.
 
-    Under it the sign of every question's difference is arbitrary; exact where there are few questions, else by
-    `resamples` draws. With several sets, the statistic is the mean over sets of their mean difference.
+    Under this hypothesis, the sign of each question's difference is arbitrary. With few questions the test is exact,
+    otherwise it uses `resamples` random draws. With several sets, the statistic is the mean over the sets of their
+    mean differences.
 
     Args:
-        differences (sequences of `float`): difference of each question, one sequence per set, none empty.
-        resamples (`int`, *optional*), seed (`int`, *optional*): of the draws.
+        differences (sequences of `float`):
+            Differences of the questions, one sequence per set, none empty.
+        resamples (`int`, *optional*, defaults to `4999`):
+            Number of draws.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draws.
 
     Returns:
         `float`, or `None` with fewer than two questions.
@@ -77,29 +78,26 @@ def permutation_test(*differences: Sequence[float], resamples: int = RESAMPLES, 
     weighted = np.concatenate([values / len(values) / len(sets) for values in sets])
     if len(weighted) < 2:
         return None
-    tested = scipy_test(
-        (weighted, np.zeros_like(weighted)),
-        lambda a, b, axis: (a - b).sum(axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        n_resamples=resamples,
-        batch=_BATCH,
-        rng=np.random.default_rng(seed),
-    )
-    return float(tested.pvalue)
+    pairs = weighted, np.zeros_like(weighted)
+    options = {"permutation_type": "samples", **_sampling(resamples, seed)}
+    return float(scipy_test(pairs, lambda a, b, axis: (a - b).sum(axis=axis), **options).pvalue)
 
 
 def mcnemar_test(first: Sequence[float], second: Sequence[float]) -> float | None:
     """
-    Two-sided p-value of the exact McNemar test on paired right (1) and wrong (0) answers.
+    The two-sided p-value of the exact McNemar test on paired right (1) and wrong (0) answers.
 
-    Only the questions count on which the two differ: under the hypothesis either is right with probability 1/2.
+    Only the questions on which the two systems differ count. Under the hypothesis that both are equally good, either
+    system is right on such a question with probability 1/2.
 
     Args:
-        first, second (sequences of `float`): one value per question, in the same order.
+        first (sequence of `float`):
+            One value per question.
+        second (sequence of `float`):
+            The values of the other system, in the same order.
 
     Returns:
-        `float`, 1.0 where they nowhere differ, or `None` if a value is neither 0 nor 1 (the mean of several samples).
+        `float`, 1.0 if they never differ, or `None` if a value is neither 0 nor 1, such as a mean over samples.
     """
     from scipy.stats import binomtest
 
@@ -108,6 +106,11 @@ def mcnemar_test(first: Sequence[float], second: Sequence[float]) -> float | Non
         return None
     better, worse = int((b > a).sum()), int((b < a).sum())
     return float(binomtest(better, better + worse, 0.5).pvalue) if better + worse else 1.0
+
+
+def _sampling(resamples: int, seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {"n_resamples": resamples, "batch": _BATCH, "vectorized": True, "rng": rng}
 
 
 def _mean_of_means(*sets: Any, axis: int) -> Any:

@@ -1,18 +1,19 @@
-"""A language model as judge of answers, over any endpoint that speaks the chat-completions protocol of OpenAI.
+"""A language model as the judge of answers, over any endpoint of OpenAI's chat-completions protocol.
 
-Off unless asked for. Every verdict is kept with its reason beside the run, so that none is paid for twice.
+Each verdict is saved with its reason in the directory of the run, so that no request is paid for twice.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..trajectory import Trajectory
-from .store import append_lines, drop_torn_line, key_of, read_verdicts
+from .run import RolloutKey, append_lines, drop_torn_line, key_of, read_verdicts
 
 INSTRUCTIONS = """\
 You grade short answers to questions. You see a question, the accepted answers, and the answer of a candidate.
@@ -27,8 +28,11 @@ _OBJECT = re.compile(r"\{[^{}]*\}")
 _PLAIN = re.compile(r"\bcorrect\W{1,4}(true|false|yes|no)\b", re.IGNORECASE)
 
 
+Case = tuple[str, list[str], str]  # question, answers, prediction
+
+
 class Verdict(NamedTuple):
-    """What the judge said: whether the answer is right (`None` where no reply could be read), and why."""
+    """Whether the judge calls the answer right (`None` if its replies could not be read), and its reason."""
 
     correct: bool | None
     reason: str
@@ -39,15 +43,21 @@ class Judge:
     Asks a language model whether an answer is right, at temperature 0.
 
     Args:
-        url (`str`): of the API, up to and including its version, as in `http://127.0.0.1:8000/v1`.
-        model (`str`): its name there.
-        key (`str`, *optional*): sent as a bearer token; never stored, and blotted out of errors.
-        timeout (`float`, *optional*): seconds for one reply.
-        max_attempts (`int`, *optional*): requests that may fail before a reply is given up.
-        max_readings (`int`, *optional*): replies that may be unreadable before there is no verdict.
+        url (`str`):
+            Address of the API up to its version, as in `http://127.0.0.1:8000/v1`.
+        model (`str`):
+            Name of the model there.
+        key (`str`, *optional*):
+            Sent as a bearer token. It is never stored, and is removed from error messages.
+        timeout (`float`, *optional*, defaults to `60.0`):
+            Seconds for one reply.
+        max_attempts (`int`, *optional*, defaults to `6`):
+            Requests for one reply, if they fail.
+        max_readings (`int`, *optional*, defaults to `2`):
+            Replies for one verdict, if they cannot be read.
 
     Raises:
-        ValueError: the address is no absolute `http://` or `https://` one.
+        ValueError: `url` is not an absolute `http://` or `https://` address.
     """
 
     def __init__(
@@ -67,7 +77,7 @@ class Judge:
         self.model = model
         self._url = check_url(f"{url.rstrip('/')}/chat/completions", "judge URL")
         self._key = key
-        self._attempts, self._readings = max_attempts, max_readings
+        self._max_attempts, self._max_readings = max_attempts, max_readings
         self._client = httpx2.Client(timeout=timeout)
 
     def __call__(self, question: str, answers: Sequence[str], prediction: str) -> Verdict:
@@ -75,15 +85,15 @@ class Judge:
         The verdict on one answer.
 
         Raises:
-            SearchError: the endpoint cannot be reached, or refuses the request.
+            SearchError: The endpoint cannot be reached, or refuses the request.
         """
         messages = [
             {"role": "system", "content": INSTRUCTIONS},
             {"role": "user", "content": self._request(question, answers, prediction)},
         ]
         reply = ""
-        for _ in range(self._readings):
-            reply = self._ask(messages)
+        for _ in range(self._max_readings):
+            reply = self._reply(messages)
             verdict = read_verdict(reply)
             if verdict is not None:
                 return verdict
@@ -103,14 +113,14 @@ class Judge:
         fields = {"question": question, "accepted answers": list(answers), "candidate's answer": prediction}
         return json.dumps(fields, ensure_ascii=False, indent=1)
 
-    def _ask(self, messages: list[dict[str, str]]) -> str:
+    def _reply(self, messages: list[dict[str, str]]) -> str:
         from ..search.network.remote import post_json
 
         reply = post_json(
             self._client,
             self._url,
             {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": 512},
-            max_attempts=self._attempts,
+            max_attempts=self._max_attempts,
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             secret=self._key,
             hint="Expected an endpoint of the chat-completions protocol; its URL usually ends in /v1.",
@@ -123,21 +133,21 @@ class Judge:
 
 def read_verdict(reply: str) -> Verdict | None:
     """
-    The verdict in a reply, or `None` if it holds none.
+    The verdict in a reply, or `None` if there is none.
 
-    The last JSON object with `correct` counts, whatever stands around it (a fence, reasoning); else the last
-    `correct: yes` in the text.
+    The last JSON object with `correct` counts, whatever surrounds it (a code fence, reasoning). Without such an
+    object, the last `correct: yes` or `correct: no` in the text counts.
     """
     for text in reversed(_OBJECT.findall(reply)):
         try:
-            found = json.loads(text)
+            fields = json.loads(text)
         except ValueError:
             continue
-        correct = found.get("correct")
+        correct = fields.get("correct")
         if isinstance(correct, str):
             correct = {"true": True, "yes": True, "false": False, "no": False}.get(correct.strip().lower())
         if isinstance(correct, bool):
-            return Verdict(correct, str(found.get("reason", "")).strip())
+            return Verdict(correct, str(fields.get("reason", "")).strip())
     words = _PLAIN.findall(reply)
     return Verdict(words[-1].lower() in ("true", "yes"), reply.strip()[:500]) if words else None
 
@@ -151,31 +161,34 @@ def judge_run(
     progress: Callable[[int], Any] = lambda number: None,
 ) -> int:
     """
-    Judges the rollouts that have no verdict of this judge yet, and appends each verdict to a file as it comes.
+    Judges the rollouts that have no verdict of this judge yet, and appends each verdict to a file at once.
 
-    An answer that is missing is wrong without being asked about, and equal answers to a question are asked about
-    once. A verdict is a line with `dataset`, `id`, `sample`, `prediction`, `correct`, `reason`, `model` and `cache`.
+    A missing answer is wrong without a request. Equal answers to the same question share one request. A verdict is a
+    line with `dataset`, `id`, `sample`, `prediction`, `correct`, `reason`, `model` and `cache`.
 
     Args:
-        judge ([`Judge`]): whom to ask.
-        trajectories (sequence of [`Trajectory`]): rollouts of [`igpo_trl.evaluation`].
-        file (`Path`): where verdicts are kept.
-        workers (`int`, *optional*): requests at a time.
-        progress (`Callable`, *optional*): called with the number of rollouts done.
+        judge ([`Judge`]):
+            The judge.
+        trajectories (sequence of [`Trajectory`]):
+            Rollouts of [`roll_out`].
+        file (`Path`):
+            File of the verdicts.
+        workers (`int`, *optional*, defaults to `8`):
+            Requests at a time.
+        progress (`Callable`, *optional*):
+            Called with the number of rollouts that have just been judged.
 
     Returns:
-        `int`: how many rollouts have a verdict that could not be read.
+        `int`: Number of rollouts without a verdict, because the replies could not be read.
 
     Raises:
-        SearchError: the endpoint failed for good; what was judged before is kept.
+        SearchError: The endpoint cannot be reached, or refuses a request. The verdicts before are saved.
     """
     drop_torn_line(file)
-    before = read_verdicts(file)
-    known = {record["cache"]: Verdict(record["correct"], record["reason"]) for record in before}
-    known = {cache: verdict for cache, verdict in known.items() if verdict.correct is not None}
-    # The last line of a rollout is its verdict.
-    latest = {(record["dataset"], record["id"], record["sample"]): record["cache"] for record in before}
-    unreadable = 0
+    saved = read_verdicts(file)
+    known = {each["cache"]: Verdict(each["correct"], each["reason"]) for each in saved if each["correct"] is not None}
+    # If a rollout has several verdicts, the last one counts.
+    latest = {RolloutKey.of_record(each): each["cache"] for each in saved}
     waiting: dict[str, list[Trajectory]] = {}
     for trajectory in trajectories:
         cache = judge.cache_key(*_case(trajectory))
@@ -185,27 +198,29 @@ def judge_run(
             progress(1)
         else:
             waiting.setdefault(cache, []).append(trajectory)
-
-    def store(cache: str, verdict: Verdict) -> None:
-        nonlocal unreadable
-        append_lines(file, [json.dumps(_record(t, verdict, judge.model, cache)) for t in waiting[cache]])
+    unreadable = 0
+    free = [(cache, known[cache]) for cache in waiting if cache in known]
+    cases = {cache: _case(group[0]) for cache, group in waiting.items() if cache not in known}
+    for cache, verdict in chain(free, _ask_all(judge, cases, workers)):
+        append_lines(file, [json.dumps(_record(each, verdict, judge.model, cache)) for each in waiting[cache]])
         unreadable += len(waiting[cache]) * (verdict.correct is None)
         progress(len(waiting[cache]))
-
-    for cache in [cache for cache in waiting if cache in known]:
-        store(cache, known[cache])
-    with ThreadPoolExecutor(workers) as pool:
-        asked = {pool.submit(judge, *_case(waiting[c][0])): c for c in waiting if c not in known}
-        try:
-            for future in as_completed(asked):
-                store(asked[future], future.result())
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
     return unreadable
 
 
-def _case(trajectory: Trajectory) -> tuple[str, list[str], str]:
+def _ask_all(judge: Judge, cases: Mapping[str, Case], workers: int) -> Iterator[tuple[str, Verdict]]:
+    """Yields the verdicts in the order in which they arrive. After an error, no further request is sent."""
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {pool.submit(judge, *case): cache for cache, case in cases.items()}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _case(trajectory: Trajectory) -> Case:
     info = trajectory.info
     return info.get("question", trajectory.prompt), trajectory.answers, info.get("prediction") or ""
 

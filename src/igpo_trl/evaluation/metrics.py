@@ -1,9 +1,8 @@
 """
 Answer scores as metrics of 🤗 Evaluate: `AnswerF1`, `AnswerExactMatch` and `AnswerCoverExactMatch`.
 
-They come with the package, so that nothing is loaded from the hub, and compute what `igpo_trl.rewards` does. All that
-a metric can do works: `add`, `add_batch`, `compute`, `evaluate.combine`. Importing this module takes seconds, as
-🤗 Evaluate imports transformers; the scores alone are in `igpo_trl.rewards`.
+They compute the scores of `igpo_trl.rewards`, load nothing from the hub, and support `add`, `add_batch`, `compute` and
+`evaluate.combine`. 🤗 Evaluate imports transformers, which takes seconds: use `igpo_trl.rewards` for the scores alone.
 """
 
 import re
@@ -19,21 +18,21 @@ _ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
 
 _INPUTS = """
 Args:
-    predictions (list of `str`):
-        Answers; or responses, that is last turns of the assistant with the answer between `<answer>` and `</answer>`.
-        An empty text is no answer.
-    references (list of lists of `str`, or list of `str`):
-        The right answers to each question, every alias one; the best counts.
+    predictions (`list[str]`):
+        Answers, or responses: last turns of the assistant with the answer between `<answer>` and `</answer>`. An empty
+        text counts as no answer.
+    references (`list[list[str]]` or `list[str]`):
+        The right answers to each question, with all aliases. The best match counts.
     variant (`str`, *optional*, defaults to `"squad"`):
         `"squad"`, or `"reference"` for the scorer of the IGPO authors.
     responses (`bool`, *optional*):
-        Whether predictions are responses, of which only what is in answer tags counts, or answers as they stand. By
-        default each is taken for a response if it has an answer tag.
-    format_penalty (`float`, *optional*, defaults to 0.0):
-        Score of a response without a well-formed answer; the authors' training reward has -2.0.
+        Whether the predictions are responses, of which only the text in answer tags counts. By default, a prediction
+        is a response if it has an answer tag.
+    format_penalty (`float`, *optional*, defaults to `0.0`):
+        Score of a response without a well-formed answer. The authors' training reward uses -2.0.
 
 Returns:
-    `dict` with the mean over the questions.
+    `dict`: The mean over the questions.
 """
 _CITATION = """\
 @inproceedings{rajpurkar2016squad,
@@ -46,16 +45,15 @@ _CITATION = """\
 
 class AnswerMetric(evaluate.Metric):
     """
-    Mean of an answer score over questions; the base of the metrics below.
+    The mean of an answer score over questions; base class of the metrics below.
 
-    Predictions are kept in memory by default, so that nothing is written and any number of processes may each have
-    one. To gather over processes, give `num_process`, `process_id`, `experiment_id` and a `cache_dir` that they share,
-    as for any metric.
+    Predictions stay in memory by default: nothing is written, and processes can use the metric independently. To
+    gather the predictions of several processes, pass `num_process`, `process_id`, `experiment_id` and a shared
+    `cache_dir`, as for any metric.
     """
 
     score: Callable[[str | None, str | Sequence[str], Variant], float]
     key: str
-    description_of_score: str
 
     def __init__(
         self, config_name: str | None = None, keep_in_memory: bool | None = None, num_process: int = 1, **options: Any
@@ -65,13 +63,13 @@ class AnswerMetric(evaluate.Metric):
         super().__init__(config_name, keep_in_memory=keep_in_memory, num_process=num_process, **options)
 
     def _build_data_dir(self) -> str:
-        # The parent makes a folder in the user's cache even where nothing will be written to it.
+        # The parent class creates a folder in the user's cache even if nothing will be written to it.
         return "" if self.keep_in_memory else super()._build_data_dir()
 
     def _info(self) -> evaluate.MetricInfo:
         text = Value("string")
         return evaluate.MetricInfo(
-            description=self.description_of_score,
+            description=type(self).__doc__ or "",
             citation=_CITATION,
             inputs_description=_INPUTS,
             features=[
@@ -101,7 +99,7 @@ class AnswerMetric(evaluate.Metric):
 
 class AnswerF1(AnswerMetric):
     """
-    Token F1 of the answer against the best alias, see [`rewards.f1_score`].
+    Token F1 between the answer and the best alias, see [`rewards.f1_score`].
 
     Example:
         ```python
@@ -112,7 +110,6 @@ class AnswerF1(AnswerMetric):
 
     score = staticmethod(f1_score)
     key = "f1"
-    description_of_score = "Token F1 of an answer against the best of the right answers."
 
 
 class AnswerExactMatch(AnswerMetric):
@@ -120,7 +117,6 @@ class AnswerExactMatch(AnswerMetric):
 
     score = staticmethod(exact_match)
     key = "exact_match"
-    description_of_score = "Whether an answer equals one of the right answers after normalisation."
 
 
 class AnswerCoverExactMatch(AnswerMetric):
@@ -128,4 +124,3 @@ class AnswerCoverExactMatch(AnswerMetric):
 
     score = staticmethod(cover_exact_match)
     key = "cover_exact_match"
-    description_of_score = "Whether an answer contains one of the right answers after normalisation."

@@ -1,31 +1,31 @@
-"""How good an index is for a set of questions, without any model: the raw question is the query."""
+"""How good an index is for a set of questions, without any model: each question itself is the query."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..search import Passage, Searchable
-from .evidence import has_answer, is_searchable
+from ..search import Searchable
 from .intervals import Interval, bootstrap_interval
-from .tables import Table, percent
+from .scores import has_answer, is_searchable
+from .tables import Table, format_interval, format_percent, to_plain
 
-_BATCH = 64
+_BATCH = 64  # queries per search
 
 
 @dataclass(frozen=True)
 class RetrievalScores:
     """
-    What a single search with the raw question finds.
+    What one search with the question itself finds.
 
     Attributes:
         dataset (`str`): name of the set.
         index (`str`): name of the index.
-        questions (`int`): all of them.
-        searchable (`int`): those whose answer can be looked for, that is no yes-no questions.
-        supported (`int`): those whose supporting titles are known.
+        questions (`int`): number of questions.
+        searchable (`int`): number of those that are not yes-no questions.
+        supported (`int`): number of those whose supporting titles are known.
         answer (`dict[int, Interval]`): by k, the share of `searchable` with an answer in one of the top k passages.
-        recall (`dict[int, Interval]`): by k, the mean share of supporting titles among the top k.
-        recall_all (`dict[int, Interval]`): by k, the share of `supported` with all of their titles there.
+        recall (`dict[int, Interval]`): by k, the mean share of the supporting titles among the top k.
+        recall_all (`dict[int, Interval]`): by k, the share of `supported` with all titles among the top k.
     """
 
     dataset: str
@@ -38,13 +38,8 @@ class RetrievalScores:
     recall_all: dict[int, Interval]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        curves = {
-            name: {str(k): value._asdict() for k, value in getattr(self, name).items()}
-            for name in ("answer", "recall", "recall_all")
-        }
-        counts = {name: getattr(self, name) for name in ("dataset", "index", "questions", "searchable", "supported")}
-        return counts | curves
+        """Plain values for JSON."""
+        return dict(to_plain(self))
 
 
 def score_retrieval(
@@ -54,22 +49,29 @@ def score_retrieval(
     *,
     dataset: str = "",
     name: str = "",
-    progress: Any = None,
+    progress: Callable[[int], Any] = lambda number: None,
 ) -> RetrievalScores:
     """
-    Searches with every question as it stands, and looks for answers and supporting titles among the results.
+    Searches with each question, and looks for its answers and supporting titles among the results.
 
-    Titles are compared without regard to case; of answers, see [`has_answer`]. Of a passage, title and text are read.
+    Answers are looked for in title and text, see [`has_answer`]. Titles are compared without regard to case.
 
     Args:
-        index (`Searchable`): what to search.
-        questions (iterable of `dict`): rows of [`load_questions`].
-        ks (sequence of `int`, *optional*, defaults to `(5, 10)`): how many results to look at.
-        dataset, name (`str`, *optional*): of the questions and of the index, for the table.
-        progress (`Callable`, *optional*): called with the number of questions done in each batch.
+        index (`Searchable`):
+            What to search.
+        questions (iterable of `dict`):
+            Rows of [`load_questions`].
+        ks (sequence of `int`, *optional*, defaults to `(5, 10)`):
+            Numbers of results to look at.
+        dataset (`str`, *optional*):
+            Name of the questions, for the table.
+        name (`str`, *optional*):
+            Name of the index, for the table.
+        progress (`Callable`, *optional*):
+            Called with the number of questions of each batch that is finished.
 
     Raises:
-        ValueError: there are no questions, or a k is below 1.
+        ValueError: There are no questions, or a k is below 1.
     """
     rows, ks = list(questions), sorted(set(ks))
     if not rows or not ks or ks[0] < 1:
@@ -78,54 +80,48 @@ def score_retrieval(
     recall: dict[int, list[float]] = {k: [] for k in ks}
     for first in range(0, len(rows), _BATCH):
         batch = rows[first : first + _BATCH]
-        found = index.search_batch([row["prompt"][-1]["content"] for row in batch], ks[-1])
-        for row, passages in zip(batch, found, strict=True):
-            _look(row, passages, answer, recall)
-        if progress is not None:
-            progress(len(batch))
+        results = index.search_batch([row["prompt"][-1]["content"] for row in batch], ks[-1])
+        for row, passages in zip(batch, results, strict=True):
+            answers, titles = row["answers"], {title.casefold() for title in row["supporting_titles"]}
+            texts = (f"{passage.title}\n{passage.text}" for passage in passages)
+            rank = next((i for i, text in enumerate(texts) if has_answer([text], answers)), ks[-1])
+            for k in ks:
+                if is_searchable(answers):
+                    answer[k].append(float(rank < k))
+                if titles:
+                    among = titles & {passage.title.casefold() for passage in passages[:k]}
+                    recall[k].append(len(among) / len(titles))
+        progress(len(batch))
+    recall_all = {k: [float(value == 1) for value in values] for k, values in recall.items()}
     return RetrievalScores(
         dataset=dataset,
         index=name,
         questions=len(rows),
         searchable=len(answer[ks[0]]),
         supported=len(recall[ks[0]]),
-        answer={k: bootstrap_interval(values) for k, values in answer.items() if values},
-        recall={k: bootstrap_interval(values) for k, values in recall.items() if values},
-        recall_all={k: bootstrap_interval([float(v == 1) for v in values]) for k, values in recall.items() if values},
+        answer=_intervals(answer),
+        recall=_intervals(recall),
+        recall_all=_intervals(recall_all),
     )
 
 
-def _look(
-    row: dict[str, Any], passages: Sequence[Passage], answer: dict[int, list[float]], recall: dict[int, list[float]]
-) -> None:
-    titles = {title.casefold() for title in row["supporting_titles"]}
-    texts = [f"{passage.title}\n{passage.text}" for passage in passages]
-    rank = next((i for i, text in enumerate(texts) if has_answer([text], row["answers"])), len(texts))
-    for k, values in answer.items():
-        if is_searchable(row["answers"]):
-            values.append(float(rank < min(k, len(texts))))
-    for k, values in recall.items():
-        if titles:
-            values.append(len(titles & {passage.title.casefold() for passage in passages[:k]}) / len(titles))
+def _intervals(curve: dict[int, list[float]]) -> dict[int, Interval]:
+    return {k: bootstrap_interval(values) for k, values in curve.items() if values}
 
 
 def retrieval_table(scores: Sequence[RetrievalScores]) -> Table:
-    """One row per pair of questions and index."""
+    """One row for each set of questions and its index."""
     ks = sorted({k for one in scores for k in one.answer})
     header = ["Set", "Index", "Questions", *(f"Answer in top {k}" for k in ks)]
     header += [name for k in ks for name in (f"Recall@{k}", f"All titles in top {k}")]
     rows = []
     for one in scores:
-        row = [one.dataset, one.index, str(one.questions), *(_cell(one.answer.get(k)) for k in ks)]
-        rows.append(row + [_cell(values.get(k)) for k in ks for values in (one.recall, one.recall_all)])
+        values = [one.answer.get(k) for k in ks]
+        values += [curve.get(k) for k in ks for curve in (one.recall, one.recall_all)]
+        cells = [format_interval(value, format_percent) for value in values]
+        rows.append([one.dataset, one.index, str(one.questions), *cells])
     note = (
-        "Percent, with 95 % bootstrap intervals over questions; the query is the question as it stands. Answers as "
+        "Percent, with 95 % bootstrap intervals over questions; the query is the question itself. Answers as "
         "whole words in title or text, yes-no questions left out. Recall is of the supporting titles, where known."
     )
     return Table("Retrieval", header, rows, note)
-
-
-def _cell(value: Interval | None) -> str:
-    if value is None:
-        return ""
-    return percent(value.mean) + (f" [{percent(value.low)}, {percent(value.high)}]" if value.low is not None else "")

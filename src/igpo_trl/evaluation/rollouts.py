@@ -1,120 +1,251 @@
-"""All questions, batch by batch, each batch on disk before the next one."""
+"""The rollouts of an evaluation, made batch by batch with the trainer in evaluation mode."""
 
 import hashlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
+from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+from ..config import IGPOConfig
+from ..records import trajectories_of
+from ..rewards import Variant, exact_match, extract_answer, f1_score, last_assistant_text, make_answer_reward
+from ..rollout.tool_results import ToolErrorKind
 from ..search import Passage, Searchable, SearchTool, open_search
+from ..trainer import IGPOTrainer
 from ..trajectory import Trajectory
-from .questions import Row, questions_digest
-from .run import Run
-from .settings import EvaluationSettings, load_rows, make_arguments
-from .store import Key, append_lines, key_of
-from .trainer import make_evaluator
+from .run import RolloutKey, RunDirectory, append_lines, key_of
+from .settings import EvaluationSettings, Row, load_rows, questions_digest
 
 
-def evaluate(settings: EvaluationSettings, out: str | Path, batch_size: int | None = None) -> list[Trajectory]:
+def roll_out(settings: EvaluationSettings, out: str | Path, batch_size: int | None = None) -> list[Trajectory]:
     """
-    Rolls out on all questions that the run has no rollout of yet, and returns the rollouts of all of them.
+    Makes one rollout for every question and sample that the run does not have yet.
 
-    Every batch is on disk before the next one begins, so that a run which was killed goes on where it was.
+    Each batch is on disk before the next one starts, so a run that was killed resumes where it stopped.
 
     Args:
-        settings ([`EvaluationSettings`]): what to do.
-        out (`str` or `Path`): directory of the run: new, or that of one with the same settings and questions.
-        batch_size (`int`, *optional*): rollouts at a time and process; 16, or 256 with vLLM.
+        settings ([`EvaluationSettings`]):
+            What to run.
+        out (`str` or `Path`):
+            Directory of the run: a new one, or that of a run with the same settings and questions.
+        batch_size (`int`, *optional*):
+            Rollouts at a time in each process. Defaults to 16, or 256 with vLLM.
+
+    Returns:
+        `list` of [`Trajectory`]: All rollouts of the run; empty on processes other than the main one.
 
     Raises:
-        FileExistsError: the directory holds something else, or a run with other settings or questions.
-        ConnectionError: searches fail; what was rolled out before is kept.
-        BlockingIOError: another process is at work on the same run.
-        FileNotFoundError, ValueError: see [`EvaluationSettings.check`] and [`load_questions`].
+        FileExistsError: The directory holds other files, or a run with other settings or questions.
+        BlockingIOError: Another process is working on the same run.
+        ConnectionError: Searches fail. The batches before are on disk.
+        FileNotFoundError, ValueError: See [`EvaluationSettings.resolve`] and [`load_questions`].
     """
-    settings.check()
+    settings.resolve()
     batch_size = batch_size or (256 if settings.vllm else 16)
     arguments = make_arguments(settings, out, batch_size)
     state = arguments.distributed_state or PartialState()
     rows = load_rows(settings)
     indexes = [open_search(index) for index in settings.indexes]
-    run = Run(Path(out))
+    run = RunDirectory(Path(out))
     with run.lock() if state.is_main_process else nullcontext():
         if state.is_main_process:
             run.open(asdict(settings), questions_digest(rows))
         state.wait_for_everyone()
-        done = run.keys()
-        if any(key_of_row(row) not in done for row in rows):
-            _roll_out(settings, run, indexes, rows, done, batch_size)
+        completed = {key_of(trajectory) for trajectory in run.trajectories()}
+        if any(RolloutKey.of_record(row) not in completed for row in rows):
+            index = _CurrentIndex(indexes)
+            tool = SearchTool(index, k=settings.k, max_words=settings.max_words, many_queries=settings.many_queries)
+            trainer = make_trainer(settings, arguments, tool)
+            _run_batches(trainer, settings, index, rows, completed, run)
         state.wait_for_everyone()
         return run.trajectories() if state.is_main_process else []
 
 
-def key_of_row(row: Row) -> Key:
-    """What the rollout of this row is found by."""
-    return Key(row["dataset"], row["id"], row["sample"])
+class _CurrentIndex:
+    """The index of the data set that is being run."""
+
+    def __init__(self, indexes: Sequence[Searchable]):
+        self.indexes, self.number = indexes, 0
+
+    def search(self, query: str, k: int = 3) -> list[Passage]:
+        return self.indexes[self.number].search(query, k)
+
+    def search_batch(self, queries: Sequence[str], k: int = 3) -> list[list[Passage]]:
+        return self.indexes[self.number].search_batch(queries, k)
 
 
-def _roll_out(
+def _run_batches(
+    trainer: "EvaluationTrainer",
     settings: EvaluationSettings,
-    run: Run,
-    indexes: Sequence[Searchable],
+    index: _CurrentIndex,
     rows: Sequence[Row],
-    done: set[Key],
-    batch_size: int,
+    completed: set[RolloutKey],
+    run: RunDirectory,
 ) -> None:
     """
-    Rolls out on the rows that are not done, batch by batch.
+    Rolls out the batches that are not completed.
 
-    Batches are those of a run that nothing interrupts. One that is on disk in part is made again as a whole, with the
-    same seed, and gives what was missing.
+    The batches are those of a run that is never interrupted. A batch of which only a part is on disk is made again as
+    a whole with the same seed, and its missing rollouts are written.
     """
-    switch = _Switch(indexes)
-    tool = SearchTool(switch, k=settings.k, max_words=settings.max_words, many_queries=settings.many_queries)
-    trainer = make_evaluator(settings, run.folder, tool, batch_size)
     rank, world = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    batch_size = trainer.args.per_device_eval_batch_size * world
     f1: list[float] = []
-    quiet = {"disable": True} if rank else {}
-    with tqdm(total=len(rows), initial=len(done), desc="rollouts", unit="", **quiet) as bar:
-        for at in sorted({row["index"] for row in rows}):
-            switch.at = at
-            of_index = [row for row in rows if row["index"] == at]
-            for first in range(0, len(of_index), batch_size * world):
-                batch = of_index[first : first + batch_size * world]
-                missing = [row for row in batch if key_of_row(row) not in done]
+    options = {"disable": True} if rank else {}
+    with tqdm(total=len(rows), initial=len(completed), desc="rollouts", unit="", **options) as bar:
+        for number in sorted({row["index"] for row in rows}):
+            index.number = number
+            group = [row for row in rows if row["index"] == number]
+            for first in range(0, len(group), batch_size):
+                batch = group[first : first + batch_size]
+                missing = [row for row in batch if RolloutKey.of_record(row) not in completed]
                 if not missing:
                     continue
-                each = -(-len(batch) // world)
-                mine = batch[rank * each : (rank + 1) * each]
-                # Every process brings the same number: one without enough of its own repeats a question.
-                filled = mine + batch[:1] * (each - len(mine))
-                set_seed(_seed(settings.seed, filled[0], rank))
-                made = trainer.rollouts(filled, settings)[: len(mine)]
-                made = [trajectory for trajectory in made if key_of(trajectory) not in done]
-                append_lines(run.file(rank), [trajectory.to_json() for trajectory in made])
-                f1 += [trajectory.info["f1"] for trajectory in made]
+                share = -(-len(batch) // world)
+                own = batch[rank * share : (rank + 1) * share]
+                # Every process needs the same number of rows: one that has too few repeats a question.
+                filled = own + batch[:1] * (share - len(own))
+                set_seed(_batch_seed(settings.seed, filled[0], rank))
+                rollouts = trainer.rollouts(filled, settings)[: len(own)]
+                rollouts = [trajectory for trajectory in rollouts if key_of(trajectory) not in completed]
+                append_lines(run.rollout_file(rank), [trajectory.to_json() for trajectory in rollouts])
+                f1 += [trajectory.info["f1"] for trajectory in rollouts]
                 bar.update(len(missing))
                 bar.set_postfix(f1=f"{100 * sum(f1) / max(1, len(f1)):.1f}")
 
 
-def _seed(seed: int, row: Row, rank: int) -> int:
-    """The same for the same batch, also in a run that was interrupted."""
+def _batch_seed(seed: int, row: Row, rank: int) -> int:
+    """A seed that depends on the batch only, not on whether the run was interrupted before it."""
     text = f"{seed}|{row['dataset']}|{row['id']}|{row['sample']}|{rank}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
 
 
-class _Switch:
-    """The index of the data set at hand."""
+def make_arguments(settings: EvaluationSettings, output_dir: str | Path, batch_size: int) -> IGPOConfig:
+    """Arguments of the trainer. Raises `TypeError` or `ValueError` for wrong fields in `settings.rollout`."""
+    options: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        "gradient_accumulation_steps": 2,  # a training batch needs two rollouts of a question, even if none is made
+        "num_generations": 2,
+        "num_generations_eval": 1,
+        "info_gain_weight": 0.0,
+        "belief_at_eval": settings.beliefs,
+        "temperature": settings.temperature or 1.0,
+        "seed": settings.seed,
+        "use_vllm": settings.vllm,
+        "beta": 0.0,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": not torch.accelerator.is_available(),
+        **settings.rollout,
+        "vllm_importance_sampling_correction": False,  # there is no loss to correct
+    }
+    if settings.temperature == 0:
+        unset = dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
+        greedy = {"temperature": 0.0} if settings.vllm else {"do_sample": False, **unset}
+        options["generation_kwargs"] = {**(options.get("generation_kwargs") or {}), **greedy}
+    return IGPOConfig(**options)
 
-    def __init__(self, indexes: Sequence[Searchable]):
-        self.indexes, self.at = indexes, 0
 
-    def search(self, query: str, k: int = 3) -> list[Passage]:
-        return self.indexes[self.at].search(query, k)
+def make_trainer(settings: EvaluationSettings, arguments: IGPOConfig, tool: Any) -> "EvaluationTrainer":
+    """Loads the model into a trainer that only evaluates. Raises `ValueError` under DeepSpeed and FSDP."""
+    distributed_type = arguments.distributed_state.distributed_type
+    if distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        raise ValueError(
+            f"evaluation needs the whole model in every process, got a launch with {distributed_type.value}. Launch "
+            "it as plain data parallel."
+        )
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        settings.model,
+        dtype=settings.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"),
+        attn_implementation=settings.attn_implementation,
+    )
+    tokenizer = settings.model
+    if settings.adapter is not None:
+        from peft import PeftModel
 
-    def search_batch(self, queries: Sequence[str], k: int = 3) -> list[list[Passage]]:
-        return self.indexes[self.at].search_batch(queries, k)
+        model = PeftModel.from_pretrained(model, settings.adapter)
+        if Path(settings.adapter, "tokenizer_config.json").is_file():
+            tokenizer = settings.adapter
+    trainer = EvaluationTrainer(
+        model=model,
+        reward_funcs=make_answer_reward(format_penalty=0.0, variant=settings.variant),
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": ""}], "answers": ["-"]}]),
+        processing_class=AutoTokenizer.from_pretrained(tokenizer, padding_side="left", truncation_side="left"),
+        tools=[tool],
+    )
+    trainer.model.eval()
+    return trainer
+
+
+class EvaluationTrainer(IGPOTrainer):
+    """[`IGPOTrainer`] in evaluation mode, which returns its rollouts as records."""
+
+    def rollouts(self, rows: Sequence[Row], settings: EvaluationSettings) -> list[Trajectory]:
+        """
+        One rollout for each row. Every process has to call it with the same number of rows.
+
+        Raises:
+            ConnectionError: A search failed, which is not the model's fault.
+        """
+        with torch.no_grad():
+            self._generate_and_score_completions(
+                [{"prompt": row["prompt"], "answers": row["answers"]} for row in rows]
+            )
+        self._metrics["eval"].clear()
+        self._check_searches()
+        records = trajectories_of(self.current_step, self._tokenizer)
+        for i, (record, row) in enumerate(zip(records, rows, strict=True)):
+            self._add_scores(record, i, row, settings.variant)
+        return records
+
+    def _check_searches(self) -> None:
+        errors = self.current_step.round_log.errors
+        failed = errors[ToolErrorKind.RAISED] + errors[ToolErrorKind.TIMEOUT]
+        if not self.max_over_ranks(failed):
+            return
+        completions = self.current_step.completions
+        texts = [message["content"] for messages in completions for message in messages if _failed(message)]
+        texts.sort(key=lambda text: not text.startswith(("Error: search failed", "Error: search gave no result")))
+        raise ConnectionError(
+            f"searches have failed ({texts[0] if failed else 'on another process'}). Nothing of this batch is kept. "
+            "Fix the search service, and run the same command again to resume."
+        )
+
+    def _add_scores(self, record: Trajectory, i: int, row: Row, variant: Variant) -> None:
+        """Add to the record of rollout i its scores and what identifies its question."""
+        messages = self.current_step.completions[i]
+        response = last_assistant_text(messages)
+        prediction = extract_answer(response, variant)
+        f1, em = (score(prediction, row["answers"], variant) for score in (f1_score, exact_match))
+        record.outcome, record.rewards = f1, {"f1": f1, "exact_match": em}
+        record.answers = row["answers"]
+        record.info = {
+            **{name: row[name] for name in ("dataset", "id", "sample", "hops")},
+            "question": row["prompt"][-1]["content"],
+            "response": response,
+            "prediction": prediction,
+            "f1": f1,
+            "em": em,
+            "searches": sum(message.get("role") == "tool" for message in messages),
+            "failed_calls": sum(map(_failed, messages)),
+            "tokens_observed": len(self.current_step.completion_ids[i]) - sum(t.num_tokens for t in record.turns),
+        }
+
+
+def _failed(message: dict[str, Any]) -> bool:
+    """Whether a message is the result of a call that could not be read or run."""
+    return message.get("role") == "tool" and message["content"].startswith("Error: ")

@@ -1,35 +1,58 @@
-"""The directory of an evaluation: what it is a run of, what it has, and who works on it."""
+"""
+The directory of one evaluation.
+
+    run.json                   settings, and digests of the questions, weights and indexes
+    trajectories/rank0.jsonl   rollouts, one per line; one file per process
+    verdicts.jsonl             verdicts of a judge, one per line
+
+Lines are only ever appended. A last line without a line end was being written when its process was killed.
+"""
 
 import hashlib
 import json
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, contextmanager
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..trajectory import Trajectory
-from .store import (
-    RUN_FILE,
-    TRAJECTORIES,
-    Key,
-    drop_torn_line,
-    key_of,
-    load_trajectories,
-    trajectory_files,
-    write_json,
-)
+from filelock import FileLock, Timeout
+
+from ..files import replace_when_complete
+from ..trajectory import Trajectory, read_jsonl
 
 VERSION = 1
-_SMALL = 1 << 20
+RUN_FILE, VERDICTS_FILE, TRAJECTORIES = "run.json", "verdicts.jsonl", "trajectories"
+
 _WEIGHTS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
+_SMALL_FILE = 1 << 20  # bytes; hashing the contents of larger files would take minutes
 
 
-class Run:
+class RolloutKey(NamedTuple):
+    """Identifies a rollout of a run: the data set and the id of its question, and the number of the sample."""
+
+    dataset: str
+    id: str
+    sample: int
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> "RolloutKey":
+        """The key of anything with these three fields: a question to roll out, or a verdict."""
+        return cls(record["dataset"], str(record["id"]), record["sample"])
+
+
+def key_of(trajectory: Trajectory) -> RolloutKey:
+    """The key in `info`. Rollouts of a training run have none there: their prompt serves as the id."""
+    return RolloutKey.of_record({"dataset": "all", "id": trajectory.prompt, "sample": 0} | trajectory.info)
+
+
+class RunDirectory:
     """
-    The directory of an evaluation.
+    The directory of an evaluation, while it is being made.
 
     Args:
-        folder (`Path`): where `run.json` (the settings) and `trajectories/` are.
+        folder (`Path`):
+            The directory, which [`RunDirectory.open`] creates.
     """
 
     def __init__(self, folder: Path):
@@ -37,93 +60,157 @@ class Run:
 
     def open(self, settings: dict[str, Any], questions: str) -> None:
         """
-        Begins a run, or goes on with one: a line that was being written when it was killed is dropped.
+        Starts a run, or resumes one and cuts off incomplete last lines.
 
         Args:
-            settings (`dict`): what the rollouts depend on, JSON-serialisable.
-            questions (`str`): digest of the questions, see `questions_digest`.
+            settings (`dict`):
+                Everything that the rollouts depend on, JSON-serialisable.
+            questions (`str`):
+                Digest of the questions, see [`questions_digest`].
 
         Raises:
-            FileExistsError: the directory holds something else, or a run with other settings, questions or weights.
+            FileExistsError: The directory holds other files, or a run with other settings, questions or weights.
         """
         record = {
             "version": VERSION,
             "settings": json.loads(json.dumps(settings)),
             "questions": questions,
-            "weights": {path: _stamp(path, _WEIGHTS) for path in (settings["model"], settings["adapter"]) if path},
-            "indexes": {path: _stamp(path, ("manifest.json",)) for path in settings["indexes"]},
+            "weights": {path: _digest(path, _WEIGHTS) for path in (settings["model"], settings["adapter"]) if path},
+            "indexes": {path: _digest(path, ("manifest.json",)) for path in settings["indexes"]},
         }
-        file = self.folder / RUN_FILE
-        for path in trajectory_files(self.folder):
+        file, rollouts = self.folder / RUN_FILE, trajectory_files(self.folder)
+        for path in rollouts:
             drop_torn_line(path)
-        if file.is_file() and any(path.stat().st_size for path in trajectory_files(self.folder)):
-            self._compare(json.loads(file.read_text(encoding="utf-8")), record)
+        if file.is_file() and any(path.stat().st_size for path in rollouts):
+            self._check_unchanged(json.loads(file.read_text(encoding="utf-8")), record)
             return
-        others = [path for path in self.folder.glob("*") if path.name != ".lock"]
-        if others and not file.is_file():
-            raise FileExistsError(f"{self.folder} is not empty, and no evaluation. Choose another directory.")
-        write_json(file, record)  # also where a run has failed before its first rollout
+        if not file.is_file() and any(path.name != ".lock" for path in self.folder.glob("*")):
+            raise FileExistsError(f"{self.folder} is not empty and is not an evaluation. Choose another directory.")
+        write_json(file, record)  # replaces that of a run that failed before its first rollout
 
-    def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        old, new = before.get("settings", {}), now["settings"]
-        # Where the questions come from does not matter where they are the same.
-        names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name != "sources"]
-        changes = [f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in names]
+    def _check_unchanged(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        changes = [
+            f"{name} was {old!r}, is {new!r}"
+            for name, (old, new) in differing_settings(before.get("settings", {}), now["settings"]).items()
+            if name != "sources"  # the questions count, not the file that they come from
+        ]
         changes += [
             f"the {name} have changed" for name in ("questions", "weights", "indexes") if before.get(name) != now[name]
         ]
         if before.get("version") != VERSION:
-            changes = [f"it is of version {before.get('version')!r}, this release makes version {VERSION}"]
+            changes = [f"its format has version {before.get('version')!r}, this release writes version {VERSION}"]
         if changes:
             raise FileExistsError(
-                f"{self.folder} holds a run with other settings ({'; '.join(changes)}). Go on with the same, or "
-                "choose another directory."
+                f"{self.folder} holds a run with other settings ({'; '.join(changes)}). Resume it with the same "
+                "settings, or choose another directory."
             )
 
-    def lock(self) -> AbstractContextManager[None]:
-        """Holds the run for this process; raises `BlockingIOError` while another does. A killed one holds nothing."""
-        return _lock(self.folder)
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Locks the run for this process; the lock of a killed process is free. Raises `BlockingIOError`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder / ".lock", timeout=0):
+                yield
+        except Timeout as error:
+            raise BlockingIOError(
+                f"another process is working on {self.folder}. Wait for it, or choose another directory."
+            ) from error
 
-    def file(self, rank: int) -> Path:
-        """The rollouts of a process."""
+    def rollout_file(self, rank: int) -> Path:
+        """The file of a process's rollouts."""
         return self.folder / TRAJECTORIES / f"rank{rank}.jsonl"
 
-    def keys(self) -> set[Key]:
-        """Which rollouts there are."""
-        return {key_of(trajectory) for trajectory in self.trajectories()}
-
     def trajectories(self) -> list[Trajectory]:
-        """All rollouts, with their verdicts; none yet is an empty list."""
-        try:
-            return load_trajectories(self.folder)
-        except FileNotFoundError:
-            return []
+        """All rollouts with their verdicts; an empty list if there are none yet."""
+        return load_trajectories(self.folder) if any(map(os.path.getsize, trajectory_files(self.folder))) else []
 
 
-@contextmanager
-def _lock(folder: Path) -> Any:
-    from filelock import FileLock, Timeout
+def trajectory_files(folder: Path) -> list[Path]:
+    """The files of a run's rollouts, one per process."""
+    return sorted((folder / TRAJECTORIES).glob("rank*.jsonl"))
 
-    folder.mkdir(parents=True, exist_ok=True)
+
+def load_trajectories(run: str | Path) -> list[Trajectory]:
+    """
+    The rollouts of an evaluation. Where a judge has read one, its verdict is `info["judge"]`.
+
+    Args:
+        run (`str` or `Path`):
+            Directory of a run, or a file of trajectories, which may be that of a training run.
+
+    Raises:
+        FileNotFoundError: There are no rollouts.
+        ValueError: A line is not a trajectory; the message names the file and the line.
+    """
+    run = Path(run)
+    files = [run] if run.is_file() else trajectory_files(run)
+    trajectories = [trajectory for file in files for trajectory in read_jsonl(file)]
+    if not trajectories:
+        raise FileNotFoundError(
+            f"no rollouts in {run}. Expected the directory of an `igpo eval` run, or a file of trajectories."
+        )
+    if not (run / RUN_FILE).is_file():
+        return trajectories
+    by_key: dict[RolloutKey, Trajectory] = {}
+    for trajectory in trajectories:
+        by_key.setdefault(key_of(trajectory), trajectory)
+    for verdict in read_verdicts(run / VERDICTS_FILE):
+        judged = by_key.get(RolloutKey.of_record(verdict))
+        if judged is not None and verdict["prediction"] == judged.info.get("prediction"):
+            judged.info["judge"] = {name: verdict[name] for name in ("correct", "reason", "model")}
+    return list(by_key.values())
+
+
+def read_verdicts(path: Path) -> list[dict[str, Any]]:
+    """Verdicts of a judge, without an incomplete last line. Raises `ValueError` if the file is damaged."""
+    complete = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise BlockingIOError(
-            f"another process is at work on {folder}. Wait for it, or choose another directory."
-        ) from error
+        return [json.loads(line) for line in complete.splitlines() if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"{path}: not a file of verdicts ({error}). Remove it, and judge again.") from error
 
 
-def _stamp(path: str, patterns: Sequence[str]) -> str | None:
-    """Tells whether the files in a directory are still the same; `None` for anything but a directory."""
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """Appends lines, and returns once they are on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def drop_torn_line(path: Path) -> bool:
+    """Cuts off a last line without a line end. Returns whether there was one."""
+    if not path.is_file():
+        return False
+    with path.open("r+b") as file:
+        data = file.read()
+        end = data.rfind(b"\n") + 1
+        file.truncate(end)
+    return end < len(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file."""
+    with replace_when_complete(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def differing_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two runs differ, with both values; `None` where a run lacks the setting."""
+    pairs = {name: (first.get(name), second.get(name)) for name in {**first, **second}}
+    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+
+
+def _digest(path: str, patterns: Sequence[str]) -> str | None:
+    """Digest of the files that match in a directory; `None` if the path is not a directory."""
     if not Path(path).is_dir():
         return None
-    files = sorted({file for pattern in patterns for file in Path(path).glob(pattern)})
     digest = hashlib.sha256()
-    for file in files:
-        small = file.stat().st_size < _SMALL  # weights are not read again, which would take minutes
-        digest.update(
-            file.name.encode()
-            + (file.read_bytes() if small else repr((file.stat().st_size, file.stat().st_mtime_ns)).encode())
-        )
+    for file in sorted({file for pattern in patterns for file in Path(path).glob(pattern)}):
+        stat = file.stat()
+        large = stat.st_size >= _SMALL_FILE
+        digest.update(file.name.encode())
+        digest.update(repr((stat.st_size, stat.st_mtime_ns)).encode() if large else file.read_bytes())
     return digest.hexdigest()[:16]

@@ -1,62 +1,96 @@
-"""Scores of a run: per data set, and their average over data sets."""
+"""Scores of a run: per data set, and their average over the data sets."""
 
+import re
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from ..rewards import Variant, exact_match, extract_answer, f1_score
 from ..trajectory import Trajectory
-from .evidence import found_text, has_answer, is_searchable
 from .intervals import Interval, bootstrap_interval
-from .store import key_of
-from .tables import Table, number, percent, probability, share
+from .run import key_of
+from .tables import Table, format_interval, format_number, format_percent, format_probability, format_share, to_plain
 
 AVERAGE = "average"
 
-#: What is measured of a rollout, its heading in tables, and how it is written there.
+#: What is measured of a rollout, with its heading and its format in tables.
 METRICS = {
-    "f1": ("F1", percent),
-    "em": ("EM", percent),
-    "judge": ("Judge", percent),
-    "searches": ("Searches", number),
-    "failed_calls": ("Failed", number),
-    "turns": ("Turns", number),
-    "tokens_sampled": ("Sampled", number),
-    "tokens_observed": ("Observed", number),
-    "in_evidence": ("In evidence", percent),
-    "belief_start": ("Belief before", probability),
-    "belief_end": ("Belief at the end", probability),
-    "answered": ("Answered", percent),
+    "f1": ("F1", format_percent),
+    "em": ("EM", format_percent),
+    "judge": ("Judge", format_percent),
+    "searches": ("Searches", format_number),
+    "failed_calls": ("Failed", format_number),
+    "turns": ("Turns", format_number),
+    "tokens_sampled": ("Sampled", format_number),
+    "tokens_observed": ("Observed", format_number),
+    "in_evidence": ("In evidence", format_percent),
+    "belief_start": ("Belief before", format_probability),
+    "belief_end": ("Belief at the end", format_probability),
+    "answered": ("Answered", format_percent),
 }
 WITH_INTERVAL = ("f1", "em", "judge", "in_evidence")
+
+_NOT_WORDS = re.compile(r"[\W_]+")
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+# Lines in which a tool repeats the policy's own words: the query, or a call that could not be read.
+_REPEATED = re.compile(r"^(?:Results for .*:|Error: .*)$", re.MULTILINE)
+
+
+def has_answer(texts: Iterable[str], answers: Sequence[str]) -> bool:
+    """
+    Whether one of the texts contains one of the answers, as whole words.
+
+    Case, accents, punctuation and articles are ignored: `Paris` is in "Paris's" but not in "comparison". An answer
+    that consists of nothing else, such as `"?"`, is in no text.
+
+    Args:
+        texts (iterable of `str`):
+            Passages, or results of tools.
+        answers (sequence of `str`):
+            The gold answer and its aliases.
+    """
+    wanted = [words for words in map(_words, answers) if words.strip()]
+    return any(words in text for text in map(_words, texts) for words in wanted)
+
+
+def is_searchable(answers: Sequence[str]) -> bool:
+    """Whether it makes sense to look for the answer in a text: not for `yes` and `no`."""
+    return _words(answers[0]) not in (" yes ", " no ")
+
+
+@lru_cache(maxsize=1 << 14)
+def _words(text: str) -> str:
+    """The words of a text, with a space before and after each."""
+    plain = unicodedata.normalize("NFKD", text.casefold())
+    plain = "".join(character for character in plain if not unicodedata.combining(character))
+    return f" {' '.join(_ARTICLES.sub(' ', _NOT_WORDS.sub(' ', plain)).split())} "
 
 
 def measure(trajectory: Trajectory, variant: Variant = "squad") -> dict[str, float | None]:
     """
-    Everything that is measured of one rollout, `None` where it does not apply.
+    The value of every metric in [`METRICS`] for one rollout; `None` where a metric does not apply.
 
-    `f1` and `em` read the last turn as the reward does, so that an answer in an earlier turn or in an observation
-    counts for nothing. `in_evidence` is whether an observation held an answer; `None` for yes-no questions.
+    `f1` and `em` read the last turn only, as the reward does. `in_evidence` is 1 if an observation contains an answer;
+    it is `None` for yes-no questions.
     """
-    info, turns = trajectory.info, trajectory.turns
+    info, turns, answers = trajectory.info, trajectory.turns, trajectory.answers
     prediction = extract_answer(info.get("response", turns[-1].text), variant)
     observations = [turn.observation for turn in turns if turn.observation]
+    evidence = (_REPEATED.sub("", observation) for observation in observations)
     verdict = (info.get("judge") or {}).get("correct")
     return {
-        "f1": f1_score(prediction, trajectory.answers, variant),
-        "em": exact_match(prediction, trajectory.answers, variant),
+        "f1": f1_score(prediction, answers, variant),
+        "em": exact_match(prediction, answers, variant),
         "judge": None if verdict is None else float(verdict),
         "searches": float(info.get("searches", len(observations))),
         "failed_calls": info.get("failed_calls"),
         "turns": float(len(turns)),
         "tokens_sampled": float(sum(turn.num_tokens for turn in turns)),
         "tokens_observed": info.get("tokens_observed"),
-        "in_evidence": (
-            float(has_answer(map(found_text, observations), trajectory.answers))
-            if is_searchable(trajectory.answers)
-            else None
-        ),
+        "in_evidence": float(has_answer(evidence, answers)) if is_searchable(answers) else None,
         "belief_start": turns[0].belief,
         "belief_end": turns[-1].belief,
         "answered": float(prediction is not None),
@@ -66,19 +100,19 @@ def measure(trajectory: Trajectory, variant: Variant = "squad") -> dict[str, flo
 def question_values(
     trajectories: Sequence[Trajectory], variant: Variant = "squad"
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Values as `[data set][metric][question id]`: the mean over the samples of a question where there are several."""
-    found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    """Values as `[data set][metric][question id]`; of several samples of a question, the mean."""
+    samples: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for trajectory in trajectories:
         key = key_of(trajectory)
         for metric, value in measure(trajectory, variant).items():
             if value is not None:
-                found[key.dataset][metric][key.id].append(value)
+                samples[key.dataset][metric][key.id].append(value)
     return {
         dataset: {
             metric: {name: sum(values) / len(values) for name, values in questions.items()}
             for metric, questions in metrics.items()
         }
-        for dataset, metrics in sorted(found.items())
+        for dataset, metrics in sorted(samples.items())
     }
 
 
@@ -88,10 +122,11 @@ class SetScores:
     Scores of one data set, or the average over all.
 
     Attributes:
-        questions (`int`), rollouts (`int`): how many.
-        metrics (`dict[str, Interval]`): mean over questions and its 95 % interval, by the names in [`METRICS`]; a
-            metric that applies to no question (no beliefs, no judge) is left out.
-        stops (`dict[str, float]`): share of rollouts by why they ended.
+        questions (`int`): number of questions.
+        rollouts (`int`): number of rollouts.
+        metrics (`dict[str, Interval]`): mean over the questions with a 95 % interval, by the names in [`METRICS`];
+            without the metrics that apply to no question, such as beliefs that were not scored.
+        stops (`dict[str, float]`): share of the rollouts by stop reason.
     """
 
     questions: int
@@ -102,44 +137,36 @@ class SetScores:
 
 @dataclass(frozen=True)
 class RunScores:
-    """Scores of a run: `sets` by name, and under [`AVERAGE`] the mean over the sets, each of the same weight."""
+    """Scores of a run: `sets` by name, and under [`AVERAGE`] the mean over the sets with equal weights."""
 
     sets: dict[str, SetScores]
     variant: Variant
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        return {
-            "variant": self.variant,
-            "sets": {
-                name: asdict(scores)
-                | {"metrics": {metric: value._asdict() for metric, value in scores.metrics.items()}}
-                for name, scores in self.sets.items()
-            },
-        }
+        """Plain values for JSON."""
+        return dict(to_plain(self))
 
     def tables(self) -> list[Table]:
-        """The scores, and why the rollouts ended."""
+        """A table of the scores, and one of the stop reasons."""
         shown = [name for name in METRICS if any(name in scores.metrics for scores in self.sets.values())]
-        rows = []
-        for name, scores in self.sets.items():
-            cells = []
-            for metric in shown:
-                value = scores.metrics.get(metric)
-                write = METRICS[metric][1]
-                cell = "" if value is None else write(value.mean)
-                if value is not None and metric in WITH_INTERVAL and value.low is not None:
-                    cell += f" [{write(value.low)}, {write(value.high)}]"
-                cells.append(cell)
-            rows.append([name, str(scores.questions), *cells])
-        note = f"F1 and EM ({self.variant}), judge and shares in percent; 95 % bootstrap intervals over questions."
-        main = Table("Scores", ["Set", "Questions", *(METRICS[metric][0] for metric in shown)], rows, note)
-        reasons = sorted({reason for scores in self.sets.values() for reason in scores.stops})
-        endings = [
-            [name, str(scores.rollouts), *(share(scores.stops.get(reason, 0.0)) for reason in reasons)]
+        rows = [
+            [
+                name,
+                str(scores.questions),
+                *(format_interval(scores.metrics.get(m), METRICS[m][1], m in WITH_INTERVAL) for m in shown),
+            ]
             for name, scores in self.sets.items()
         ]
-        return [main, Table("Why rollouts ended", ["Set", "Rollouts", *reasons], endings, "Percent of rollouts.")]
+        note = f"F1 and EM ({self.variant}), judge and shares in percent; 95 % bootstrap intervals over questions."
+        reasons = sorted({reason for scores in self.sets.values() for reason in scores.stops})
+        stops = [
+            [name, str(scores.rollouts), *(format_share(scores.stops.get(reason, 0.0)) for reason in reasons)]
+            for name, scores in self.sets.items()
+        ]
+        return [
+            Table("Scores", ["Set", "Questions", *(METRICS[metric][0] for metric in shown)], rows, note),
+            Table("Why rollouts ended", ["Set", "Rollouts", *reasons], stops, "Percent of rollouts."),
+        ]
 
 
 def score_run(trajectories: Sequence[Trajectory], variant: Variant = "squad", seed: int = 0) -> RunScores:
@@ -147,51 +174,40 @@ def score_run(trajectories: Sequence[Trajectory], variant: Variant = "squad", se
     Scores of the rollouts of a run.
 
     Args:
-        trajectories (sequence of [`Trajectory`]): `info` names `dataset` and `id` of each; several of one question
-            are samples, and their mean counts once.
-        variant (`str`, *optional*, defaults to `"squad"`): scorer, `"squad"` or `"reference"`.
-        seed (`int`, *optional*): of the bootstrap.
+        trajectories (sequence of [`Trajectory`]):
+            Rollouts, with `dataset` and `id` in `info`. Several rollouts of a question are samples, and their mean
+            counts once.
+        variant (`str`, *optional*, defaults to `"squad"`):
+            Scorer, `"squad"` or `"reference"`.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the bootstrap.
 
     Raises:
-        ValueError: there are no rollouts, or one without answers.
+        ValueError: There are no rollouts, or one has no answers.
     """
     if not trajectories:
         raise ValueError("there are no rollouts to score.")
+    stops: dict[str, Counter[str]] = defaultdict(Counter)
     for trajectory in trajectories:
         if not trajectory.answers:
             raise ValueError(f"the rollout of {key_of(trajectory)} has no `answers` to be scored against.")
-    values = question_values(trajectories, variant)
-    stops: dict[str, Counter[str]] = defaultdict(Counter)
-    for trajectory in trajectories:
         stops[key_of(trajectory).dataset][trajectory.stop_reason or "unknown"] += 1
-    sets = {
-        dataset: SetScores(
-            questions=len(metrics["f1"]),
-            rollouts=stops[dataset].total(),
-            metrics={
-                name: bootstrap_interval(list(metrics[name].values()), seed=seed)
-                for name in METRICS
-                if name in metrics
-            },
-            stops={reason: count / stops[dataset].total() for reason, count in stops[dataset].items()},
-        )
-        for dataset, metrics in values.items()
-    }
+    values = question_values(trajectories, variant)
+    sets = {name: _set_scores([metrics], [stops[name]], seed) for name, metrics in values.items()}
     if len(sets) > 1:
-        sets[AVERAGE] = _average(values, sets, seed)
+        sets[AVERAGE] = _set_scores(list(values.values()), list(stops.values()), seed)
     return RunScores(sets, variant)
 
 
-def _average(values: dict[str, dict[str, dict[str, float]]], sets: dict[str, SetScores], seed: int) -> SetScores:
-    metrics = {}
-    for name in METRICS:
-        scored = [list(of_set[name].values()) for of_set in values.values() if name in of_set]
-        if scored:
-            metrics[name] = bootstrap_interval(*scored, seed=seed)
-    reasons = {reason for scores in sets.values() for reason in scores.stops}
+def _set_scores(
+    sets: Sequence[Mapping[str, Mapping[str, float]]], stops: Sequence[Counter[str]], seed: int
+) -> SetScores:
+    """Scores of one data set, or of several with equal weights, from values as `[metric][question id]`."""
+    values = {name: [list(metrics[name].values()) for metrics in sets if name in metrics] for name in METRICS}
+    reasons = sorted({reason for counts in stops for reason in counts})
     return SetScores(
-        questions=sum(scores.questions for scores in sets.values()),
-        rollouts=sum(scores.rollouts for scores in sets.values()),
-        metrics=metrics,
-        stops={r: sum(scores.stops.get(r, 0.0) for scores in sets.values()) / len(sets) for r in sorted(reasons)},
+        questions=sum(len(metrics["f1"]) for metrics in sets),
+        rollouts=sum(counts.total() for counts in stops),
+        metrics={name: bootstrap_interval(*scored, seed=seed) for name, scored in values.items() if scored},
+        stops={reason: sum(counts[reason] / counts.total() for counts in stops) / len(stops) for reason in reasons},
     )

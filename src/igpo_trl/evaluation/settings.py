@@ -1,51 +1,60 @@
-"""What an evaluation is: the model, the questions, the limits of a rollout."""
+"""What an evaluation runs: the model, the questions, what they are searched in, and the limits of a rollout."""
 
+import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from ..config import IGPOConfig
 from ..data import load_questions
+from ..data.questions import order_by_hash
+from ..files import looks_like_path
 from ..rewards import Variant
-from .questions import Row, pair, select
 
-# Fields of `IGPOConfig` that say what a rollout is, or how it is made.
-_ROLLOUT = {
+Row = dict[str, Any]
+
+# Fields of `IGPOConfig` that define a rollout, or how it is made.
+_ROLLOUT_FIELDS = {
     *("max_turns", "max_turn_length", "max_completion_length", "max_tool_calling_iterations"),
     *("max_tool_response_tokens", "forced_answer", "forced_answer_prompt", "forced_answer_length"),
     *("on_malformed_tool_call", "max_concurrent_tool_calls", "tool_timeout", "reuse_prefixes"),
     *("chat_template_kwargs", "generation_kwargs", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("answer_template", "alias_reduction", "max_answer_tokens", "belief_method", "belief_tokens_per_batch"),
 }
+# Options of train.py, and the settings of an evaluation that they set.
+_TRAINING_OPTIONS = {
+    **{f"search_{name}": name for name in ("k", "max_words", "many_queries")},
+    **{name: name for name in ("system_prompt", "attn_implementation", "dtype")},
+}
 
 
 @dataclass
 class EvaluationSettings:
     """
-    What the rollouts of an evaluation depend on; a run is resumed with the same only.
+    Everything that the rollouts of an evaluation depend on. A run can be resumed only with the same settings.
 
     Attributes:
-        model (`str`): name on the hub, or directory; that of an adapter is resolved to its base model.
-        sources (list of `str`): question sources, see [`load_questions`].
-        indexes (list of `str`): what to search, one for all sources or one for each, see [`open_search`].
-        adapter (`str`, *optional*): PEFT adapter on top of the model.
-        limit (`int`, *optional*): questions per data set, chosen by a hash of their ids as [`hold_out`] does.
+        model (`str`): name on the hub, or a directory, which may be that of a PEFT adapter.
+        sources (`list[str]`): sources of questions, see [`load_questions`].
+        indexes (`list[str]`): what to search, one for all sources or one for each, see [`open_search`].
+        adapter (`str` or `None`): PEFT adapter on top of the model.
+        limit (`int` or `None`): questions per data set, see [`choose_questions`].
         num_samples (`int`): rollouts per question.
-        temperature (`float`): 0 takes the likeliest token.
-        seed (`int`): of the sampling.
-        k (`int`), max_words (`int`): passages per search, and the longest passage in words.
+        temperature (`float`): sampling temperature; 0 takes the most likely token.
+        seed (`int`): seed of the sampling.
+        k (`int`): passages per search.
+        max_words (`int` or `None`): longest passage shown, in words; `None` shows all of it.
         many_queries (`bool`): whether one search may have several queries, see [`SearchTool`].
-        system_prompt (`str`): `think`, `no_think`, `none`, a text or a file with one.
-        beliefs (`bool`): whether to score the belief in the answer before every turn.
-        variant (`str`): scorer of the `f1` and `em` in the records; tables can use the other one as well.
-        vllm (`bool`): sample with vLLM in the same process.
-        dtype (`str`, *optional*): of the weights; by default bfloat16 on a GPU, float32 elsewhere.
-        attn_implementation (`str`, *optional*): as in transformers.
-        rollout (`dict`): further fields of [`IGPOConfig`] (`max_turns`, `max_completion_length`, …).
+        system_prompt (`str`): `"think"`, `"no_think"`, `"none"`, a text, or a file with a text.
+        beliefs (`bool`): whether to score the belief in the right answer before every turn.
+        variant (`str`): scorer of the `f1` and `em` in the records; tables can be made with either scorer.
+        vllm (`bool`): whether to sample with vLLM, in the same process.
+        dtype (`str` or `None`): type of the weights; by default bfloat16 on a GPU, float32 elsewhere.
+        attn_implementation (`str` or `None`): as in transformers.
+        rollout (`dict`): more fields of [`IGPOConfig`], such as `max_turns`.
     """
 
     model: str
@@ -67,13 +76,13 @@ class EvaluationSettings:
     attn_implementation: str | None = None
     rollout: dict[str, Any] = field(default_factory=dict)
 
-    def check(self) -> None:
+    def resolve(self) -> None:
         """
-        Resolves the model, and refuses what would fail later.
+        Checks the settings. A model that is the directory of an adapter becomes the adapter and its base model.
 
         Raises:
-            FileNotFoundError: the model or the adapter is a path, and there is none.
-            ValueError: a number is out of range, or there are other numbers of sources and indexes.
+            FileNotFoundError: The model or the adapter is a path that does not exist.
+            ValueError: A number is out of range, or the numbers of sources and indexes do not match.
         """
         for name, low in (("limit", 1), ("num_samples", 1), ("temperature", 0), ("k", 1), ("max_words", 1)):
             value = getattr(self, name)
@@ -81,93 +90,116 @@ class EvaluationSettings:
                 raise ValueError(f"`{name}` must be at least {low}, got {value}.")
         if self.num_samples > 1 and self.temperature == 0:
             raise ValueError(f"{self.num_samples} samples at temperature 0 are all the same. Give a temperature.")
-        pair(self.sources, self.indexes)
+        pair_sources(self.sources, self.indexes)
         for path in (self.model, self.adapter):
-            if (
-                path
-                and (path.startswith((".", "/", "~", "outputs/")) or path.count("/") > 1)
-                and not Path(path).is_dir()
-            ):
+            if path and looks_like_path(path) and not Path(path).is_dir():
                 raise FileNotFoundError(f"no such directory: {path}. Expected a model, or its name on the hub.")
-        configuration = Path(self.model, "adapter_config.json")
-        if self.adapter is None and configuration.is_file():
+        adapter_config = Path(self.model, "adapter_config.json")
+        if self.adapter is None and adapter_config.is_file():
             self.adapter = self.model
-            self.model = json.loads(configuration.read_text(encoding="utf-8"))["base_model_name_or_path"]
+            self.model = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
         elif self.adapter is not None and Path(self.adapter).is_dir():
             if not Path(self.adapter, "adapter_config.json").is_file():
-                raise FileNotFoundError(f"no adapter_config.json in {self.adapter}: it is no PEFT adapter.")
+                raise FileNotFoundError(f"no adapter_config.json in {self.adapter}: it is not a PEFT adapter.")
 
 
-def load_rows(settings: EvaluationSettings) -> list[Row]:
+def make_settings(options: Mapping[str, Any], config: str | Path | None = None) -> EvaluationSettings:
     """
-    The questions, each with the number of its index as `index`, and as `sample` which of its samples it is.
+    Settings from options, then from a training configuration, then the defaults of `igpo eval`.
 
-    Raises:
-        FileNotFoundError, ValueError: as [`load_questions`], and where two sources have the same question.
+    Args:
+        options (mapping):
+            Options by the names of fields of [`EvaluationSettings`] and [`IGPOConfig`]. Other names are ignored, and
+            `None` means that the option is not given.
+        config (`str` or `Path`, *optional*):
+            YAML file of a training run, see [`settings_of_training`].
     """
-    rows: list[Row] = []
-    seen: dict[tuple[str, str], str] = {}
-    for source, index in pair(settings.sources, settings.indexes):
-        for row in select(load_questions(source, settings.system_prompt).to_list(), settings.limit):
-            name = row["dataset"], row["id"]
-            if name in seen:
-                raise ValueError(f"the question {name[1]} of {name[0]} is in {seen[name]} and in {source}.")
-            seen[name] = source
-            rows.append(row | {"index": settings.indexes.index(index)})
-    return [row | {"sample": sample} for row in rows for sample in range(settings.num_samples)]
+    given = {name: value for name, value in options.items() if value is not None}
+    from_file = settings_of_training(config) if config is not None else {}
+    settings = from_file | {each.name: given[each.name] for each in fields(EvaluationSettings) if each.name in given}
+    limits = {"max_turns": 8, "max_completion_length": 4096} | from_file.get("rollout", {})
+    rollout = limits | {name: value for name, value in given.items() if name in _ROLLOUT_FIELDS}
+    return EvaluationSettings(**settings | {"rollout": rollout})
 
 
 def settings_of_training(config: str | Path) -> dict[str, Any]:
     """
-    The settings that a training configuration has for its rollouts: limits, template, prompt, search, model.
+    What a training configuration says about rollouts: limits, template, prompt, search and model options.
 
     Args:
-        config (`str` or `Path`): YAML file of `train.py`.
+        config (`str` or `Path`):
+            YAML file of `train.py`.
 
     Returns:
-        `dict`: arguments of [`EvaluationSettings`].
+        `dict`: Arguments of [`EvaluationSettings`].
 
     Raises:
-        ValueError: the file holds no mapping.
+        ValueError: The file does not hold a mapping.
     """
     values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{config} holds {type(values).__name__}, expected the options of a training run.")
-    names = {f"search_{name}": name for name in ("k", "max_words", "many_queries")} | {
-        name: name for name in ("system_prompt", "attn_implementation", "dtype")
-    }
-    settings = {names[name]: value for name, value in values.items() if name in names}
-    rollout = {name: values[name] for name in values if name in _ROLLOUT or name.startswith("vllm_")}
+    settings = {_TRAINING_OPTIONS[name]: value for name, value in values.items() if name in _TRAINING_OPTIONS}
+    rollout = {name: values[name] for name in values if name in _ROLLOUT_FIELDS or name.startswith("vllm_")}
     return settings | {"rollout": rollout}
 
 
-def make_arguments(settings: EvaluationSettings, output_dir: str | Path, batch_size: int) -> IGPOConfig:
-    """The trainer's arguments; raises `TypeError` or `ValueError` for options of the rollout that are none."""
-    options: dict[str, Any] = {
-        "output_dir": str(output_dir),
-        "per_device_train_batch_size": batch_size,
-        "per_device_eval_batch_size": batch_size,
-        "gradient_accumulation_steps": 2,  # what a training batch would be: two rollouts of a question at least
-        "num_generations": 2,
-        "num_generations_eval": 1,
-        "info_gain_weight": 0.0,
-        "belief_at_eval": settings.beliefs,
-        "temperature": settings.temperature or 1.0,
-        "seed": settings.seed,
-        "use_vllm": settings.vllm,
-        "beta": 0.0,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": not torch.accelerator.is_available(),
-        **settings.rollout,
-        # There is no loss whose ratios would need it.
-        "vllm_importance_sampling_correction": False,
-    }
-    if settings.temperature == 0:
-        nothing = dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
-        greedy = {"temperature": 0.0} if settings.vllm else {"do_sample": False, **nothing}
-        options["generation_kwargs"] = {**(options.get("generation_kwargs") or {}), **greedy}
-    return IGPOConfig(**options)
+def load_rows(settings: EvaluationSettings) -> list[Row]:
+    """
+    The questions, one row per rollout: `sample` is the number of the sample, `index` that of the index to search.
+
+    Raises:
+        FileNotFoundError, ValueError: As [`load_questions`], and where two sources have the same question.
+    """
+    rows: list[Row] = []
+    seen: dict[tuple[str, str], str] = {}
+    for source, index in pair_sources(settings.sources, settings.indexes):
+        for row in choose_questions(load_questions(source, settings.system_prompt).to_list(), settings.limit):
+            dataset, name = row["dataset"], row["id"]
+            if (dataset, name) in seen:
+                raise ValueError(f"the question {name} of {dataset} is in {seen[dataset, name]} and in {source}.")
+            seen[dataset, name] = source
+            rows.append(row | {"index": settings.indexes.index(index)})
+    return [row | {"sample": sample} for row in rows for sample in range(settings.num_samples)]
+
+
+def pair_sources(sources: Sequence[str], indexes: Sequence[str]) -> list[tuple[str, str]]:
+    """Each source with its index. Raises `ValueError` unless there is one index, or one for each source."""
+    if not sources or len(indexes) not in (1, len(sources)):
+        raise ValueError(
+            f"got {len(sources)} sources of questions and {len(indexes)} indexes. Expected one index for all sources, "
+            "or one for each, in the same order."
+        )
+    return list(zip(sources, indexes if len(indexes) > 1 else [*indexes] * len(sources), strict=True))
+
+
+def choose_questions(rows: Sequence[Row], limit: int | None) -> list[Row]:
+    """
+    Up to `limit` questions of each data set: those whose ids have the smallest hashes, as in [`hold_out`].
+
+    A smaller choice is part of a larger one.
+
+    Raises:
+        ValueError: `limit` is not positive.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"`limit` must be at least 1, got {limit}.")
+    if limit is None:
+        return list(rows)
+    groups = by_dataset(rows).values()
+    return [group[i] for group in groups for i in order_by_hash([row["id"] for row in group])[:limit]]
+
+
+def by_dataset(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each data set, in the order in which the sets first occur."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["dataset"], []).append(row)
+    return groups
+
+
+def questions_digest(rows: Iterable[Row]) -> str:
+    """Digest of questions, prompts and answers, whatever their order."""
+    names = ("dataset", "id", "sample", "prompt", "answers", "index")
+    lines = sorted(json.dumps([row.get(name) for name in names]) for row in rows)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,23 +1,25 @@
-"""Tables: printed with rich, and as Markdown."""
+"""Scores as tables, for the terminal and as Markdown, and as plain values for JSON."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from .intervals import Interval
 
 
 @dataclass(frozen=True)
 class Table:
     """
-    A table of texts.
+    A table of text cells.
 
     Attributes:
-        title (`str`): what it shows.
-        header (list of `str`): headings; the first column holds names, the others values.
-        rows (list of list of `str`): as wide as the header.
-        note (`str`): what one has to know to read it.
+        title (`str`): heading of the table.
+        header (`list[str]`): column headings; the first column holds names, the others hold values.
+        rows (`list[list[str]]`): cells, as many per row as in the header.
+        note (`str`): explanation below the table.
     """
 
     title: str
@@ -26,27 +28,29 @@ class Table:
     note: str = ""
 
     def to_markdown(self) -> str:
-        """A heading, the table, and the note."""
+        """The table in Markdown, with its title as a heading and its note."""
         rule = ["---", *["---:"] * (len(self.header) - 1)]
-        lines = ["| " + " | ".join(_escaped(row)) + " |" for row in (self.header, rule, *self.rows)]
+        cells = [[cell.replace("|", "\\|") for cell in row] for row in (self.header, rule, *self.rows)]
+        lines = [f"| {' | '.join(row)} |" for row in cells]
         return "\n".join([f"## {self.title}", "", *lines, *(["", self.note] if self.note else [])]) + "\n"
 
     def transposed(self) -> "Table":
-        """Rows and columns exchanged."""
+        """The table with rows and columns swapped."""
         header, *rows = map(list, zip(self.header, *self.rows, strict=True))
         return Table(self.title, header, rows, self.note)
 
     @property
     def width(self) -> int:
-        """Characters that a line takes in print."""
+        """Width in print, in characters."""
         return sum(max(map(len, column)) + 2 for column in zip(self.header, *self.rows, strict=True))
 
     def render(self, width: int | None = None) -> "RenderableType":
         """
-        For a rich console; columns that are empty throughout are left out.
+        A Rich table, without the columns that are empty throughout.
 
         Args:
-            width (`int`, *optional*): of the console. A table that is wider is turned, if that makes it narrower.
+            width (`int`, *optional*):
+                Width of the console. A wider table is transposed if that makes it narrower.
         """
         from rich import box
         from rich.markup import escape
@@ -55,38 +59,53 @@ class Table:
         if width is not None and self.width > width and self.transposed().width < self.width:
             return self.transposed().render()
         table = RichTable(title=self.title, caption=self.note or None, box=box.SIMPLE_HEAD, title_justify="left")
-        kept = [i for i in range(len(self.header)) if i == 0 or any(row[i] for row in self.rows)]
-        for i in kept:
+        columns = [i for i in range(len(self.header)) if i == 0 or any(row[i] for row in self.rows)]
+        for i in columns:
             table.add_column(escape(self.header[i]), justify="right" if i else "left", no_wrap=not i, overflow="fold")
         for row in self.rows:
-            table.add_row(*(escape(row[i]) for i in kept))
+            table.add_row(*(escape(row[i]) for i in columns))
         return table
 
 
-def _escaped(row: Sequence[str]) -> list[str]:
-    return [cell.replace("|", "\\|") for cell in row]
+def to_plain(value: Any) -> Any:
+    """Dataclasses, named tuples and dictionaries as dictionaries for JSON, at every level; other values unchanged."""
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    elif hasattr(value, "_asdict"):
+        value = value._asdict()
+    return {str(name): to_plain(each) for name, each in value.items()} if isinstance(value, dict) else value
 
 
-def percent(value: float | None) -> str:
+def format_percent(value: float) -> str:
     """`0.4567` as `45.7`."""
-    return "" if value is None else f"{100 * value:.1f}"
+    return f"{100 * value:.1f}"
 
 
-def share(value: float | None) -> str:
-    """A percentage without its decimals where it is nothing or all."""
-    return "" if value is None else f"{100 * value:.{0 if value in (0, 1) else 1}f}"
+def format_share(value: float) -> str:
+    """As [`format_percent`], but `0` and `100` without decimals."""
+    return f"{100 * value:.{0 if value in (0, 1) else 1}f}"
 
 
-def number(value: float | None) -> str:
-    """Two decimals, or none where there are three digits before them."""
-    return "" if value is None else f"{value:.{2 if abs(value) < 100 else 0}f}"
+def format_number(value: float) -> str:
+    """Two decimals below 100, none from there on."""
+    return f"{value:.{2 if abs(value) < 100 else 0}f}"
 
 
-def probability(value: float | None) -> str:
-    """Two significant digits, however small."""
-    return "" if value is None else f"{value:.2g}"
+def format_probability(value: float) -> str:
+    """Two significant digits, however small the value is."""
+    return f"{value:.2g}"
 
 
-def p_value(value: float | None) -> str:
-    """Three decimals."""
+def format_p(value: float | None) -> str:
+    """A p-value with three decimals; empty for `None`."""
     return "" if value is None else "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def format_interval(value: "Interval | None", form: Callable[[float], str], with_bounds: bool = True) -> str:
+    """The mean, and the bounds in brackets where there are some: `45.7 [40.1, 50.9]`. Empty for `None`."""
+    if value is None:
+        return ""
+    text = form(value.mean)
+    if with_bounds and value.low is not None and value.high is not None:
+        text += f" [{form(value.low)}, {form(value.high)}]"
+    return text
