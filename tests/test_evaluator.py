@@ -247,7 +247,7 @@ def test_a_search_service_that_fails_ends_the_run_and_is_not_held_against_the_mo
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    monkeypatch.setattr("igpo_trl.search.network.remote.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("igpo_trl.search.network.http_requests.FIRST_PAUSE", 0.01)
     monkeypatch.setattr("igpo_trl.evaluation.trainer.EvaluationTrainer", Searching)
     words = command(files, tmp_path / "run")
     words[words.index("--index") + 1] = f"http://127.0.0.1:{port}"

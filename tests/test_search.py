@@ -193,9 +193,9 @@ def test_save_does_not_overwrite_something_else(index, tmp_path):
     for manifest in (None, "{", "[]", "{}", '{"kind": "thesis"}'):
         if manifest is not None:
             (tmp_path / "manifest.json").write_text(manifest)
-        with pytest.raises(FileExistsError, match="is no index"):
+        with pytest.raises(FileExistsError, match="is not an index"):
             index.save(tmp_path)
-    with pytest.raises(FileExistsError, match="is no index"):
+    with pytest.raises(FileExistsError, match="is not an index"):
         index.save(tmp_path / "thesis.txt")
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

@@ -99,7 +99,7 @@ def test_search_prints_json(run, built):
     [
         (["index", "--corpus", "absent.jsonl", "--out", "DIR/x"], "Error: no such file: absent.jsonl"),
         (["index", "--corpus", "DIR/bad.jsonl", "--out", "DIR/x"], r"bad\.jsonl:1: no field `text`"),
-        (["index", "--corpus", "DIR/corpus.jsonl.gz", "--out", "DIR/thesis"], "thesis exists and is no index"),
+        (["index", "--corpus", "DIR/corpus.jsonl.gz", "--out", "DIR/thesis"], "thesis exists and is not an index"),
         (["index", "--corpus", "DIR/corpus.jsonl.gz", "--out", "DIR/x", "--b", "2"], "expected k1 of at least 0"),
         (
             ["index", "--corpus", "DIR/corpus.jsonl.gz", "--out", "DIR/x", "--kind", "dense", "--model", "/absent"],

@@ -13,8 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from igpo_trl.rollout import ToolCall, ToolErrorKind, ToolRunner
-from igpo_trl.search import HTTPSearch, Passage, SearchTool, open_search
-from igpo_trl.search.network.remote import SearchError, retry_after
+from igpo_trl.search import HTTPSearch, Passage, SearchError, SearchTool, open_search
+from igpo_trl.search.network.http_requests import retry_after
 
 
 class Service:
@@ -80,7 +80,7 @@ def service():
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr("igpo_trl.search.network.remote.FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("igpo_trl.search.network.http_requests.FIRST_PAUSE", 0.02)
 
 
 def test_sends_what_the_protocol_asks_for_and_reads_what_comes_back(service):
@@ -226,7 +226,7 @@ def test_no_second_attempt_where_none_can_help():
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (b"<html>Welcome to nginx!</html>", "no JSON: '<html>Welcome to nginx!</html>' Expected a search server"),
+        (b"<html>Welcome to nginx!</html>", "not JSON: '<html>Welcome to nginx!</html>' Expected a search server"),
         ({"results": []}, r"no 'result'\): .* Expected a search server"),
         ([], "another form"),
         ({"result": []}, "0 lists of documents, expected 1"),

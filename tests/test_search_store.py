@@ -14,9 +14,9 @@ from test_search import PASSAGES
 
 import igpo_trl.search
 from igpo_trl.search import BM25Index, HTTPSearch, Searchable, load_index, open_search
-from igpo_trl.search.indexes.store import describe, new_index
-from igpo_trl.search.indexes.stored import PassageWriter, StoredPassages, fingerprint
-from igpo_trl.search.indexes.words import SHARD, Words
+from igpo_trl.search.indexes.directory import file_checksum, new_index
+from igpo_trl.search.indexes.passage_file import PassageWriter, StoredPassages, fingerprint
+from igpo_trl.search.indexes.tokens import SHARD, CorpusTokenizer
 from igpo_trl.search.passages import read_passages
 
 
@@ -66,9 +66,15 @@ BM25Index.build(corpus(), directory=sys.argv[1], show_progress=False)
 
 
 def count_tokenized(monkeypatch) -> list[str]:
-    """The texts that are made into words from now on."""
-    real, texts = Words._tokenize, []
-    monkeypatch.setattr(Words, "_tokenize", lambda self, given: texts.extend(given) or real(self, given))
+    """The texts that are tokenized from now on, without the vocabularies of loaded shards."""
+    real, texts = CorpusTokenizer.tokenize, []
+
+    def tokenize(self, batch):
+        if sys._getframe(1).f_code.co_name != "_load":
+            texts.extend(batch)
+        return real(self, batch)
+
+    monkeypatch.setattr(CorpusTokenizer, "tokenize", tokenize)
     return texts
 
 
@@ -120,7 +126,7 @@ def test_a_killed_build_leaves_no_index_and_the_next_one_goes_on(tmp_path, monke
     ],
 )
 def test_an_interrupted_build_goes_on_with_what_is_still_the_same(tmp_path, monkeypatch, change, again):
-    monkeypatch.setattr("igpo_trl.search.indexes.words.SHARD", 100)
+    monkeypatch.setattr("igpo_trl.search.indexes.tokens.SHARD", 100)
     rng = random.Random(0)
     words = ["the", "Éa", "ΑΣ", "İstanbul", "naïve", "東京都", *(f"w{i}ing" for i in range(300)), "w9", "w99"]
     corpus = [{"id": i, "title": rng.choice(words), "text": " ".join(rng.choices(words, k=9))} for i in range(410)]
@@ -174,13 +180,13 @@ def test_checksums_of_large_files_find_zeros_and_strangers(tmp_path):
     path = tmp_path / "large"
     content = np.random.default_rng(0).bytes(5 << 20)
     path.write_bytes(content)
-    whole = describe(path)
-    assert whole["bytes"] == 5 << 20 and describe(path) == whole
+    whole = file_checksum(path)
+    assert whole["bytes"] == 5 << 20 and file_checksum(path) == whole
     for start, end in [(0, 10), (5 << 20, 0), (2 << 20, (2 << 20) + (200 << 10))]:
         changed = bytearray(content)
         changed[start:end] = bytes(max(0, end - start))
         path.write_bytes(changed if end else content[:-1] + bytes([content[-1] ^ 1]))
-        assert describe(path) != whole
+        assert file_checksum(path) != whole
 
 
 def test_fingerprints_tell_corpora_apart(tmp_path):

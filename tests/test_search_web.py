@@ -12,9 +12,8 @@ import pytest
 from test_search_http import Service
 
 from igpo_trl.rollout import ToolCall, ToolRunner
-from igpo_trl.search import Passage, Searchable, SearchTool, WebSearch
-from igpo_trl.search.network.remote import SearchError
-from igpo_trl.search.network.responses import FILE, Answers, CacheMiss
+from igpo_trl.search import CacheMiss, Passage, Searchable, SearchError, SearchTool, WebSearch
+from igpo_trl.search.network.response_cache import FILE, ResponseCache
 from igpo_trl.trajectory import Trajectory, Turn, write_jsonl
 
 KEY = "5ecret0123456789abcdef"
@@ -47,7 +46,7 @@ def service():
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("SERPER_API_KEY", KEY)
-    monkeypatch.setattr("igpo_trl.search.network.remote.FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("igpo_trl.search.network.http_requests.FIRST_PAUSE", 0.02)
 
 
 def make(service, cache=None, **options):
@@ -184,7 +183,7 @@ def test_two_processes_record_into_one_cache_and_a_third_replays(service, tmp_pa
 
 
 def test_many_threads_write_and_read_one_cache(tmp_path):
-    answers = Answers(tmp_path)
+    answers = ResponseCache(tmp_path)
 
     def work(i):
         for j in range(10):
@@ -193,14 +192,14 @@ def test_many_threads_write_and_read_one_cache(tmp_path):
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(work, range(8)))
-    assert all(Answers(tmp_path, writable=False).get([i, j]) for i in range(8) for j in range(10))
+    assert all(ResponseCache(tmp_path, "replay").get([i, j]) for i in range(8) for j in range(10))
 
 
 def test_a_damaged_or_foreign_cache_is_named(service, tmp_path):
     (tmp_path / FILE).write_bytes(b"years of work " * 100)
-    with pytest.raises(ValueError, match=f"{FILE} is damaged or no file of recorded answers"):
+    with pytest.raises(ValueError, match=f"{FILE} is damaged or not a file of recorded responses"):
         make(service, tmp_path)
-    answers = Answers(tmp_path / "other")
+    answers = ResponseCache(tmp_path / "other")
     answers.put("a", 1)
     with sqlite3.connect(answers.file) as database:
         database.execute("UPDATE answers SET value = '{cut off'")
@@ -215,7 +214,7 @@ def test_a_cache_can_be_replayed_where_nothing_can_be_written(service, tmp_path)
     before = (tmp_path / "run" / FILE).read_bytes()
     assert make(service, tmp_path / "run", mode="replay").search("a")
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
-        Answers(tmp_path / "run", writable=False).put("a", 1)
+        ResponseCache(tmp_path / "run", "replay").put("a", 1)
     assert (tmp_path / "run" / FILE).read_bytes() == before
 
 

@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import uvicorn
 
-from igpo_trl.search import BM25Index, HTTPSearch, Passage
-from igpo_trl.search.network.server import create_app, listen, serve
+from igpo_trl.search import BM25Index, HTTPSearch, Passage, create_app, serve
+from igpo_trl.search.network.server import listen
 
 PASSAGES = [
     {"id": "a", "title": "Dune (novel)", "text": "A 1965 epic science fiction novel by American Frank Herbert."},
@@ -258,8 +258,7 @@ def test_too_many_waiting_queries_are_asked_to_come_back():
 
 SCRIPT = """
 import sys, time
-from igpo_trl.search import Passage
-from igpo_trl.search.network.server import serve
+from igpo_trl.search import Passage, serve
 
 class Slow:
     def __len__(self):
@@ -314,6 +313,6 @@ def test_a_port_in_use_and_impossible_limits_are_named_before_anything_starts(se
 
 
 def test_without_starlette_the_error_names_the_extra(index):
-    code = "import sys; sys.modules['starlette'] = None\nfrom igpo_trl.search.network.server import create_app; create_app(None)"
+    code = "import sys; sys.modules['starlette'] = None\nfrom igpo_trl.search import create_app; create_app(None)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert 'pip install "igpo-trl[serve]"' in result.stderr

@@ -49,7 +49,7 @@ def register(app: typer.Typer) -> None:
 @contextmanager
 def _one_line_errors() -> Iterator[None]:
     """What the user can mend ends in one line and a status of 1; other errors are ours and keep their traceback."""
-    from ..search.network.remote import SearchError
+    from ..search import SearchError
 
     try:
         yield
@@ -191,7 +191,7 @@ def serve(
 ) -> None:
     """Serve an index over HTTP, with the `/retrieve` protocol of Search-R1."""
     from ..search import open_search
-    from ..search.network.server import serve as run_server
+    from ..search import serve as run_server
 
     with _one_line_errors():
         run_server(open_search(index, model=model, device=device), host=host, port=port)
