@@ -1,11 +1,12 @@
 """`igpo eval`: roll out and score, compare runs, look at an index alone, ask a judge."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .errors import one_line_errors
 
 if TYPE_CHECKING:
     from ..rewards import Variant
@@ -141,7 +142,7 @@ def evaluate(
         raise typer.Exit(2)
     if not data or not index:
         raise typer.BadParameter("give the questions with --data and what to search with --index.")
-    with _one_line():
+    with one_line_errors():
         if retrieval_only:
             ks = _numbers(k or "5,10")
             _score_retrieval(data, index, ks, limit, out)
@@ -189,7 +190,7 @@ def table(
     variant: _Variant = "squad",
 ) -> None:
     """Print the table of a run, also of one that is not finished."""
-    with _one_line():
+    with one_line_errors():
         for run in runs:
             _show_run(run, variant)
 
@@ -205,7 +206,7 @@ def compare(
     from ..evaluation import compare_runs, load_trajectories
     from ..evaluation.store import write_json
 
-    with _one_line():
+    with one_line_errors():
         found = compare_runs(load_trajectories(first), load_trajectories(second), _checked_variant(variant))
         shown = found.table((f"A: {first.name}", f"B: {second.name}"))
         _print(shown)
@@ -226,7 +227,7 @@ def judge(
     variant: _Variant = "squad",
 ) -> None:
     """Ask a language model whether the answers of a run are right; verdicts and reasons are kept beside it."""
-    with _one_line():
+    with one_line_errors():
         _ask_judge(run, judge_url, judge_model, judge_key, judge_workers)
         _show_run(run, variant)
 
@@ -362,16 +363,3 @@ def _is_main_process() -> bool:
     import os
 
     return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def _one_line() -> Iterator[None]:
-    """Errors that the user can mend end in one line, not in a traceback."""
-    try:
-        yield
-    except Exception as error:
-        # The errors of a search service are known by name: importing its class would load an HTTP client.
-        if not isinstance(error, OSError | ValueError | ImportError) and type(error).__name__ != "SearchError":
-            raise
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
