@@ -419,7 +419,9 @@ def test_modes(site, tmp_path):
     with pytest.raises(PageError, match="404"):  # live tries again what failed
         reader(tmp_path).read(site.url + "/missing")
     assert len(site.seen) == 3
-    with pytest.raises(PageError, match="not a public address"):  # what may not be read is not read from the cache either
+    with pytest.raises(
+        PageError, match="not a public address"
+    ):  # what may not be read is not read from the cache either
         PageReader(tmp_path, mode="replay").read(site.url + "/dune")
 
 

@@ -6,18 +6,10 @@ from typing import Any
 
 def require(package: str, purpose: str, extra: str) -> Any:
     """
-    Imports an optional package.
-
-    Args:
-        package (`str`):
-            Name to import.
-        purpose (`str`):
-            What needs it, for the error.
-        extra (`str`):
-            The extra of this package that installs it.
+    Imports a package that one of our extras installs; `purpose` says in the error what needs it.
 
     Raises:
-        ImportError: It is not installed.
+        ImportError: The package is not installed.
     """
     try:
         return importlib.import_module(package)

@@ -1,4 +1,4 @@
-"""What all retrievers share: the two methods that callers rely on, and the checks of their arguments."""
+"""The two methods that all retrievers have, and the checks of their arguments."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -18,44 +18,24 @@ class Searchable(Protocol):
         ...
 
     def search_batch(self, queries: Sequence[str], k: int = 3) -> list[list[Passage]]:
-        """The results of `search` for each query, in order."""
-        ...
-
-
-class Retriever:
-    """Base of the retrievers in this package. A subclass implements `_search_batch`."""
-
-    def search(self, query: str, k: int = 3) -> list[Passage]:
         """
-        Finds passages for one query.
-
-        Args:
-            query (`str`):
-                What to look for.
-            k (`int`, *optional*, defaults to `3`):
-                Maximum number of passages.
-
-        Returns:
-            `list[Passage]`: Best first.
-
-        Raises:
-            ValueError: `k` is not positive.
-            SearchError: A search service failed ([`HTTPSearch`] and [`WebSearch`] only).
-        """
-        return self.search_batch([query], k)[0]
-
-    def search_batch(self, queries: Sequence[str], k: int = 3) -> list[list[Passage]]:
-        """
-        Finds passages for several queries at once. Same as `search` for each of them, but faster.
-
-        Returns:
-            `list[list[Passage]]`: One list per query, in order.
+        The results of `search` for each query, in order.
 
         Raises:
             ValueError: `k` is not positive.
             TypeError: `queries` is a single string.
             SearchError: A search service failed ([`HTTPSearch`] and [`WebSearch`] only).
         """
+        ...
+
+
+class Retriever(Searchable):
+    """Base of the retrievers in this package. A subclass implements `_search_batch`."""
+
+    def search(self, query: str, k: int = 3) -> list[Passage]:
+        return self.search_batch([query], k)[0]
+
+    def search_batch(self, queries: Sequence[str], k: int = 3) -> list[list[Passage]]:
         if k < 1:
             raise ValueError(f"got k={k}, expected at least 1.")
         if isinstance(queries, str):

@@ -21,6 +21,10 @@ MIN_NUMBA = 50_000
 """Number of passages from which on numba, if installed, is worth the seconds that it takes to compile."""
 
 
+def _bm25s() -> Any:
+    return require("bm25s", "BM25 search", "search")
+
+
 class BM25Index(Index):
     """
     Keyword search. A passage's title is indexed with its text, and its words count four times.
@@ -138,7 +142,7 @@ class BM25Index(Index):
 
     def _search_batch(self, queries: list[str], k: int) -> list[list[Passage]]:
         results: list[list[Passage]] = [[] for _ in queries]
-        words = require("bm25s", "BM25 search", "search").tokenize(
+        words = _bm25s().tokenize(
             queries,
             stopwords=self._settings["stopwords"],
             stemmer=make_stemmer(self._settings["stemmer"]),  # type: ignore[arg-type]
@@ -195,7 +199,7 @@ class BM25Index(Index):
         directory = Path(directory)
         manifest = read_manifest(directory)
         check_kind(directory, manifest, KIND, VERSION)
-        bm25s = require("bm25s", "BM25 search", "search")
+        bm25s = _bm25s()
         try:
             scorer = bm25s.BM25.load(directory, mmap=mmap, show_progress=False, backend="numpy")
             for name in ("data", "indices", "indptr"):  # views of the maps, which are faster to slice
@@ -219,7 +223,7 @@ def _check_settings(k1: float, b: float, title_weight: int, stopwords: str | Non
         raise ValueError(f"got k1={k1}, b={b}; expected k1 of at least 0 and b from 0 to 1.")
     if title_weight < 0:
         raise ValueError(f"got title_weight={title_weight}, expected at least 0.")
-    bm25s = require("bm25s", "BM25 search", "search")
+    bm25s = _bm25s()
     bm25s.tokenize(["x"], stopwords=stopwords, show_progress=False)  # raises a ValueError for an unknown language
     make_stemmer(stemmer)
 
@@ -238,7 +242,7 @@ def _score(ids: TokenIds, vocabulary: dict[str, int], k1: float, b: float, show_
     """The BM25 scores of all words in all passages."""
     if not vocabulary:
         raise ValueError("the corpus has no words to index (single letters and stop words do not count).")
-    bm25s = require("bm25s", "BM25 search", "search")
+    bm25s = _bm25s()
     # With scipy, if installed, scores are sorted by word in linear time and with half the memory.
     scorer = bm25s.BM25(k1=k1, b=b, csc_backend="auto")
     scorer.index(bm25s.tokenization.Tokenized(ids=ids, vocab=vocabulary), show_progress=show_progress)
@@ -257,5 +261,5 @@ def _finish(directory: Path, scorer: Any, writer: PassageWriter, settings: dict[
         k1=scorer.k1,
         b=scorer.b,
         **settings,
-        bm25s=require("bm25s", "BM25 search", "search").__version__,
+        bm25s=_bm25s().__version__,
     )

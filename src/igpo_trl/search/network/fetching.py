@@ -148,20 +148,12 @@ def fetch(
             Its address.
         kinds (`Sequence[str]`):
             Content types to accept.
-        max_bytes (`int`):
-            Maximum size, compressed and uncompressed; the rest is cut off.
-        timeout (`float`):
-            Seconds for everything, redirects included; the look-up of a name may take longer.
-        max_redirects (`int`, *optional*, defaults to `5`):
-            Maximum number of redirects.
         allowed (`Sequence` of networks, *optional*):
             Networks that may be reached although they are not public.
         headers (`Sequence[tuple[str, str]]`, *optional*):
             Additional headers.
-        look_up (`Callable`, *optional*):
-            Returns the addresses of a host name and port, as [`resolve`] does.
-        ssl_context (`ssl.SSLContext`, *optional*):
-            Certificates to trust; by default those of the system.
+        max_bytes, timeout, max_redirects, look_up, ssl_context:
+            As for [`PageReader`]. The timeout does not cover the look-up of names.
 
     Raises:
         PageError: The page is not allowed, cannot be fetched, or is of another kind.
@@ -230,17 +222,7 @@ def _read(response: Any, url: str, kinds: Sequence[str], max_bytes: int) -> Page
 
 
 class _CheckedBackend(httpcore2.NetworkBackend):
-    """
-    Resolves a name, checks all its addresses, and connects to one of them.
-
-    Args:
-        look_up (`Callable`):
-            Returns the addresses of a host name and port.
-        accept (`Callable`):
-            Whether an address may be reached.
-        deadline (`float`):
-            End of all operations, on the clock `time.monotonic`.
-    """
+    """Resolves a name, checks that all its addresses are accepted, and connects to one of them before a deadline."""
 
     def __init__(
         self, look_up: Callable[[str, int], list[str]], accept: Callable[[Address], bool], deadline: float

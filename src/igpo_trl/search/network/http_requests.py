@@ -160,16 +160,10 @@ def post_json(
     status 429 or 5xx.
 
     Args:
-        client (`httpx2.Client`):
-            Sends the request.
-        url (`httpx2.URL`):
-            Address; it appears in logs and errors.
-        body (`Mapping`):
-            The request.
+        client, url, body, headers:
+            The request. Logs and errors show the address.
         max_attempts (`int`):
             Maximum number of attempts.
-        headers (`Mapping[str, str]`, *optional*):
-            Additional headers.
         secret (`str`, *optional*):
             A secret in the headers; it is replaced in responses and errors.
         before_attempt (`Callable`, *optional*):

@@ -31,14 +31,9 @@ class PageReader:
     are read, and at most `max_bytes` of it.
 
     Args:
-        cache (`str` or `Path`, *optional*):
-            Directory for the pages; it may be that of a [`WebSearch`].
-        mode (`str`, *optional*, defaults to `"live"`):
-            `"live"` uses cached pages and fetches the rest, `"record"` fetches and stores everything, errors
-            included, `"replay"` fetches nothing.
-        missing (`str`, *optional*, defaults to `"error"`):
-            What `"replay"` does for a page that was not recorded: raise a [`CacheMiss`], or a [`PageError`]
-            (`"empty"`).
+        cache, mode, missing:
+            As for [`WebSearch`], whose cache may be the same. `"record"` stores errors too. In `"replay"`, a page that
+            was not recorded raises [`CacheMiss`], or with `missing="empty"` a [`PageError`].
         timeout (`float`, *optional*, defaults to `20.0`):
             Seconds per attempt, redirects included.
         max_attempts (`int`, *optional*, defaults to `2`):

@@ -36,12 +36,8 @@ class QueryBatcher:
     Args:
         index (`Searchable`):
             What to search.
-        max_batch (`int`):
-            Maximum number of queries per call of the index.
-        max_wait (`float`):
-            Seconds.
-        max_waiting (`int`):
-            Maximum number of waiting queries.
+        max_batch, max_wait, max_waiting:
+            As for [`create_app`].
     """
 
     def __init__(self, index: Searchable, max_batch: int, max_wait: float, max_waiting: int) -> None:

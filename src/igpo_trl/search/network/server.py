@@ -78,7 +78,7 @@ def create_app(
         raise ValueError(f"got max_wait={max_wait}, expected seconds, 0 or more.")
     if topk > max_topk:
         raise ValueError(f"got topk={topk}, expected at most max_topk={max_topk}.")
-    reader = _request_reader(topk, max_queries, max_topk)
+    request_type = _request_type(max_queries, max_topk)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: "Starlette") -> AsyncIterator[None]:
@@ -96,7 +96,7 @@ def create_app(
         if body is None:
             return _problem(413, f"the request is longer than {max_body} bytes.")
         try:
-            query = reader.validate_json(body)
+            query = request_type.model_validate_json(body)
         except pydantic.ValidationError as error:
             return _problem(400 if error.errors()[0]["type"] == "json_invalid" else 422, _first_problem(error))
         try:
@@ -211,14 +211,14 @@ async def _read(request: "Request", limit: int) -> bytes | None:
     return None
 
 
-def _request_reader(topk: int, max_queries: int, max_topk: int) -> pydantic.TypeAdapter[Any]:
+def _request_type(max_queries: int, max_topk: int) -> Any:
     class RetrieveRequest(pydantic.BaseModel):
         queries: Annotated[list[str], pydantic.Field(max_length=max_queries)]
         # None and 0 mean the default, as on the server of Search-R1.
         topk: Annotated[int, pydantic.Field(ge=0, le=max_topk)] | None = None
         return_scores: bool = False
 
-    return pydantic.TypeAdapter(RetrieveRequest)
+    return RetrieveRequest
 
 
 def _first_problem(error: pydantic.ValidationError) -> str:

@@ -51,10 +51,8 @@ class WebSearch(Retriever):
             Maximum rate of all threads of a process; `None` for no limit.
         max_concurrent (`int`, *optional*, defaults to `16`):
             Maximum number of concurrent requests of one `search_batch`.
-        timeout (`float`, *optional*, defaults to `20.0`):
-            Seconds that the service may take to accept a connection or to respond.
-        max_attempts (`int`, *optional*, defaults to `5`):
-            Maximum number of attempts if the service cannot be reached or responds with status 429 or 5xx.
+        timeout, max_attempts:
+            As for [`HTTPSearch`].
         trust_env (`bool`, *optional*, defaults to `True`):
             Whether to use the proxies of the environment.
 
