@@ -122,8 +122,8 @@ def search(
         results = searchable.search_batch(query, k)
         seconds = time.perf_counter() - started
     if as_json:
-        for text, found in zip(query, results, strict=True):
-            typer.echo(json.dumps({"query": text, "passages": list(map(asdict, found))}, ensure_ascii=False))
+        for text, passages in zip(query, results, strict=True):
+            typer.echo(json.dumps({"query": text, "passages": list(map(asdict, passages))}, ensure_ascii=False))
         return
     _print_results(query, results, max_words)
     typer.echo(f"{sum(map(len, results))} passages in {seconds * 1000:.0f} ms")

@@ -154,10 +154,10 @@ class BM25Index(Index):
         parts = [part for thread in range(self._threads) if (part := known[thread :: self._threads])]
 
         def look_up(part: list[int]) -> None:
-            found, scores = self._scorer.retrieve([ids[i] for i in part], k=min(k, len(self)), show_progress=False)
-            for i, rows, values in zip(part, found.tolist(), scores.tolist(), strict=True):
+            rows, scores = self._scorer.retrieve([ids[i] for i in part], k=min(k, len(self)), show_progress=False)
+            for i, best, values in zip(part, rows.tolist(), scores.tolist(), strict=True):
                 matches = sum(value > 0 for value in values)  # sorted: passages without a word of the query are last
-                results[i] = with_scores(self._passages, rows[:matches], values[:matches])
+                results[i] = with_scores(self._passages, best[:matches], values[:matches])
 
         if len(parts) > 1:  # both backends release the interpreter lock
             with ThreadPoolExecutor(len(parts)) as pool:

@@ -110,7 +110,7 @@ class HybridIndex(Index):
 
     def _search_batch(self, queries: list[str], k: int) -> list[list[Passage]]:
         rankings = [part.search_batch(queries, max(k, self.depth)) for part in self.parts]
-        return [self._fuse(found)[:k] for found in zip(*rankings, strict=True)]
+        return [self._fuse(query_rankings)[:k] for query_rankings in zip(*rankings, strict=True)]
 
     def _fuse(self, rankings: Sequence[list[Passage]]) -> list[Passage]:
         passages: dict[str, Passage] = {}

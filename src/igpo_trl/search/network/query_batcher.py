@@ -67,7 +67,7 @@ class QueryBatcher:
         self._arrived.set()
         if len(self._waiting) >= self._max_batch:
             self._full.set()
-        # Waits for all: a failed query must not leave the others without somebody who retrieves their exceptions.
+        # Wait for all, so that asyncio does not complain about exceptions that were never retrieved.
         results = await asyncio.gather(*(query.result for query in own), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):

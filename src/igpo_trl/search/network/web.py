@@ -119,8 +119,11 @@ class WebSearch(Retriever):
         elif wanted:
             hits.update(self._fetch_all(wanted, k))
         return [
-            [Passage(hit["link"], hit["title"], hit["snippet"], 1.0 / rank) for rank, hit in enumerate(found, start=1)]
-            for found in (hits[text][:k] for text in texts)
+            [
+                Passage(hit["link"], hit["title"], hit["snippet"], 1 / rank)
+                for rank, hit in enumerate(hits[text][:k], 1)
+            ]
+            for text in texts
         ]
 
     def close(self) -> None:
