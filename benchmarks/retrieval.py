@@ -8,8 +8,8 @@ Both sides read the same JSON Lines file with the same settings and end with an 
 disk. Every build and every load runs in its own process, the two sides in turns; their queries run in turns in one
 process. Figures are medians; ratios are medians of the ratios of neighboring runs. The passages are those of
 ../shared/data, if it exists, repeated with their words shuffled, else synthetic with Zipf-distributed words. The dense
-model is a static embedding with random weights, as fast as any other of its kind; the slower the model, the smaller the
-share of the search layer. On a busy machine, compare the figures in CPU seconds (of all threads).
+model is a static embedding with random weights, as fast as any other of its kind; the slower the model, the smaller
+the share of the search layer. On a busy machine, compare the figures in CPU seconds (of all threads).
 """
 
 import argparse

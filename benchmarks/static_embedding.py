@@ -4,8 +4,8 @@ A dense retriever without a download: one fixed random vector per word, scaled b
     python benchmarks/static_embedding.py --out outputs/static corpus/*.jsonl.gz
     igpo index --kind dense --model outputs/static --corpus corpus/nq.jsonl.gz --out outputs/nq-dense
 
-The length of a word's vector is the word's inverse document frequency in the corpora, and a text's vector is the mean of
-its words' vectors: the cosine of two texts approximates that of their tf-idf vectors. It knows no synonyms. The same
+The length of a word's vector is the word's inverse document frequency in the corpora, and a text's vector is the mean
+of its words' vectors: the cosine of two texts approximates that of their tf-idf vectors. It knows no synonyms. The same
 files and seed give the same vectors.
 """
 
@@ -60,9 +60,7 @@ if __name__ == "__main__":
     parser.add_argument("corpora", nargs="+", type=Path, help="Files of passages.")
     parser.add_argument("--out", type=Path, required=True, help="Directory of the model.")
     parser.add_argument("--dimension", type=int, default=512)
-    parser.add_argument(
-        "--vocabulary", type=int, default=60_000, help="Maximum number of words; the most frequent ones."
-    )
+    parser.add_argument("--vocabulary", type=int, default=60_000, help="Number of most frequent words to keep.")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     make_static_embedding(options.corpora, options.out, options.dimension, options.vocabulary, options.seed)

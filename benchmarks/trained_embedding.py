@@ -6,8 +6,8 @@ A trained encoder from a Python package: the static embedding of WordLlama, as a
     igpo index --kind dense --model outputs/wordllama --corpus corpus/nq.jsonl.gz --out outputs/nq-dense
 
 WordLlama (https://github.com/dleemiller/WordLlama, MIT licence) has one vector of 256 numbers per token of Llama 2,
-trained for similarity; a text's vector is the mean of its tokens' vectors. The wheel contains the weights (16 MB), so no
-hub is needed. It is a small encoder: its authors report lower scores than all-MiniLM-L6-v2 on every task of MTEB.
+trained for similarity; a text's vector is the mean of its tokens' vectors. The wheel contains the weights (16 MB), so
+no hub is needed. It is a small encoder: its authors report lower scores than all-MiniLM-L6-v2 on every task of MTEB.
 """
 
 import argparse

@@ -119,10 +119,7 @@ class WebSearch(Retriever):
         elif wanted:
             hits.update(self._fetch_all(wanted, k))
         return [
-            [
-                Passage(hit["link"], hit["title"], hit["snippet"], 1 / rank)
-                for rank, hit in enumerate(hits[text][:k], 1)
-            ]
+            [Passage(hit["link"], hit["title"], hit["snippet"], 1.0 / (i + 1)) for i, hit in enumerate(hits[text][:k])]
             for text in texts
         ]
 
