@@ -5,8 +5,8 @@ A dense retriever without a download: one fixed random vector per word, scaled b
     igpo index --kind dense --model outputs/static --corpus corpus/nq.jsonl.gz --out outputs/nq-dense
 
 The length of a word's vector is the word's inverse document frequency in the corpora, and a text's vector is the mean
-of its words' vectors: the cosine of two texts approximates that of their tf-idf vectors. It knows no synonyms. The same
-files and seed give the same vectors.
+of its words' vectors: the cosine of two texts approximates that of their tf-idf vectors. It knows no synonyms. The
+same files and seed give the same vectors.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The page-reading tool: what it reads, what it refuses, how it is bounded, recorded and replayed."""
+"""The page-reading tool: what it reads and refuses, its limits, recording and replaying."""
 
 import gzip
 import inspect
@@ -90,7 +90,7 @@ def redirect(location, status=302):
 
 
 def drip(handler):
-    """A byte now and then, for ever."""
+    """A byte now and then, without end."""
     handler.send_response(200)
     handler.send_header("Content-Type", "text/plain")
     handler.end_headers()
@@ -151,7 +151,7 @@ def site():
 
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch):
-    # A reader that took them from the environment would find nobody there.
+    # A reader that used proxies of the environment could not connect.
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
 
@@ -179,7 +179,7 @@ def test_plain_text_is_taken_as_it_is(site):
     assert reader().read(site.url + "/odd-charset").text == "nuqneH"
 
 
-def test_the_request_names_host_and_reader_and_holds_nothing_else(site):
+def test_the_request_has_the_expected_headers_and_no_others(site):
     site.seen.clear()
     reader(user_agent="test agent").read(f"{site.url}/plain?a=1&b=%20ä#part")
     ((path, headers),) = site.seen
@@ -207,7 +207,7 @@ def test_the_request_names_host_and_reader_and_holds_nothing_else(site):
         ("/file", "only URLs that begin with http:// or https://"),
     ],
 )
-def test_what_cannot_be_read_is_said(site, path, message):
+def test_unreadable_pages_are_explained(site, path, message):
     with pytest.raises(PageError, match=message):
         reader().read(site.url + path)
 
@@ -219,7 +219,7 @@ def test_garbage_is_an_error_or_text_and_nothing_else(site):
         pass
 
 
-def test_a_busy_server_is_asked_again_and_a_missing_page_is_not(site):
+def test_a_busy_server_gets_another_request_and_a_missing_page_does_not(site):
     for path, times in (("/busy", 2), ("/missing", 1)):
         site.seen.clear()
         with pytest.raises(PageError):
@@ -238,7 +238,7 @@ def test_size_and_time_are_bounded(site):
     assert time.monotonic() - start < 5
 
 
-def test_a_few_bytes_that_stand_for_millions_are_not_all_unpacked(site):
+def test_decompression_is_limited(site):
     assert len(PAGES["/bomb"][2]) < 100_000
     reads = reader(max_bytes=100_000)
     tracemalloc.start()
@@ -345,15 +345,15 @@ def test_a_name_is_looked_up_once_and_the_connection_goes_to_what_was_checked(si
     """Rebinding: a resolver that gives a harmless address first, and another one the next time."""
     with Site({"/x": html(ARTICLE)}, "127.0.0.2") as inside:
         answers = iter([["127.0.0.1"], ["127.0.0.2"], ["127.0.0.2"]])
-        asked = []
+        lookups = []
 
         def look_up(host, port):
-            asked.append((host, port))
+            lookups.append((host, port))
             return next(answers)
 
         site.seen.clear()
         page = reader(look_up=look_up).read(f"http://rebinding.test:{site.port}/dune")
-        assert page.title and asked == [("rebinding.test", site.port)]
+        assert page.title and lookups == [("rebinding.test", site.port)]
         assert site.seen[0][1]["Host"] == f"rebinding.test:{site.port}"
         with pytest.raises(PageError, match="rebinding.test is not a public address"):
             reader(look_up=look_up).read(f"http://rebinding.test:{inside.port}/x")
@@ -370,7 +370,7 @@ def test_one_address_that_is_not_public_among_others_is_enough(site, addresses):
     assert site.seen == []
 
 
-def test_another_address_is_tried_where_one_does_not_answer(site):
+def test_another_address_is_tried_if_one_does_not_answer(site):
     page = reader(allow=["127.0.0.0/8"], look_up=lambda host, port: ["127.0.0.3", "127.0.0.1"]).read(
         f"http://two.test:{site.port}/dune"
     )
@@ -514,8 +514,8 @@ def test_impossible_options(options, message):
         ReadPageTool(max_words=0)
 
 
-def test_the_checks_are_what_keeps_the_reader_out(site, monkeypatch):
-    """The same address is read as soon as nothing checks it: the tests above would notice."""
+def test_without_the_check_a_private_address_can_be_read(site, monkeypatch):
+    """Without the check, the same address can be read, so the tests above do test the check."""
     url = f"http://localhost:{site.port}/dune"
     with pytest.raises(PageError, match="not a public address"):
         PageReader().read(url)

@@ -1,4 +1,4 @@
-"""Indexes on disk: built there, killed, damaged; and opening whatever can be searched."""
+"""Indexes on disk: builds, kills, damage; and opening any index or server."""
 
 import filecmp
 import json
@@ -66,15 +66,9 @@ BM25Index.build(corpus(), directory=sys.argv[1], show_progress=False)
 
 
 def count_tokenized(monkeypatch) -> list[str]:
-    """The texts that are tokenized from now on, without the vocabularies of loaded shards."""
+    """A list to which all texts are added that are tokenized after this call."""
     real, texts = CorpusTokenizer.tokenize, []
-
-    def tokenize(self, batch):
-        if sys._getframe(1).f_code.co_name != "_load":
-            texts.extend(batch)
-        return real(self, batch)
-
-    monkeypatch.setattr(CorpusTokenizer, "tokenize", tokenize)
+    monkeypatch.setattr(CorpusTokenizer, "tokenize", lambda self, batch: texts.extend(batch) or real(self, batch))
     return texts
 
 
@@ -85,13 +79,13 @@ def same_files(first: Path, second: Path) -> None:
         assert filecmp.cmp(first / name, second / name, shallow=False), name
 
 
-def test_a_killed_build_leaves_no_index_and_the_next_one_goes_on(tmp_path, monkeypatch):
+def test_a_killed_build_leaves_no_index_and_the_next_one_resumes_it(tmp_path, monkeypatch):
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED_BUILD, str(tmp_path / "index")], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout.readline() == "reading\n"
-        for restart in (False, True):  # which takes nothing away from a build that is going on
+        for restart in (False, True):  # which must not disturb a running build
             with pytest.raises(BlockingIOError, match="another process is building"):
                 BM25Index.build(PASSAGES, directory=tmp_path / "index", restart=restart, show_progress=False)
     finally:
@@ -105,7 +99,7 @@ def test_a_killed_build_leaves_no_index_and_the_next_one_goes_on(tmp_path, monke
     corpus = [{"id": i, "title": "", "text": f"some words {i}"} for i in range(30_000)]
     texts = count_tokenized(monkeypatch)
     BM25Index.build(corpus, directory=tmp_path / "index", show_progress=False)
-    assert [text.strip() for text in texts] == [record["text"] for record in corpus[2 * SHARD :]]  # two were whole
+    assert [text.strip() for text in texts] == [record["text"] for record in corpus[2 * SHARD :]]  # two were complete
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
     BM25Index.build(corpus, show_progress=False).save(tmp_path / "whole")
     same_files(tmp_path / "index", tmp_path / "whole")
@@ -114,25 +108,25 @@ def test_a_killed_build_leaves_no_index_and_the_next_one_goes_on(tmp_path, monke
 @pytest.mark.parametrize(
     ("change", "again"),
     [
-        ({}, 10),  # the last shard of 100, which was not whole
+        ({}, 10),  # the last shard, which was not complete
         ({"k1": 1.5, "b": 0.1}, 10),
         ({"title_weight": 1}, 410),
         ({"stopwords": None}, 410),
         ({"stemmer": None}, 410),
         ({"restart": True}, 410),
-        ("mended", 210),
+        ("corrected", 210),
         ("cut off", 110),
         ("damaged", 110),
     ],
 )
-def test_an_interrupted_build_goes_on_with_what_is_still_the_same(tmp_path, monkeypatch, change, again):
+def test_an_interrupted_build_resumes_with_unchanged_passages(tmp_path, monkeypatch, change, again):
     monkeypatch.setattr("igpo_trl.search.indexes.tokens.SHARD", 100)
     rng = random.Random(0)
     words = ["the", "Éa", "ΑΣ", "İstanbul", "naïve", "東京都", *(f"w{i}ing" for i in range(300)), "w9", "w99"]
     corpus = [{"id": i, "title": rng.choice(words), "text": " ".join(rng.choices(words, k=9))} for i in range(410)]
 
     with monkeypatch.context() as patch:
-        patch.setattr("bm25s.BM25.index", lambda *_, **__: 1 / 0)  # when all has been read
+        patch.setattr("bm25s.BM25.index", lambda *_, **__: 1 / 0)  # after the tokenization
         with pytest.raises(ZeroDivisionError):
             BM25Index.build(corpus, directory=tmp_path / "index", show_progress=False)
     work = tmp_path / ".index.partial/work"
@@ -141,8 +135,8 @@ def test_an_interrupted_build_goes_on_with_what_is_still_the_same(tmp_path, monk
     options = {}
     if isinstance(change, dict):
         options = change
-    elif change == "mended":
-        corpus[222]["text"] = "other words"  # in the third shard: what follows has other ids now
+    elif change == "corrected":
+        corpus[222]["text"] = "other words"  # in the third shard: later words get other ids
     else:
         content = bytearray((work / "000001.npz").read_bytes())
         content[len(content) // 2] ^= 1
@@ -176,7 +170,7 @@ def test_an_index_appears_only_when_its_block_ends(tmp_path):
         assert (work / "shard").read_text() == "y" and not list(target.iterdir())
 
 
-def test_checksums_of_large_files_find_zeros_and_strangers(tmp_path):
+def test_checksums_of_large_files_detect_zeros_and_changes(tmp_path):
     path = tmp_path / "large"
     content = np.random.default_rng(0).bytes(5 << 20)
     path.write_bytes(content)
@@ -189,7 +183,7 @@ def test_checksums_of_large_files_find_zeros_and_strangers(tmp_path):
         assert file_checksum(path) != whole
 
 
-def test_fingerprints_tell_corpora_apart(tmp_path):
+def test_fingerprints_of_different_corpora_differ(tmp_path):
     passages = list(read_passages(PASSAGES))
     with PassageWriter(tmp_path) as writer:
         for passage in passages:

@@ -131,7 +131,7 @@ def test_other_parameters_and_services_have_other_answers(service, tmp_path):
     assert len(service.requests) == 3
 
 
-def test_record_fetches_anew_and_replay_fetches_nothing(service, tmp_path, monkeypatch):
+def test_record_fetches_everything_and_replay_fetches_nothing(service, tmp_path, monkeypatch):
     make(service, tmp_path).search("a")
     service.answer = lambda body, number: (200, {"organic": organic("new", 3)}, {})
     recorded = make(service, tmp_path, mode="record").search_batch(["a", "b"])
@@ -195,7 +195,7 @@ def test_many_threads_write_and_read_one_cache(tmp_path):
     assert all(ResponseCache(tmp_path, "replay").get([i, j]) for i in range(8) for j in range(10))
 
 
-def test_a_damaged_or_foreign_cache_is_named(service, tmp_path):
+def test_a_damaged_file_or_another_file_is_reported(service, tmp_path):
     (tmp_path / FILE).write_bytes(b"years of work " * 100)
     with pytest.raises(ValueError, match=f"{FILE} is damaged or not a file of recorded responses"):
         make(service, tmp_path)
@@ -239,7 +239,7 @@ def test_impossible_options(options, error, message):
 # Rate and retries
 
 
-def test_the_rate_holds_over_threads(service):
+def test_the_rate_limit_covers_all_threads(service):
     index = make(service, requests_per_second=20, max_concurrent=8)
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(index.search_batch, [list("abcd"), list("efgh")]))
@@ -248,7 +248,7 @@ def test_the_rate_holds_over_threads(service):
     assert 0.25 <= max(service.times) - min(service.times) < 1.5
 
 
-def test_a_busy_service_is_asked_again(service):
+def test_a_busy_service_gets_another_request(service):
     service.answer = lambda body, number: web(body, number) if number > 2 else (429, {"message": "slow down"}, {})
     assert make(service).search("a")
     assert len(service.requests) == 3
@@ -279,7 +279,7 @@ def test_a_key_that_cannot_be_sent_is_not_shown(service, monkeypatch, bad):
 
 
 def everything(error: BaseException) -> str:
-    """All that a thorough logger would print of an exception: variables, causes, contexts."""
+    """Everything that a thorough logger would print of an exception: variables, causes, contexts."""
     shown = []
     seen = set()
     while error is not None and id(error) not in seen:
@@ -299,7 +299,7 @@ def test_the_key_reaches_no_log_cache_error_repr_pickle_or_trajectory(service, t
     seen = []
 
     def echo(body, number):
-        """A service that sends the key back, in everything it says."""
+        """A service that sends the key back in every response."""
         if "deny" in body["q"]:
             return 403, {"message": f"the key {KEY} is not valid"}, {}
         if "page" in body["q"]:
@@ -340,5 +340,7 @@ def test_the_key_reaches_no_log_cache_error_repr_pickle_or_trajectory(service, t
     assert {path.name for path in files} == {FILE, "rollouts.jsonl"}
     for path in files:
         assert KEY.encode() not in path.read_bytes()
-        assert b"[secret]" in path.read_bytes()  # the text is stored as it is: the search above can find it
+        assert (
+            b"[secret]" in path.read_bytes()
+        )  # the text is stored uncompressed, so the search above would find the key
     runner.close()

@@ -112,7 +112,9 @@ class CorpusTokenizer:
                 ids, lengths = shard["ids"], shard["lengths"]
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # possible after a power cut
             return None
-        self.tokenize([" ".join(new)])  # the words get the same ids as before
+        list(
+            self._tokenizer.streaming_tokenize([" ".join(new)], allow_empty=False)
+        )  # gives them the same ids as before
         return ids, lengths
 
 

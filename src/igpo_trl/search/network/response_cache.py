@@ -75,15 +75,15 @@ class ResponseCache:
             with self._open(self.file) as database:
                 database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (_dump(key), _dump(value)))
 
-    def check_miss(self, request: str) -> None:
+    def check_miss(self, details: str) -> None:
         """
-        Called for a request of the mode `"replay"` that is not in the cache.
+        Reports a request of the mode `"replay"` that is not in the cache; `details` ends the error message.
 
         Raises:
             CacheMiss: `missing` is `"error"`.
         """
         if self.missing == "error":
-            raise CacheMiss(f"not recorded in {self.file}{request}")
+            raise CacheMiss(f"not recorded in {self.file}{details}")
 
     @contextlib.contextmanager
     def _open(self, file: Path) -> Iterator[sqlite3.Connection]:
