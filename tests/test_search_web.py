@@ -340,7 +340,5 @@ def test_the_key_reaches_no_log_cache_error_repr_pickle_or_trajectory(service, t
     assert {path.name for path in files} == {FILE, "rollouts.jsonl"}
     for path in files:
         assert KEY.encode() not in path.read_bytes()
-        assert (
-            b"[secret]" in path.read_bytes()
-        )  # the text is stored uncompressed, so the search above would find the key
+        assert b"[secret]" in path.read_bytes()  # stored uncompressed: the key would be found
     runner.close()

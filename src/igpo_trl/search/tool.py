@@ -115,7 +115,7 @@ def _render_list(queries: Sequence[Any], answers: Sequence[str]) -> str:
 
 
 def _problem(query: object) -> str:
-    if not isinstance(query, str):  # a policy sends what it likes
+    if not isinstance(query, str):  # policies send anything
         return f"Error: the query must be a string, got {type(query).__name__}."
     return "" if query.strip() else "Error: the query is empty. Say what to look for."
 

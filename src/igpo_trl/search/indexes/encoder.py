@@ -64,18 +64,16 @@ class Encoder:
         half: bool = False,
         batch_size: int = 64,
     ) -> None:
-        require("sentence_transformers", "Dense search", "dense")
-        from sentence_transformers import SentenceTransformer
-
         if batch_size < 1:
             raise ValueError(f"got batch_size={batch_size}, expected at least 1.")
+        library = require("sentence_transformers", "Dense search", "dense")
         self.name: str | None = None
         if isinstance(model, str | Path):
             path = Path(model).expanduser()
             if not path.exists() and (isinstance(model, Path) or model.startswith((".", "/", "~"))):
                 raise FileNotFoundError(f"no such model: {model}. Expected a folder, or a name on the hub.")
             self.name = str(path.resolve()) if path.exists() else str(model)
-            self._model: Any = SentenceTransformer(self.name, device=device)
+            self._model: Any = library.SentenceTransformer(self.name, device=device)
         else:
             self._model = model if device is None else model.to(device)
         if half:

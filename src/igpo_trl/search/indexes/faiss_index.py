@@ -52,23 +52,18 @@ def build_faiss_index(shards: Sequence[Path], number: int, dimension: int, struc
         shards (`Sequence[Path]`):
             `.npy` files with vectors as rows, in order.
         number (`int`):
-            Number of vectors in all files.
+            Number of vectors in all files; at least `MIN_IVFPQ` for `ivfpq`.
         dimension (`int`):
             Length of a vector.
         structure (`str`):
             One of the above.
         dtype (`str`):
             Type of the stored vectors, `"float16"` or `"float32"`; no effect for `ivfpq`.
-
-    Raises:
-        ValueError: There are too few vectors for `ivfpq`.
     """
     faiss = _faiss()
     code = DTYPES[dtype]
     factory = code if structure == "flat" else f"HNSW32_{code}"
     if structure == "ivfpq":
-        if number < MIN_IVFPQ:
-            raise ValueError(f"ivfpq needs at least {MIN_IVFPQ} passages to learn from, got {number}. Use flat.")
         factory = f"IVF{number_of_cells(number)},PQ{bytes_per_vector(dimension)}"
     index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     if structure == "hnsw":

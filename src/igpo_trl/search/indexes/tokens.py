@@ -112,9 +112,7 @@ class CorpusTokenizer:
                 ids, lengths = shard["ids"], shard["lengths"]
         except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # possible after a power cut
             return None
-        list(
-            self._tokenizer.streaming_tokenize([" ".join(new)], allow_empty=False)
-        )  # gives them the same ids as before
+        list(self._tokenizer.streaming_tokenize([" ".join(new)], allow_empty=False))  # they get the same ids
         return ids, lengths
 
 

@@ -1,5 +1,6 @@
 """The page-reading tool that a policy calls."""
 
+import functools
 import ipaddress
 import re
 import ssl
@@ -84,11 +85,17 @@ class PageReader:
         self._cache = ResponseCache(cache, mode, missing)
         self.timeout = timeout
         self.max_attempts = max_attempts
-        self._max_bytes = max_bytes
-        self._max_redirects = max_redirects
-        self._user_agent = user_agent
-        self._look_up = look_up
-        self._ssl_context = ssl_context
+        self._fetch = functools.partial(
+            fetch,
+            kinds=(*HTML, PLAIN),
+            max_bytes=max_bytes,
+            timeout=timeout,
+            max_redirects=max_redirects,
+            allowed=self._allowed,
+            headers=[("User-Agent", user_agent), ("Accept", ", ".join((*HTML, PLAIN)))],
+            look_up=look_up,
+            ssl_context=ssl_context,
+        )
 
     def read(self, url: str) -> Passage:
         """
@@ -112,32 +119,21 @@ class PageReader:
             self._cache.check_miss(f": {address}")
             raise PageError("this page is not available.")
         try:
-            passage = self._fetch(address)
+            passage = self._read(address)
         except PageError as error:
             self._cache.put(key, {"error": str(error)})
             raise
         self._cache.put(key, {"id": passage.id, "title": passage.title, "text": passage.text})
         return passage
 
-    def _fetch(self, address: str) -> Passage:
+    def _read(self, address: str) -> Passage:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, PageError) and error.again),
             stop=tenacity.stop_after_attempt(self.max_attempts),
             wait=tenacity.wait_exponential(multiplier=0.5, max=5.0),
             reraise=True,
         )
-        page = retrying(
-            fetch,
-            address,
-            kinds=(*HTML, PLAIN),
-            max_bytes=self._max_bytes,
-            timeout=self.timeout,
-            max_redirects=self._max_redirects,
-            allowed=self._allowed,
-            headers=[("User-Agent", self._user_agent), ("Accept", ", ".join((*HTML, PLAIN)))],
-            look_up=self._look_up,
-            ssl_context=self._ssl_context,
-        )
+        page = retrying(self._fetch, address)
         title, text = page_text(page)
         if not text:
             raise PageError("the page has no text.")
