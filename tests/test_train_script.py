@@ -22,8 +22,7 @@ from igpo_trl.cli import train as training
 from igpo_trl.cli.app import app
 from igpo_trl.data import SYSTEM_PROMPTS
 from igpo_trl.sandbox.tiny_model import SYSTEM_PROMPT, make_tiny_model
-from igpo_trl.search import BM25Index
-from igpo_trl.search.indexes import bm25
+from igpo_trl.search import BM25Index, bm25
 from igpo_trl.trajectory import read_jsonl
 
 
@@ -234,14 +233,14 @@ def test_index_is_built_once_and_again_for_another_corpus(arguments, files, tmp_
 
 def test_who_comes_second_waits_for_the_index_that_another_builds(arguments, monkeypatch):
     script, *_ = parse(arguments)
-    real, built = bm25._score, []
+    real, built = bm25._index, []
 
     def build_slowly(*given):
         built.append(given)
         time.sleep(0.5)
         return real(*given)
 
-    monkeypatch.setattr(bm25, "_score", build_slowly)
+    monkeypatch.setattr(bm25, "_index", build_slowly)
     with ThreadPoolExecutor(2) as pool:
         indexes = list(pool.map(training.load_index, [script, script]))
     assert [len(index) for index in indexes] == [12, 12]

@@ -123,7 +123,7 @@ class BM25Index(Index):
             passages: list[Passage] = []
             tokenizer = CorpusTokenizer(stopwords, stemmer)
             ids = tokenizer.read(_texts(corpus, passages.append, title_weight, show_progress))
-            return cls(_score(ids, tokenizer.vocabulary, k1, b, show_progress), passages, **settings)
+            return cls(_index(ids, tokenizer.vocabulary, k1, b, show_progress), passages, **settings)
         with new_index(directory, restart=restart) as (target, work):
             with PassageWriter(target) as writer:
 
@@ -132,7 +132,7 @@ class BM25Index(Index):
 
                 tokenizer = CorpusTokenizer(stopwords, stemmer, work, key)
                 ids = tokenizer.read(_texts(corpus, writer.write, title_weight, show_progress))
-            scorer = _score(ids, tokenizer.vocabulary, k1, b, show_progress)
+            scorer = _index(ids, tokenizer.vocabulary, k1, b, show_progress)
             _finish(target, scorer, writer, settings)
         return cls.load(directory)
 
@@ -238,8 +238,8 @@ def _texts(corpus: Corpus, keep: Callable[[Passage], None], title_weight: int, s
         yield f"{passage.title}\n" * title_weight + passage.text
 
 
-def _score(ids: TokenIds, vocabulary: dict[str, int], k1: float, b: float, show_progress: bool) -> Any:
-    """The BM25 scores of all words in all passages."""
+def _index(ids: TokenIds, vocabulary: dict[str, int], k1: float, b: float, show_progress: bool) -> Any:
+    """Scores all words in all passages."""
     if not vocabulary:
         raise ValueError("the corpus has no words to index (single letters and stop words do not count).")
     bm25s = _bm25s()
