@@ -1,6 +1,7 @@
 """Indexes on disk: builds, kills, damage; and opening any index or server."""
 
 import filecmp
+import importlib
 import json
 import pickle
 import random
@@ -222,6 +223,13 @@ def test_public_names(index):
     with pytest.raises(AttributeError, match="NoIndex"):
         igpo_trl.search.NoIndex  # noqa: B018
     assert isinstance(index, Searchable) and not isinstance(object(), Searchable)
+
+
+def test_earlier_paths_still_work():
+    for module, names in (("reader", ["PageReader", "ReadPageTool"]), ("server", ["create_app", "serve"])):
+        earlier = importlib.import_module(f"igpo_trl.search.{module}")
+        for name in names:
+            assert getattr(earlier, name) is getattr(igpo_trl.search, name)
 
 
 @pytest.mark.parametrize(

@@ -12,23 +12,10 @@ import typer
 
 from .errors import one_line_errors
 
-
-class Kind(enum.StrEnum):
-    BM25 = "bm25"
-    DENSE = "dense"
-    HYBRID = "hybrid"
-
-
-class Structure(enum.StrEnum):
-    FLAT = "flat"
-    HNSW = "hnsw"
-    IVFPQ = "ivfpq"
-
-
-class DType(enum.StrEnum):
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
+# Their values are the names in lower case.
+Kind = enum.StrEnum("Kind", ["BM25", "DENSE", "HYBRID"])
+Structure = enum.StrEnum("Structure", ["FLAT", "HNSW", "IVFPQ"])
+DType = enum.StrEnum("DType", ["FLOAT16", "FLOAT32"])
 
 _Index = Annotated[str, typer.Option("--index", help="Directory of an index, or http:// address of a search server.")]
 _Model = Annotated[str | None, typer.Option(help="Model of a dense or hybrid index, if it has moved since the build.")]
