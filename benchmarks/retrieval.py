@@ -5,11 +5,11 @@ What the search layer costs over the libraries below it: bm25s alone, sentence-t
     python benchmarks/retrieval.py --passages 1000000 --skip-dense --repeats 3
 
 Both sides read the same JSON Lines file with the same settings and end with an index and the texts of its passages on
-disk. Every build and every load runs in a process of its own, the two sides in turns; their queries run in turns in
-one process. Figures are medians, ratios are medians of those of neighbours. Passages are those of ../shared/data where
-that is, repeated with their words shuffled, or else made up with words of Zipf-distributed frequency. The dense model
-is a static embedding with random weights: its speed is that of any other of its kind, and the slower the model, the
-less the layer weighs. Where other work runs on the machine, compare the figures in CPU seconds, those of all threads.
+disk. Every build and every load runs in its own process, the two sides in turns; their queries run in turns in one
+process. Figures are medians; ratios are medians of the ratios of neighboring runs. The passages are those of
+../shared/data, if it exists, repeated with their words shuffled, else synthetic with Zipf-distributed words. The dense
+model is a static embedding with random weights, as fast as any other of its kind; the slower the model, the smaller
+the share of the search layer. On a busy machine, compare the figures in CPU seconds (of all threads).
 """
 
 import argparse
@@ -38,7 +38,7 @@ BACKEND = os.environ.get("RETRIEVAL_BACKEND", "numpy")
 
 
 def make_passages(path: Path, number: int) -> str:
-    """Writes a corpus; says what of."""
+    """Writes a corpus and returns a description of it."""
     rng = random.Random(0)
     real = []
     for file in sorted(DATA.glob("*.jsonl.gz")):
@@ -56,7 +56,7 @@ def make_passages(path: Path, number: int) -> str:
             else:
                 title, *words = rng.choices(vocabulary, cum_weights=weights, k=81)
             file.write(json.dumps({"id": str(i), "title": title, "text": " ".join(words)}, ensure_ascii=False) + "\n")
-    return f"{len(real):,} real passages, repeated with shuffled words" if real else "made up"
+    return f"{len(real):,} real passages, repeated with shuffled words" if real else "synthetic"
 
 
 def make_model(folder: Path, corpus: Path) -> None:
@@ -190,7 +190,7 @@ LOAD = {
 
 
 def import_libraries(kind: str, side: str) -> None:
-    """Outside the clock: what an import costs is no matter of ours."""
+    """Imports before the clock starts: their time does not count."""
     if kind == "bm25":
         import bm25s  # noqa: F401
     else:
@@ -201,7 +201,7 @@ def import_libraries(kind: str, side: str) -> None:
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """One build, or one load, or the queries of both sides, in this process."""
+    """Runs one build, one load, or the queries of both sides in this process."""
     kind, side = arguments.kind, arguments.side
     if arguments.child == "search":
         print(json.dumps(search_in_turns(kind, arguments)))
@@ -238,8 +238,8 @@ def search_in_turns(kind: str, arguments: argparse.Namespace) -> list[dict[str, 
     """
     Queries per second of both sides, one entry per block of 64 queries, with both indexes in this process.
 
-    In processes of their own the same side differs by 15 % from one to the next, by where its memory lies; in one, and
-    in turns, both have the same luck.
+    In separate processes the same side differs by 15 % from one to the next, depending on its memory layout; in one
+    process, and in turns, both sides have the same conditions.
     """
     for side in ("alone", "ours"):
         import_libraries(kind, side)
@@ -264,17 +264,17 @@ def search_in_turns(kind: str, arguments: argparse.Namespace) -> list[dict[str, 
 
 
 def run(task: str, kind: str, side: str, **options: Any) -> Any:
-    """The figures of one child."""
+    """Runs a child process and returns its figures."""
     command = [sys.executable, __file__, "--child", task, "--kind", kind, "--side", side]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
-    if done.returncode:
-        raise RuntimeError(f"{task} {kind} {side} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "1"})
+    if child.returncode:
+        raise RuntimeError(f"{task} {kind} {side} failed:\n{child.stderr}")
+    return json.loads(child.stdout.splitlines()[-1])
 
 
 def compare(kind: str, corpus: Path, folder: Path, model: str, repeats: int) -> dict[str, dict[str, float]]:
-    """The figures of both sides, run in turns."""
+    """Runs both sides in turns and returns their figures."""
     with open(corpus, encoding="utf-8") as file:
         lines = [line for _, line in zip(range(20_000), file, strict=False)]
     rng = random.Random(1)
@@ -299,7 +299,7 @@ def compare(kind: str, corpus: Path, folder: Path, model: str, repeats: int) -> 
 
 
 def summary(rows: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Medians of both sides, and of the ratios of neighbours."""
+    """Medians of both sides, and of the ratios of neighboring runs."""
     table = {}
     for name in rows["alone"][0]:
         alone, ours = ([row[name] for row in rows[side]] for side in ("alone", "ours"))

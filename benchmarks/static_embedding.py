@@ -1,12 +1,12 @@
 """
-A dense retriever without a download: one fixed vector per word, learned from nothing but how rare the word is.
+A dense retriever without a download: one fixed random vector per word, scaled by the rarity of the word.
 
     python benchmarks/static_embedding.py --out outputs/static corpus/*.jsonl.gz
     igpo index --kind dense --model outputs/static --corpus corpus/nq.jsonl.gz --out outputs/nq-dense
 
-A word's vector is random and as long as the word's inverse document frequency in the corpora, and a text's is the mean
-of its words': the cosine of two texts is about that of their tf-idf vectors. It knows no synonyms. The same files and
-seed give the same vectors.
+The length of a word's vector is the word's inverse document frequency in the corpora, and a text's vector is the mean
+of its words' vectors: the cosine of two texts approximates that of their tf-idf vectors. It knows no synonyms. The
+same files and seed give the same vectors.
 """
 
 import argparse
@@ -22,7 +22,7 @@ UNKNOWN = "[UNK]"
 
 
 def make_tokenizer(words: list[str]) -> Tokenizer:
-    """Whole words without case and accents."""
+    """A tokenizer of whole words, without case and accents."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
@@ -32,7 +32,7 @@ def make_tokenizer(words: list[str]) -> Tokenizer:
 
 
 def make_static_embedding(corpora: list[Path], out: Path, dimension: int, vocabulary: int, seed: int) -> None:
-    """Counts words in the corpora, and saves a sentence-transformers model."""
+    """Counts words in the corpora and saves a sentence-transformers model."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
@@ -48,7 +48,7 @@ def make_static_embedding(corpora: list[Path], out: Path, dimension: int, vocabu
     words, counts = zip(*ranked[:vocabulary], strict=True)
     generator = np.random.default_rng(seed)
     vectors = generator.standard_normal((1 + len(words), dimension), dtype=np.float32) / dimension**0.5
-    vectors[0] = 0  # words that were not seen twice
+    vectors[0] = 0  # words that occur in fewer than two passages
     vectors[1:] *= np.log(passages / np.asarray(counts, dtype=np.float32))[:, None]
     embedding = StaticEmbedding(make_tokenizer([UNKNOWN, *words]), embedding_weights=vectors)
     SentenceTransformer(modules=[embedding], device="cpu").save(str(out))
@@ -60,7 +60,7 @@ if __name__ == "__main__":
     parser.add_argument("corpora", nargs="+", type=Path, help="Files of passages.")
     parser.add_argument("--out", type=Path, required=True, help="Directory of the model.")
     parser.add_argument("--dimension", type=int, default=512)
-    parser.add_argument("--vocabulary", type=int, default=60_000, help="Words at most, the most frequent ones.")
+    parser.add_argument("--vocabulary", type=int, default=60_000, help="Number of most frequent words to keep.")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     make_static_embedding(options.corpora, options.out, options.dimension, options.vocabulary, options.seed)

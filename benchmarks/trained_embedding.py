@@ -1,13 +1,13 @@
 """
-A trained encoder that comes from the package index: the static embedding of WordLlama, for sentence-transformers.
+A trained encoder from a Python package: the static embedding of WordLlama, as a sentence-transformers model.
 
     pip install --no-deps wordllama==0.4.0.post1
     python benchmarks/trained_embedding.py --out outputs/wordllama
     igpo index --kind dense --model outputs/wordllama --corpus corpus/nq.jsonl.gz --out outputs/nq-dense
 
 WordLlama (https://github.com/dleemiller/WordLlama, MIT licence) has one vector of 256 numbers per token of Llama 2,
-trained for similarity; a text's vector is the mean of its tokens'. The wheel has the weights, 16 MB, so that no hub is
-needed. It is a small encoder: its authors report less than all-MiniLM-L6-v2 on every task of MTEB.
+trained for similarity; a text's vector is the mean of its tokens' vectors. The wheel contains the weights (16 MB), so
+no hub is needed. It is a small encoder: its authors report lower scores than all-MiniLM-L6-v2 on every task of MTEB.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 
 def wordllama_files() -> tuple[Path, Path]:
-    """Weights and tokenizer of the installed package, which is not imported."""
+    """Paths of weights and tokenizer in the installed package, which is not imported."""
     spec = importlib.util.find_spec("wordllama")
     if spec is None or spec.origin is None:
         raise SystemExit("wordllama is not installed. Install it with: pip install --no-deps wordllama==0.4.0.post1")

@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr("igpo_trl.search.network.remote.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("igpo_trl.search.network.http_requests.FIRST_PAUSE", 0.01)
     with Server() as running:
         thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -135,7 +135,7 @@ def test_every_verdict_is_saved_and_none_is_requested_twice(server, tmp_path):
 
     server.reply = reply
     judge = Judge(server.url, "grader", KEY)
-    from igpo_trl.search.network.remote import SearchError
+    from igpo_trl.search.network.http_requests import SearchError
 
     with pytest.raises(SearchError, match="400") as caught:
         judge_run(judge, load_trajectories(run), file, workers=1)

@@ -253,7 +253,7 @@ def test_a_failing_search_service_ends_the_run(files, tmp_path, monkeypatch, run
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    monkeypatch.setattr("igpo_trl.search.network.remote.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("igpo_trl.search.network.http_requests.FIRST_PAUSE", 0.01)
     monkeypatch.setattr("igpo_trl.evaluation.rollouts.EvaluationTrainer", Searching)
     words = command(files, tmp_path / "run")
     words[words.index("--index") + 1] = f"http://127.0.0.1:{port}"

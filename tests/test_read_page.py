@@ -1,4 +1,4 @@
-"""The page-reading tool: what it reads, what it refuses, how it is bounded, recorded and replayed."""
+"""The page-reading tool: what it reads and refuses, its limits, recording and replaying."""
 
 import gzip
 import inspect
@@ -16,10 +16,11 @@ import trustme
 from transformers.utils import get_json_schema
 
 from igpo_trl.rollout import ToolCall, ToolRunner
-from igpo_trl.search.network import fetching as _fetching
-from igpo_trl.search.network.fetching import PageError, check_page_url, is_public
-from igpo_trl.search.network.pages import PageReader, ReadPageTool, cut_words
-from igpo_trl.search.network.responses import FILE, CacheMiss
+from igpo_trl.search import CacheMiss, PageError, PageReader, ReadPageTool
+from igpo_trl.search.network import fetching
+from igpo_trl.search.network.fetching import check_page_url, is_public
+from igpo_trl.search.network.pages import cut_words
+from igpo_trl.search.network.response_cache import FILE
 
 ARTICLE = """<!doctype html><html><head><title>Dune  (novel)</title><script>var menu = 1;</script></head><body>
 <nav><a href="/">Home</a> <a href="/buy">Buy now</a></nav><main><h1>Dune</h1>
@@ -89,7 +90,7 @@ def redirect(location, status=302):
 
 
 def drip(handler):
-    """A byte now and then, for ever."""
+    """A byte now and then, without end."""
     handler.send_response(200)
     handler.send_header("Content-Type", "text/plain")
     handler.end_headers()
@@ -150,7 +151,7 @@ def site():
 
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch):
-    # A reader that took them from the environment would find nobody there.
+    # A reader that used proxies of the environment could not connect.
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
 
@@ -178,7 +179,7 @@ def test_plain_text_is_taken_as_it_is(site):
     assert reader().read(site.url + "/odd-charset").text == "nuqneH"
 
 
-def test_the_request_names_host_and_reader_and_holds_nothing_else(site):
+def test_the_request_has_the_expected_headers_and_no_others(site):
     site.seen.clear()
     reader(user_agent="test agent").read(f"{site.url}/plain?a=1&b=%20ä#part")
     ((path, headers),) = site.seen
@@ -202,11 +203,11 @@ def test_the_request_names_host_and_reader_and_holds_nothing_else(site):
         ("/empty", "the page has no text"),
         ("/missing", "the server answered with status 404"),
         ("/loop", "redirects more than 5 times"),
-        ("/nowhere", "redirects to something that is no valid URL"),
+        ("/nowhere", "redirects to something that is not a valid URL"),
         ("/file", "only URLs that begin with http:// or https://"),
     ],
 )
-def test_what_cannot_be_read_is_said(site, path, message):
+def test_unreadable_pages_are_explained(site, path, message):
     with pytest.raises(PageError, match=message):
         reader().read(site.url + path)
 
@@ -218,7 +219,7 @@ def test_garbage_is_an_error_or_text_and_nothing_else(site):
         pass
 
 
-def test_a_busy_server_is_asked_again_and_a_missing_page_is_not(site):
+def test_a_busy_server_gets_another_request_and_a_missing_page_does_not(site):
     for path, times in (("/busy", 2), ("/missing", 1)):
         site.seen.clear()
         with pytest.raises(PageError):
@@ -237,7 +238,7 @@ def test_size_and_time_are_bounded(site):
     assert time.monotonic() - start < 5
 
 
-def test_a_few_bytes_that_stand_for_millions_are_not_all_unpacked(site):
+def test_decompression_is_limited(site):
     assert len(PAGES["/bomb"][2]) < 100_000
     reads = reader(max_bytes=100_000)
     tracemalloc.start()
@@ -273,7 +274,7 @@ PUBLIC = ["8.8.8.8", "93.184.216.34", "172.32.0.1", "100.128.0.1", "2606:4700::1
 def test_an_address_that_is_not_public(address):
     assert not is_public(ipaddress.ip_address(address))
     host = f"[{address}]" if ":" in address else address
-    with pytest.raises(PageError, match="no public address"):
+    with pytest.raises(PageError, match="not a public address"):
         check_page_url(f"http://{host}:8080/x")
 
 
@@ -287,23 +288,23 @@ def test_an_address_that_is_public(address):
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        *((f"http://{host}/", "no host name") for host in ("2130706433", "0x7f000001", "017700000001", "127.1")),
-        *((f"http://{host}/", "no host name") for host in ("0x7f.0.0.1", "127.0.0.1.", "localhost.", "127.0.0.0x1")),
-        *((f"http://{host}/", "no host name") for host in ("a..b", "-a.com", "134744072", "1.2.3.4.5", "a%00b")),
+        *((f"http://{host}/", "a host name") for host in ("2130706433", "0x7f000001", "017700000001", "127.1")),
+        *((f"http://{host}/", "a host name") for host in ("0x7f.0.0.1", "127.0.0.1.", "localhost.", "127.0.0.0x1")),
+        *((f"http://{host}/", "a host name") for host in ("a..b", "-a.com", "134744072", "1.2.3.4.5", "a%00b")),
         *((f"http://{host}/", "valid|host name") for host in ("0177.0.0.1", "①②⑦.⓪.⓪.①", "[::1%25eth0]", "ⓛocalhost")),
         *((f"http://{host}/", "valid|host name") for host in ("", "[::1", "[127.0.0.1]", "a:b", "[::1]x")),
-        *((f"http://127{dot}0{dot}0{dot}1/", "no public address") for dot in "。．｡."),
+        *((f"http://127{dot}0{dot}0{dot}1/", "not a public address") for dot in "。．｡."),
         *((f"http://{user}@example.org/", "user name or pass") for user in ("user", "user:pw", "", ":", "a%40b")),
         ("http://example.org:70000/", "there is no port 70000"),
         ("http://example.org@127.0.0.1/", "user name or password"),
-        ("http://127.0.0.1#@example.org/", "no public address"),
+        ("http://127.0.0.1#@example.org/", "not a public address"),
         ("http://a b.com/", "characters"),
         ("http://example.org\\@127.0.0.1/", "characters"),
         ("http://127.0.0.1\t/", "characters"),
         ("http://example.org/\r\nX: 1", "characters"),
         ("http://example.org/" + "a" * 3000, "longer than 2048"),
         *((f"{scheme}://example.org/", "only URLs that begin") for scheme in ("ftp", "file", "gopher", "javascript")),
-        *((text, "only URLs|no valid") for text in ("", "example.org", "/etc/passwd", "data:text/html,hi", "//a.b/")),
+        *((text, "only URLs|valid URL") for text in ("", "example.org", "/etc/passwd", "data:text/html,hi", "//a.b/")),
     ],
 )  # fmt: skip
 def test_an_address_in_an_odd_form(url, message):
@@ -313,9 +314,9 @@ def test_an_address_in_an_odd_form(url, message):
 
 def test_the_system_resolver_is_checked_as_well():
     for host in ("localhost", "ip6-localhost"):
-        with pytest.raises(PageError, match=f"{host} is no public address|{host} is not known"):
+        with pytest.raises(PageError, match=f"{host} is not a public address|{host} is not known"):
             PageReader(max_attempts=1).read(f"http://{host}:9/")
-    with pytest.raises(PageError, match="localhost is no public address"):
+    with pytest.raises(PageError, match="localhost is not a public address"):
         PageReader().read("http://LOCALHOST:9/")
     with pytest.raises(PageError, match="no-such-host.invalid is not known"):
         PageReader(max_attempts=1).read("http://no-such-host.invalid/")
@@ -334,7 +335,7 @@ def test_a_redirect_is_checked_again(site):
         names = {"inside.test": ["127.0.0.2"], "127.0.0.1": ["127.0.0.1"]}
         for target in targets:
             PAGES["/away"] = redirect(target)
-            with pytest.raises(PageError, match="no public address|no host name"):
+            with pytest.raises(PageError, match="not a public address|not a host name"):
                 reader(look_up=lambda host, port: names[host]).read(site.url + "/away")
         assert inside.seen == []
         assert reader(allow=["127.0.0.0/8"]).read(site.url + "/away".replace("away", "once")).title  # the way is open
@@ -344,17 +345,17 @@ def test_a_name_is_looked_up_once_and_the_connection_goes_to_what_was_checked(si
     """Rebinding: a resolver that gives a harmless address first, and another one the next time."""
     with Site({"/x": html(ARTICLE)}, "127.0.0.2") as inside:
         answers = iter([["127.0.0.1"], ["127.0.0.2"], ["127.0.0.2"]])
-        asked = []
+        lookups = []
 
         def look_up(host, port):
-            asked.append((host, port))
+            lookups.append((host, port))
             return next(answers)
 
         site.seen.clear()
         page = reader(look_up=look_up).read(f"http://rebinding.test:{site.port}/dune")
-        assert page.title and asked == [("rebinding.test", site.port)]
+        assert page.title and lookups == [("rebinding.test", site.port)]
         assert site.seen[0][1]["Host"] == f"rebinding.test:{site.port}"
-        with pytest.raises(PageError, match="rebinding.test is no public address"):
+        with pytest.raises(PageError, match="rebinding.test is not a public address"):
             reader(look_up=look_up).read(f"http://rebinding.test:{inside.port}/x")
         assert inside.seen == []
 
@@ -364,12 +365,12 @@ def test_a_name_is_looked_up_once_and_the_connection_goes_to_what_was_checked(si
 )
 def test_one_address_that_is_not_public_among_others_is_enough(site, addresses):
     site.seen.clear()
-    with pytest.raises(PageError, match="no public address"):
+    with pytest.raises(PageError, match="not a public address"):
         reader(look_up=lambda host, port: addresses).read(f"http://mixed.test:{site.port}/dune")
     assert site.seen == []
 
 
-def test_another_address_is_tried_where_one_does_not_answer(site):
+def test_another_address_is_tried_if_one_does_not_answer(site):
     page = reader(allow=["127.0.0.0/8"], look_up=lambda host, port: ["127.0.0.3", "127.0.0.1"]).read(
         f"http://two.test:{site.port}/dune"
     )
@@ -418,7 +419,9 @@ def test_modes(site, tmp_path):
     with pytest.raises(PageError, match="404"):  # live tries again what failed
         reader(tmp_path).read(site.url + "/missing")
     assert len(site.seen) == 3
-    with pytest.raises(PageError, match="no public address"):  # what may not be read is not read from the cache either
+    with pytest.raises(
+        PageError, match="not a public address"
+    ):  # what may not be read is not read from the cache either
         PageReader(tmp_path, mode="replay").read(site.url + "/dune")
 
 
@@ -449,7 +452,7 @@ def test_the_tool_shows_the_page_or_what_is_wrong(site):
     assert tool(url=site.url + "/dune").startswith("Dune (novel)\nDune")
     assert tool(url=site.url + "/plain") == "First line.\n\n  Second   line."
     assert tool(url=site.url + "/long") == "word " * 8 + "…"
-    assert tool(url="http://169.254.169.254/latest/meta-data/") == "Error: 169.254.169.254 is no public address."
+    assert tool(url="http://169.254.169.254/latest/meta-data/") == "Error: 169.254.169.254 is not a public address."
     assert tool(url=site.url + "/pdf").startswith("Error: the page is of type 'application/pdf'")
     assert tool(url=["http://a"]) == "Error: the URL must be a string, got list."
     for url in (
@@ -481,7 +484,7 @@ def test_the_tool_is_one_for_chat_templates_and_runners(site):
     results = runner.run([ToolCall("read_page", {"url": url}, tool) for url in urls])
     assert all(result.error is None for result in results)
     assert results[0].text == results[2].text and "1965" in results[0].text
-    assert results[3].text == "Error: 10.0.0.1 is no public address."
+    assert results[3].text == "Error: 10.0.0.1 is not a public address."
     assert len(site.seen) == 2  # equal calls of a round are one
     runner.close()
 
@@ -511,10 +514,10 @@ def test_impossible_options(options, message):
         ReadPageTool(max_words=0)
 
 
-def test_the_checks_are_what_keeps_the_reader_out(site, monkeypatch):
-    """The same address is read as soon as nothing checks it: the tests above would notice."""
+def test_without_the_check_a_private_address_can_be_read(site, monkeypatch):
+    """Without the check, the same address can be read, so the tests above do test the check."""
     url = f"http://localhost:{site.port}/dune"
-    with pytest.raises(PageError, match="no public address"):
+    with pytest.raises(PageError, match="not a public address"):
         PageReader().read(url)
-    monkeypatch.setattr(_fetching, "is_public", lambda address, allowed=(): True)
+    monkeypatch.setattr(fetching, "is_public", lambda address, allowed=(): True)
     assert PageReader().read(url).title == "Dune (novel)"

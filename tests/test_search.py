@@ -40,14 +40,14 @@ def saved(index, tmp_path) -> Path:
     return tmp_path / "index"
 
 
-def test_finds_the_passage_that_holds_the_words(index):
+def test_finds_the_passage_with_the_words(index):
     (first, *_) = index.search("port city on the sound")
     assert (first.id, first.title) == ("c", "Tacoma")
     assert first.text == PASSAGES[2]["text"]
     assert first.score > 0
 
 
-def test_results_are_sorted_and_hold_no_passage_without_a_word_of_the_query(index):
+def test_results_are_sorted_and_have_no_passage_without_a_word_of_the_query(index):
     found = index.search("Herbert Tacoma", k=4)
     assert [p.id for p in found][0] == "b"  # both words
     assert {p.id for p in found} == {"a", "b", "c"}
@@ -78,7 +78,7 @@ def test_batch_equals_single_queries(index):
     assert index.search_batch([]) == []
 
 
-def test_k_larger_than_the_corpus_returns_what_there_is(index):
+def test_k_larger_than_the_corpus_returns_all_matches(index):
     assert len(index.search("american author writer city happens", k=100)) == 4
 
 
@@ -126,7 +126,7 @@ def test_backends_and_threads_give_the_same_results(index, saved, backend, threa
     assert BM25Index.load(saved, backend="numpy").search_batch(queries, k=4) == expected
 
 
-def test_numba_is_used_where_it_is_worth_compiling(saved, monkeypatch):
+def test_numba_is_used_for_large_indexes(saved, monkeypatch):
     pytest.importorskip("numba")
     assert BM25Index.load(saved)._scorer.backend == "numpy"
     monkeypatch.setattr("igpo_trl.search.indexes.bm25.MIN_NUMBA", 4)
@@ -141,7 +141,7 @@ def test_numba_is_used_where_it_is_worth_compiling(saved, monkeypatch):
         BM25Index.load(saved, threads=0)
 
 
-def test_words_of_a_title_count_as_often_as_asked(tmp_path):
+def test_words_of_a_title_count_title_weight_times(tmp_path):
     corpus = [{"id": "a", "title": "sea", "text": "x y z"}, {"id": "b", "title": "y", "text": "sea sea z z"}]
     for weight, expected in ((0, ["b"]), (1, ["b", "a"]), (3, ["a", "b"])):
         index = BM25Index.build(corpus, title_weight=weight, b=0, show_progress=False)
@@ -152,14 +152,14 @@ def test_words_of_a_title_count_as_often_as_asked(tmp_path):
         BM25Index.build(corpus, title_weight=-1)
 
 
-def test_stopwords_choice_is_kept_by_the_saved_index(tmp_path):
+def test_the_stop_words_are_stored_with_the_index(tmp_path):
     index = BM25Index.build(PASSAGES, stopwords=None, show_progress=False)
     index.save(tmp_path / "index")
     assert BM25Index.load(tmp_path / "index").search("by", k=1)[0].id == "a"
     assert BM25Index.build(PASSAGES, show_progress=False).search("by") == []
 
 
-def test_endings_are_cut_off_unless_kept_and_the_saved_index_knows(tmp_path):
+def test_the_stemmer_is_stored_with_the_index(tmp_path):
     corpus = [{"id": 1, "title": "", "text": "She directed films."}, {"id": 2, "title": "", "text": "A direct train."}]
     for stemmer, query, found in [
         ("english", "a film with songs", ["1"]),
@@ -193,9 +193,9 @@ def test_save_does_not_overwrite_something_else(index, tmp_path):
     for manifest in (None, "{", "[]", "{}", '{"kind": "thesis"}'):
         if manifest is not None:
             (tmp_path / "manifest.json").write_text(manifest)
-        with pytest.raises(FileExistsError, match="is no index"):
+        with pytest.raises(FileExistsError, match="is not an index"):
             index.save(tmp_path)
-    with pytest.raises(FileExistsError, match="is no index"):
+    with pytest.raises(FileExistsError, match="is not an index"):
         index.save(tmp_path / "thesis.txt")
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 

@@ -1,4 +1,4 @@
-"""`igpo index`, `igpo search` and `igpo serve` as their user meets them."""
+"""`igpo index`, `igpo search` and `igpo serve` from the command line."""
 
 import json
 import re
@@ -99,7 +99,7 @@ def test_search_prints_json(run, built):
     [
         (["index", "--corpus", "absent.jsonl", "--out", "DIR/x"], "Error: no such file: absent.jsonl"),
         (["index", "--corpus", "DIR/bad.jsonl", "--out", "DIR/x"], r"bad\.jsonl:1: no field `text`"),
-        (["index", "--corpus", "DIR/corpus.jsonl.gz", "--out", "DIR/thesis"], "thesis exists and is no index"),
+        (["index", "--corpus", "DIR/corpus.jsonl.gz", "--out", "DIR/thesis"], "thesis exists and is not an index"),
         (["index", "--corpus", "DIR/corpus.jsonl.gz", "--out", "DIR/x", "--b", "2"], "expected k1 of at least 0"),
         (
             ["index", "--corpus", "DIR/corpus.jsonl.gz", "--out", "DIR/x", "--kind", "dense", "--model", "/absent"],
@@ -110,7 +110,7 @@ def test_search_prints_json(run, built):
         (["serve", "--index", "absent"], "Error: no index in absent"),
     ],
 )
-def test_what_a_user_can_mend_ends_in_one_line(run, tmp_path, corpus, arguments, message):
+def test_errors_of_the_user_end_in_one_line(run, tmp_path, corpus, arguments, message):
     write(tmp_path / "bad.jsonl", [{"id": 1, "title": ""}])
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/text").write_text("years of work")
@@ -126,7 +126,7 @@ def test_what_a_user_can_mend_ends_in_one_line(run, tmp_path, corpus, arguments,
     ("options", "message"),
     [(["--kind", "dense"], "needs a model"), (["--model", "m"], "has no model"), (["--kind", "x"], "is not one of")],
 )
-def test_options_that_do_not_fit_are_refused(run, corpus, tmp_path, options, message):
+def test_contradictory_options_are_refused(run, corpus, tmp_path, options, message):
     result = run("index", "--corpus", corpus, "--out", tmp_path / "x", *options)
     assert result.exit_code == 2 and message in result.output
 

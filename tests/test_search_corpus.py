@@ -131,9 +131,9 @@ def test_repeated_ids_are_found_whatever_their_order(keys):
 
 
 def test_ids_that_count_up_take_no_memory():
-    from igpo_trl.search.passages import _Ids
+    from igpo_trl.search.passages import SeenIds
 
-    ids = _Ids()
+    ids = SeenIds()
     assert all(ids.add(str(i)) is None for i in range(7, 1000))
     assert not ids._others
     assert ids.add("8") == 2

@@ -98,7 +98,7 @@ def test_compressed_cells_find_most_of_what_is_near(tmp_path, model):
         found = tried.search_batch(QUERIES, 40)
         recall = [len({p.id for p in a} & {p.id for p in b}) / 10 for a, b in zip(exact, found, strict=True)]
         assert np.mean(recall) > 0.7
-    # One cell of ten holds less than all of them do.
+    # One cell of ten contains fewer vectors than all cells.
     assert len(DenseIndex.load(tmp_path / "cells", effort=1).search("whale", 400)) < 400
     assert len(index.search("whale", 400)) == 400
     with pytest.raises(ValueError, match="at least 256 passages, got 60"):
@@ -128,7 +128,7 @@ def test_prompts_are_those_of_the_model_its_name_or_the_user(tmp_path, name, con
     assert [(p.id, pytest.approx(p.score, abs=1e-6)) for p in found] == best
 
 
-def test_an_interrupted_build_goes_on_with_the_shards_it_has(tmp_path, model, monkeypatch):
+def test_an_interrupted_build_resumes_with_its_shards(tmp_path, model, monkeypatch):
     whole = build(CORPUS, tmp_path / "whole", model, shard_size=10)
     real, embedded = Encoder.passages, []
 
@@ -147,7 +147,7 @@ def test_an_interrupted_build_goes_on_with_the_shards_it_has(tmp_path, model, mo
     with pytest.raises(FileNotFoundError, match="interrupted"):
         load_index(tmp_path / "index")
 
-    # Of another corpus, setting or model the shards are of no use, and nobody throws them away unasked.
+    # With another corpus, setting or model, the shards are useless, but they are not deleted without --restart.
     other = make_model(tmp_path / "other", seed=5)
     for change, message in [
         ({"corpus": make_corpus(60, seed=2)}, "another corpus"),
@@ -161,7 +161,7 @@ def test_an_interrupted_build_goes_on_with_the_shards_it_has(tmp_path, model, mo
             build(directory=tmp_path / "index", **arguments)
     assert len(list(work.glob("0*"))) == 3
 
-    # A shard that a power cut left short is made again.
+    # A shard that a power cut left incomplete is embedded again.
     (work / "000001.npy").write_bytes((work / "000001.npy").read_bytes()[:-100])
     embedded.clear()
     monkeypatch.setattr(Encoder, "passages", lambda self, texts: embedded.append(len(texts)) or real(self, texts))
@@ -171,7 +171,7 @@ def test_an_interrupted_build_goes_on_with_the_shards_it_has(tmp_path, model, mo
     assert not (tmp_path / ".index.partial").exists()
 
 
-def test_restart_throws_away_what_an_interrupted_build_has_left(tmp_path, model):
+def test_restart_discards_an_interrupted_build(tmp_path, model):
     work = tmp_path / ".index.partial/work"
     work.mkdir(parents=True)
     (work / "settings.json").write_text("{}")
@@ -187,7 +187,7 @@ def start(code: str, *arguments: object) -> subprocess.Popen:
 def wait_for(condition, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, "the build ended before it was killed"
+        assert process.poll() is None, "the build ended before the kill"
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -202,7 +202,7 @@ DenseIndex.build(sys.argv[1], sys.argv[2], model=sys.argv[3], shard_size=10, sho
 """
 
 
-def test_a_killed_build_looks_like_none_and_is_finished_by_the_next(tmp_path, model, monkeypatch):
+def test_a_killed_build_leaves_no_index_and_the_next_one_resumes_it(tmp_path, model, monkeypatch):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps(record) + "\n" for record in make_corpus(300)))
     old = build(CORPUS, tmp_path / "index", model).search(QUERIES[0])
@@ -313,13 +313,13 @@ class Fixed:
     """A retriever with a fixed ranking."""
 
     def __init__(self, *keys: str) -> None:
-        self.keys, self.asked = keys, []
+        self.keys, self.requests = keys, []
 
     def search(self, query, k=3):
         return self.search_batch([query], k)[0]
 
     def search_batch(self, queries, k=3):
-        self.asked.append((list(queries), k))
+        self.requests.append((list(queries), k))
         return [[Passage(key, key.upper(), "text", 9.0) for key in self.keys[:k]] for _ in queries]
 
 
@@ -333,7 +333,7 @@ def test_reciprocal_rank_fusion_by_hand():
     assert found[0].title == "C"
     assert index.search("x", k=1) == found[:1]
     index.search_batch(["x", "y"], k=70)
-    assert first.asked == second.asked == [(["x"], 50), (["x"], 50), (["x", "y"], 70)]
+    assert first.requests == second.requests == [(["x"], 50), (["x"], 50), (["x", "y"], 70)]
     assert index.search_batch([]) == []
     # The larger the constant, the less the first rank counts.
     assert HybridIndex([Fixed("a", "c"), Fixed("b", "c")], constant=1).search("x", 1)[0].id == "c"
@@ -370,7 +370,7 @@ def test_hybrid_index_is_the_fusion_of_its_parts(tmp_path, model):
         load_index(tmp_path / "copy")
 
 
-def test_an_interrupted_hybrid_build_keeps_the_part_that_is_done(tmp_path, model, monkeypatch):
+def test_an_interrupted_hybrid_build_keeps_its_complete_part(tmp_path, model, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(DenseIndex, "build", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -384,7 +384,7 @@ def test_an_interrupted_hybrid_build_keeps_the_part_that_is_done(tmp_path, model
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
-def test_an_interrupted_hybrid_build_of_another_corpus_is_not_gone_on_with(tmp_path, model, monkeypatch):
+def test_an_interrupted_hybrid_build_of_another_corpus_is_not_resumed(tmp_path, model, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(DenseIndex, "build", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):

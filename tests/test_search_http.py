@@ -13,12 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from igpo_trl.rollout import ToolCall, ToolErrorKind, ToolRunner
-from igpo_trl.search import HTTPSearch, Passage, SearchTool, open_search
-from igpo_trl.search.network.remote import SearchError, retry_after
+from igpo_trl.search import HTTPSearch, Passage, SearchError, SearchTool, open_search
+from igpo_trl.search.network.http_requests import retry_after
 
 
 class Service:
-    """A search server that answers as a test tells it to."""
+    """A search server whose answers a test controls."""
 
     def __init__(self, answer=None, port=0) -> None:
         self.requests: list[dict] = []
@@ -54,7 +54,7 @@ class Service:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
-        self.server.handle_error = lambda *args: None  # a client that waits no longer
+        self.server.handle_error = lambda *args: None  # a client that has stopped waiting
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02})
 
@@ -80,10 +80,10 @@ def service():
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr("igpo_trl.search.network.remote.FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("igpo_trl.search.network.http_requests.FIRST_PAUSE", 0.02)
 
 
-def test_sends_what_the_protocol_asks_for_and_reads_what_comes_back(service):
+def test_sends_requests_and_reads_responses_of_the_protocol(service):
     with_path = HTTPSearch(f"{service.url}/elsewhere/search")
     assert HTTPSearch(f"{service.url}/").search("Dune", k=4) == [Passage("Dune", "Dune", "text of Dune", 2.5)]
     assert with_path.search_batch(["a", "b"]) == [[Passage(q, q, f"text of {q}", 2.5)] for q in "ab"]
@@ -127,7 +127,7 @@ def test_passages_without_an_id_get_one_that_depends_on_what_they_say():
     assert ids[0] == ids[1] and len(set(ids)) == 3
 
 
-def test_more_documents_than_asked_for_are_left_out_and_ranks_stand_in_for_scores():
+def test_surplus_documents_are_dropped_and_ranks_replace_missing_scores():
     with Service(lambda body, number: (200, {"result": [["a\nx"] * 10]}, {})) as service:
         assert [p.score for p in HTTPSearch(service.url).search("x", k=3)] == [1, 1 / 2, 1 / 3]
 
@@ -144,11 +144,11 @@ def test_what_a_policy_sends_arrives_encodable(service):
 
 
 @pytest.mark.parametrize("trouble", [503, 429, 500, None, "garbled"])
-def test_tries_again_after_trouble_that_may_pass(trouble):
+def test_tries_again_after_temporary_trouble(trouble):
     def answer(body, number):
         if number >= 3:
             return 200, {"result": [Service.found(q) for q in body["queries"]]}, {}
-        if trouble == "garbled":  # says gzip, is none
+        if trouble == "garbled":  # claims to be gzip
             return 200, b"xxxx", {"Content-Encoding": "gzip"}
         return trouble, b"busy", {}
 
@@ -189,7 +189,7 @@ def test_waits_as_long_as_the_service_asks():
     assert 1.0 <= second - first < 2.0
 
 
-def test_gives_up_at_once_when_it_is_asked_to_wait_for_very_long():
+def test_gives_up_at_once_if_the_service_asks_for_a_very_long_wait():
     with Service(lambda body, number: (503, b"closed", {"Retry-After": "3600"})) as service:
         with pytest.raises(SearchError, match=r"503 .*'closed' \(asked to wait 3600 s\)"):
             HTTPSearch(service.url).search("a")
@@ -216,7 +216,7 @@ def test_gives_up_after_max_attempts_and_says_what_happened():
     assert len(text) < 500
 
 
-def test_no_second_attempt_where_none_can_help():
+def test_no_second_attempt_after_permanent_errors():
     with Service(lambda body, number: (404, b'{"detail": "Not Found"}', {})) as service:
         with pytest.raises(SearchError, match=r"answered 404 .*Not Found.*Expected a search server \(`igpo serve`"):
             HTTPSearch(service.url).search("a")
@@ -226,7 +226,7 @@ def test_no_second_attempt_where_none_can_help():
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (b"<html>Welcome to nginx!</html>", "no JSON: '<html>Welcome to nginx!</html>' Expected a search server"),
+        (b"<html>Welcome to nginx!</html>", "not JSON: '<html>Welcome to nginx!</html>' Expected a search server"),
         ({"results": []}, r"no 'result'\): .* Expected a search server"),
         ([], "another form"),
         ({"result": []}, "0 lists of documents, expected 1"),
@@ -245,14 +245,14 @@ def test_an_answer_of_another_form_is_shown(answer, message):
     assert service.url in str(error.value)
 
 
-def test_nobody_there():
+def test_no_server():
     with pytest.raises(
         SearchError, match=r"POST http://127.0.0.1:9/retrieve: cannot connect .*running.*\(2 attempts\)"
     ):
         HTTPSearch("http://127.0.0.1:9", max_attempts=2).search("a")
 
 
-def test_a_service_that_says_nothing_in_time():
+def test_a_service_that_does_not_respond_in_time():
     release = threading.Event()
 
     def answer(body, number):
@@ -270,7 +270,7 @@ def test_a_service_that_says_nothing_in_time():
 @pytest.mark.parametrize(
     "url", ["127.0.0.1:8000", "ftp://host/retrieve", "http://", "localhost", "http://host:port", 5]
 )
-def test_an_address_that_is_none(url):
+def test_invalid_addresses(url):
     with pytest.raises(ValueError, match="got url="):
         HTTPSearch(url)
 
@@ -315,7 +315,7 @@ def _search_in_a_child(client, queue):
 
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("how", ["fork", "spawn"])
-def test_a_process_of_its_own_has_connections_of_its_own(service, how):
+def test_every_process_has_its_own_connections(service, how):
     client = HTTPSearch(service.url)
     client.search("before")
     (mine,) = service.connections
@@ -362,7 +362,7 @@ def test_open_search_takes_an_address(service):
     assert index.search("a")[0].id == "a"
 
 
-def test_behind_the_search_tool_a_round_is_one_request_and_failures_are_observations(service):
+def test_the_search_tool_sends_one_request_per_round_and_failures_become_observations(service):
     runner = ToolRunner()
     tool = SearchTool(HTTPSearch(service.url, max_attempts=1), k=1)
     results = runner.run([ToolCall("search", {"query": q}, tool) for q in ("Dune", "Tacoma", "Dune")])

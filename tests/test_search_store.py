@@ -1,6 +1,7 @@
-"""Indexes on disk: built there, killed, damaged; and opening whatever can be searched."""
+"""Indexes on disk: builds, kills, damage; and opening any index or server."""
 
 import filecmp
+import importlib
 import json
 import pickle
 import random
@@ -14,9 +15,9 @@ from test_search import PASSAGES
 
 import igpo_trl.search
 from igpo_trl.search import BM25Index, HTTPSearch, Searchable, load_index, open_search
-from igpo_trl.search.indexes.store import describe, new_index
-from igpo_trl.search.indexes.stored import PassageWriter, StoredPassages, fingerprint
-from igpo_trl.search.indexes.words import SHARD, Words
+from igpo_trl.search.indexes.directory import file_checksum, new_index
+from igpo_trl.search.indexes.passage_file import PassageWriter, StoredPassages, fingerprint
+from igpo_trl.search.indexes.tokens import SHARD, CorpusTokenizer
 from igpo_trl.search.passages import read_passages
 
 
@@ -66,9 +67,9 @@ BM25Index.build(corpus(), directory=sys.argv[1], show_progress=False)
 
 
 def count_tokenized(monkeypatch) -> list[str]:
-    """The texts that are made into words from now on."""
-    real, texts = Words._tokenize, []
-    monkeypatch.setattr(Words, "_tokenize", lambda self, given: texts.extend(given) or real(self, given))
+    """A list to which all texts are added that are tokenized after this call."""
+    real, texts = CorpusTokenizer.tokenize, []
+    monkeypatch.setattr(CorpusTokenizer, "tokenize", lambda self, batch: texts.extend(batch) or real(self, batch))
     return texts
 
 
@@ -79,13 +80,13 @@ def same_files(first: Path, second: Path) -> None:
         assert filecmp.cmp(first / name, second / name, shallow=False), name
 
 
-def test_a_killed_build_leaves_no_index_and_the_next_one_goes_on(tmp_path, monkeypatch):
+def test_a_killed_build_leaves_no_index_and_the_next_one_resumes_it(tmp_path, monkeypatch):
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED_BUILD, str(tmp_path / "index")], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout.readline() == "reading\n"
-        for restart in (False, True):  # which takes nothing away from a build that is going on
+        for restart in (False, True):  # which must not disturb a running build
             with pytest.raises(BlockingIOError, match="another process is building"):
                 BM25Index.build(PASSAGES, directory=tmp_path / "index", restart=restart, show_progress=False)
     finally:
@@ -99,7 +100,7 @@ def test_a_killed_build_leaves_no_index_and_the_next_one_goes_on(tmp_path, monke
     corpus = [{"id": i, "title": "", "text": f"some words {i}"} for i in range(30_000)]
     texts = count_tokenized(monkeypatch)
     BM25Index.build(corpus, directory=tmp_path / "index", show_progress=False)
-    assert [text.strip() for text in texts] == [record["text"] for record in corpus[2 * SHARD :]]  # two were whole
+    assert [text.strip() for text in texts] == [record["text"] for record in corpus[2 * SHARD :]]  # two were complete
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
     BM25Index.build(corpus, show_progress=False).save(tmp_path / "whole")
     same_files(tmp_path / "index", tmp_path / "whole")
@@ -108,25 +109,25 @@ def test_a_killed_build_leaves_no_index_and_the_next_one_goes_on(tmp_path, monke
 @pytest.mark.parametrize(
     ("change", "again"),
     [
-        ({}, 10),  # the last shard of 100, which was not whole
+        ({}, 10),  # the last shard, which was not complete
         ({"k1": 1.5, "b": 0.1}, 10),
         ({"title_weight": 1}, 410),
         ({"stopwords": None}, 410),
         ({"stemmer": None}, 410),
         ({"restart": True}, 410),
-        ("mended", 210),
+        ("corrected", 210),
         ("cut off", 110),
         ("damaged", 110),
     ],
 )
-def test_an_interrupted_build_goes_on_with_what_is_still_the_same(tmp_path, monkeypatch, change, again):
-    monkeypatch.setattr("igpo_trl.search.indexes.words.SHARD", 100)
+def test_an_interrupted_build_resumes_with_unchanged_passages(tmp_path, monkeypatch, change, again):
+    monkeypatch.setattr("igpo_trl.search.indexes.tokens.SHARD", 100)
     rng = random.Random(0)
     words = ["the", "Éa", "ΑΣ", "İstanbul", "naïve", "東京都", *(f"w{i}ing" for i in range(300)), "w9", "w99"]
     corpus = [{"id": i, "title": rng.choice(words), "text": " ".join(rng.choices(words, k=9))} for i in range(410)]
 
     with monkeypatch.context() as patch:
-        patch.setattr("bm25s.BM25.index", lambda *_, **__: 1 / 0)  # when all has been read
+        patch.setattr("bm25s.BM25.index", lambda *_, **__: 1 / 0)  # after the tokenization
         with pytest.raises(ZeroDivisionError):
             BM25Index.build(corpus, directory=tmp_path / "index", show_progress=False)
     work = tmp_path / ".index.partial/work"
@@ -135,8 +136,8 @@ def test_an_interrupted_build_goes_on_with_what_is_still_the_same(tmp_path, monk
     options = {}
     if isinstance(change, dict):
         options = change
-    elif change == "mended":
-        corpus[222]["text"] = "other words"  # in the third shard: what follows has other ids now
+    elif change == "corrected":
+        corpus[222]["text"] = "other words"  # in the third shard: later words get other ids
     else:
         content = bytearray((work / "000001.npz").read_bytes())
         content[len(content) // 2] ^= 1
@@ -170,20 +171,20 @@ def test_an_index_appears_only_when_its_block_ends(tmp_path):
         assert (work / "shard").read_text() == "y" and not list(target.iterdir())
 
 
-def test_checksums_of_large_files_find_zeros_and_strangers(tmp_path):
+def test_checksums_of_large_files_detect_zeros_and_changes(tmp_path):
     path = tmp_path / "large"
     content = np.random.default_rng(0).bytes(5 << 20)
     path.write_bytes(content)
-    whole = describe(path)
-    assert whole["bytes"] == 5 << 20 and describe(path) == whole
+    whole = file_checksum(path)
+    assert whole["bytes"] == 5 << 20 and file_checksum(path) == whole
     for start, end in [(0, 10), (5 << 20, 0), (2 << 20, (2 << 20) + (200 << 10))]:
         changed = bytearray(content)
         changed[start:end] = bytes(max(0, end - start))
         path.write_bytes(changed if end else content[:-1] + bytes([content[-1] ^ 1]))
-        assert describe(path) != whole
+        assert file_checksum(path) != whole
 
 
-def test_fingerprints_tell_corpora_apart(tmp_path):
+def test_fingerprints_of_different_corpora_differ(tmp_path):
     passages = list(read_passages(PASSAGES))
     with PassageWriter(tmp_path) as writer:
         for passage in passages:
@@ -222,6 +223,13 @@ def test_public_names(index):
     with pytest.raises(AttributeError, match="NoIndex"):
         igpo_trl.search.NoIndex  # noqa: B018
     assert isinstance(index, Searchable) and not isinstance(object(), Searchable)
+
+
+def test_earlier_paths_still_work():
+    for module, names in (("reader", ["PageReader", "ReadPageTool"]), ("server", ["create_app", "serve"])):
+        earlier = importlib.import_module(f"igpo_trl.search.{module}")
+        for name in names:
+            assert getattr(earlier, name) is getattr(igpo_trl.search, name)
 
 
 @pytest.mark.parametrize(

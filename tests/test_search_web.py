@@ -12,9 +12,8 @@ import pytest
 from test_search_http import Service
 
 from igpo_trl.rollout import ToolCall, ToolRunner
-from igpo_trl.search import Passage, Searchable, SearchTool, WebSearch
-from igpo_trl.search.network.remote import SearchError
-from igpo_trl.search.network.responses import FILE, Answers, CacheMiss
+from igpo_trl.search import CacheMiss, Passage, Searchable, SearchError, SearchTool, WebSearch
+from igpo_trl.search.network.response_cache import FILE, ResponseCache
 from igpo_trl.trajectory import Trajectory, Turn, write_jsonl
 
 KEY = "5ecret0123456789abcdef"
@@ -47,7 +46,7 @@ def service():
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("SERPER_API_KEY", KEY)
-    monkeypatch.setattr("igpo_trl.search.network.remote.FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("igpo_trl.search.network.http_requests.FIRST_PAUSE", 0.02)
 
 
 def make(service, cache=None, **options):
@@ -132,7 +131,7 @@ def test_other_parameters_and_services_have_other_answers(service, tmp_path):
     assert len(service.requests) == 3
 
 
-def test_record_fetches_anew_and_replay_fetches_nothing(service, tmp_path, monkeypatch):
+def test_record_fetches_everything_and_replay_fetches_nothing(service, tmp_path, monkeypatch):
     make(service, tmp_path).search("a")
     service.answer = lambda body, number: (200, {"organic": organic("new", 3)}, {})
     recorded = make(service, tmp_path, mode="record").search_batch(["a", "b"])
@@ -184,7 +183,7 @@ def test_two_processes_record_into_one_cache_and_a_third_replays(service, tmp_pa
 
 
 def test_many_threads_write_and_read_one_cache(tmp_path):
-    answers = Answers(tmp_path)
+    answers = ResponseCache(tmp_path)
 
     def work(i):
         for j in range(10):
@@ -193,14 +192,14 @@ def test_many_threads_write_and_read_one_cache(tmp_path):
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(work, range(8)))
-    assert all(Answers(tmp_path, writable=False).get([i, j]) for i in range(8) for j in range(10))
+    assert all(ResponseCache(tmp_path, "replay").get([i, j]) for i in range(8) for j in range(10))
 
 
-def test_a_damaged_or_foreign_cache_is_named(service, tmp_path):
+def test_a_damaged_file_or_another_file_is_reported(service, tmp_path):
     (tmp_path / FILE).write_bytes(b"years of work " * 100)
-    with pytest.raises(ValueError, match=f"{FILE} is damaged or no file of recorded answers"):
+    with pytest.raises(ValueError, match=f"{FILE} is damaged or not a file of recorded responses"):
         make(service, tmp_path)
-    answers = Answers(tmp_path / "other")
+    answers = ResponseCache(tmp_path / "other")
     answers.put("a", 1)
     with sqlite3.connect(answers.file) as database:
         database.execute("UPDATE answers SET value = '{cut off'")
@@ -215,7 +214,7 @@ def test_a_cache_can_be_replayed_where_nothing_can_be_written(service, tmp_path)
     before = (tmp_path / "run" / FILE).read_bytes()
     assert make(service, tmp_path / "run", mode="replay").search("a")
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
-        Answers(tmp_path / "run", writable=False).put("a", 1)
+        ResponseCache(tmp_path / "run", "replay").put("a", 1)
     assert (tmp_path / "run" / FILE).read_bytes() == before
 
 
@@ -240,7 +239,7 @@ def test_impossible_options(options, error, message):
 # Rate and retries
 
 
-def test_the_rate_holds_over_threads(service):
+def test_the_rate_limit_covers_all_threads(service):
     index = make(service, requests_per_second=20, max_concurrent=8)
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(index.search_batch, [list("abcd"), list("efgh")]))
@@ -249,7 +248,7 @@ def test_the_rate_holds_over_threads(service):
     assert 0.25 <= max(service.times) - min(service.times) < 1.5
 
 
-def test_a_busy_service_is_asked_again(service):
+def test_a_busy_service_gets_another_request(service):
     service.answer = lambda body, number: web(body, number) if number > 2 else (429, {"message": "slow down"}, {})
     assert make(service).search("a")
     assert len(service.requests) == 3
@@ -280,7 +279,7 @@ def test_a_key_that_cannot_be_sent_is_not_shown(service, monkeypatch, bad):
 
 
 def everything(error: BaseException) -> str:
-    """All that a thorough logger would print of an exception: variables, causes, contexts."""
+    """Everything that a thorough logger would print of an exception: variables, causes, contexts."""
     shown = []
     seen = set()
     while error is not None and id(error) not in seen:
@@ -300,7 +299,7 @@ def test_the_key_reaches_no_log_cache_error_repr_pickle_or_trajectory(service, t
     seen = []
 
     def echo(body, number):
-        """A service that sends the key back, in everything it says."""
+        """A service that sends the key back in every response."""
         if "deny" in body["q"]:
             return 403, {"message": f"the key {KEY} is not valid"}, {}
         if "page" in body["q"]:
@@ -341,5 +340,5 @@ def test_the_key_reaches_no_log_cache_error_repr_pickle_or_trajectory(service, t
     assert {path.name for path in files} == {FILE, "rollouts.jsonl"}
     for path in files:
         assert KEY.encode() not in path.read_bytes()
-        assert b"[secret]" in path.read_bytes()  # the text is stored as it is: the search above can find it
+        assert b"[secret]" in path.read_bytes()  # stored uncompressed: the key would be found
     runner.close()

@@ -1,4 +1,4 @@
-"""The search server: its protocol, batches of concurrent requests, bad requests, its end."""
+"""The search server: its protocol, batches of concurrent requests, bad requests, shutdown."""
 
 import http.client
 import json
@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import uvicorn
 
-from igpo_trl.search import BM25Index, HTTPSearch, Passage
-from igpo_trl.search.network.server import create_app, listen, serve
+from igpo_trl.search import BM25Index, HTTPSearch, Passage, create_app, serve
+from igpo_trl.search.network.server import listen
 
 PASSAGES = [
     {"id": "a", "title": "Dune (novel)", "text": "A 1965 epic science fiction novel by American Frank Herbert."},
@@ -29,7 +29,7 @@ PASSAGES = [
 
 
 class Recorder:
-    """An index that notes what it is asked for, and takes its time."""
+    """A slow index that records its calls."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
@@ -69,7 +69,7 @@ class Running:
 
 
 def post(url, body, path="/retrieve"):
-    """Status and decoded answer, with nothing of ours in between."""
+    """Status and decoded answer, without our client."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
     try:
@@ -99,9 +99,9 @@ def test_answers_with_documents_and_scores(server, index):
     assert (status, answer) == (200, {"result": [[{"document": document, "score": found.score}], []]})
 
 
-@pytest.mark.parametrize("asked", [{}, {"topk": None}, {"topk": 0}, {"return_scores": False}])
-def test_without_scores_a_result_is_the_document_and_without_topk_the_default_counts(server, asked):
-    status, answer = post(server.url, {"queries": ["American Tacoma writer novel"], **asked})
+@pytest.mark.parametrize("options", [{}, {"topk": None}, {"topk": 0}, {"return_scores": False}])
+def test_without_scores_a_result_is_the_document_and_without_topk_the_default_applies(server, options):
+    status, answer = post(server.url, {"queries": ["American Tacoma writer novel"], **options})
     assert status == 200
     assert [document["id"] for document in answer["result"][0]] == ["b", "a"]
     assert set(answer["result"][0][0]) == {"id", "title", "contents"}
@@ -155,14 +155,14 @@ def test_health(server):
         ({"queries": ["a" * 2000]}, 413, "longer than 2000 bytes"),
     ],
 )
-def test_a_bad_request_is_told_what_is_wrong(server, body, status, message):
+def test_a_bad_request_gets_an_explanation(server, body, status, message):
     got, answer = post(server.url, body)
     assert got == status
     assert set(answer) == {"error"}
     assert re.search(message, answer["error"]), answer
 
 
-def test_another_path_or_method_is_told_what_there_is(server):
+def test_another_path_or_method_gets_an_explanation(server):
     for path, method, status in (("/search", "POST", 404), ("/retrieve", "GET", 405)):
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
         connection.request(method, path, b"{}" if method == "POST" else None)
@@ -217,10 +217,10 @@ def test_an_answer_does_not_wait_for_an_acknowledgement():
             client.search("a")
             times.append(time.perf_counter() - start)
         client.close()
-    assert min(times) < 0.03  # 0.04 and more for all of them, if the system holds back small packets
+    assert min(times) < 0.03  # 0.04 or more for all of them if the system delays small packets
 
 
-def test_a_call_of_the_index_holds_one_number_of_passages_and_at_most_max_batch_queries():
+def test_a_call_of_the_index_has_one_k_and_at_most_max_batch_queries():
     index = Recorder(seconds=0.3)  # long enough for others to arrive meanwhile, on a busy machine too
     with Running(index, max_wait=0.1, max_batch=5) as running:
         client = HTTPSearch(running.url)
@@ -234,7 +234,7 @@ def test_a_call_of_the_index_holds_one_number_of_passages_and_at_most_max_batch_
     assert all((int(query[0]) % 2 == k - 1) for queries, k in index.calls for query in queries)
 
 
-def test_a_query_that_the_index_cannot_take_fails_alone(caplog):
+def test_a_query_on_which_the_index_fails_fails_alone(caplog):
     index = Recorder(seconds=0.05)
     with Running(index, max_wait=0.1) as running:
         with ThreadPoolExecutor(3) as threads:
@@ -244,7 +244,7 @@ def test_a_query_that_the_index_cannot_take_fails_alone(caplog):
     assert "failed on the query 'bad'" in caplog.text
 
 
-def test_too_many_waiting_queries_are_asked_to_come_back():
+def test_too_many_waiting_queries_get_status_503():
     index = Recorder(seconds=0.3)
     with Running(index, max_wait=0.0, max_batch=1, max_waiting=2) as running:
         client = HTTPSearch(running.url, max_attempts=10)
@@ -258,8 +258,7 @@ def test_too_many_waiting_queries_are_asked_to_come_back():
 
 SCRIPT = """
 import sys, time
-from igpo_trl.search import Passage
-from igpo_trl.search.network.server import serve
+from igpo_trl.search import Passage, serve
 
 class Slow:
     def __len__(self):
@@ -274,7 +273,7 @@ print("ended", flush=True)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_says_where_it_is_and_answers_what_is_under_way_before_it_ends(sent):
+def test_prints_its_address_and_finishes_requests_in_progress_before_it_ends(sent):
     process = subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()
@@ -289,7 +288,7 @@ def test_says_where_it_is_and_answers_what_is_under_way_before_it_ends(sent):
         rest, _ = process.communicate(timeout=10)
         if sent == signal.SIGINT:
             assert (process.returncode, rest) == (0, "ended\n")
-        else:  # ends as a process does that is told to
+        else:  # ends with the signal
             assert process.returncode == -signal.SIGTERM
         with pytest.raises(urllib.error.URLError):
             post(url, {"queries": ["too late"]})
@@ -314,6 +313,6 @@ def test_a_port_in_use_and_impossible_limits_are_named_before_anything_starts(se
 
 
 def test_without_starlette_the_error_names_the_extra(index):
-    code = "import sys; sys.modules['starlette'] = None\nfrom igpo_trl.search.network.server import create_app; create_app(None)"
+    code = "import sys; sys.modules['starlette'] = None\nfrom igpo_trl.search import create_app; create_app(None)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert 'pip install "igpo-trl[serve]"' in result.stderr

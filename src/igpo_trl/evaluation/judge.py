@@ -72,7 +72,7 @@ class Judge:
     ) -> None:
         import httpx2
 
-        from ..search.network.remote import check_url
+        from ..search.network.http_requests import check_url
 
         self.model = model
         self._url = check_url(f"{url.rstrip('/')}/chat/completions", "judge URL")
@@ -114,7 +114,7 @@ class Judge:
         return json.dumps(fields, ensure_ascii=False, indent=1)
 
     def _reply(self, messages: list[dict[str, str]]) -> str:
-        from ..search.network.remote import post_json
+        from ..search.network.http_requests import post_json
 
         reply = post_json(
             self._client,

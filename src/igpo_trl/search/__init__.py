@@ -1,15 +1,14 @@
 """
-Search for tools: passages, indexes over them, clients of search services, and the tool that a policy calls.
+Search for tools: passages, indexes over them, clients of search services, and the tools that a policy calls.
 
-`load_index` and `open_search` give whatever can be searched; its class, and the packages that it needs, are imported
-only then.
+Every name is imported on first use, because the HTTP client and the optional packages take long to load.
 """
 
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .searchable import Searchable
+from .searchable import Searchable as Searchable
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -17,11 +16,15 @@ if TYPE_CHECKING:
     from .indexes.bm25 import BM25Index as BM25Index
     from .indexes.dense import DenseIndex as DenseIndex
     from .indexes.hybrid import HybridIndex as HybridIndex
+    from .indexes.hybrid import load_index as load_index
     from .network.client import HTTPSearch as HTTPSearch
+    from .network.fetching import PageError as PageError
+    from .network.http_requests import SearchError as SearchError
     from .network.pages import PageReader as PageReader
     from .network.pages import ReadPageTool as ReadPageTool
-    from .network.remote import SearchError as SearchError
-    from .network.responses import CacheMiss as CacheMiss
+    from .network.response_cache import CacheMiss as CacheMiss
+    from .network.server import create_app as create_app
+    from .network.server import serve as serve
     from .network.web import WebSearch as WebSearch
     from .passages import Passage as Passage
     from .tool import SearchTool as SearchTool
@@ -30,17 +33,21 @@ _MODULES = {
     "BM25Index": "indexes.bm25",
     "DenseIndex": "indexes.dense",
     "HybridIndex": "indexes.hybrid",
+    "load_index": "indexes.hybrid",
     "HTTPSearch": "network.client",
+    "PageError": "network.fetching",
+    "SearchError": "network.http_requests",
+    "PageReader": "network.pages",
+    "ReadPageTool": "network.pages",
+    "CacheMiss": "network.response_cache",
+    "create_app": "network.server",
+    "serve": "network.server",
     "WebSearch": "network.web",
     "Passage": "passages",
     "SearchTool": "tool",
-    "PageReader": "network.pages",
-    "ReadPageTool": "network.pages",
-    "SearchError": "network.remote",
-    "CacheMiss": "network.responses",
 }
 
-__all__ = ["Searchable", "load_index", "open_search", *_MODULES]
+__all__ = ["Searchable", "open_search", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
@@ -53,48 +60,11 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def load_index(
-    directory: str | Path, *, model: "str | Path | SentenceTransformer | None" = None, device: str | None = None
-) -> Searchable:
-    """
-    Loads an index of any kind, memory-mapped.
-
-    Args:
-        directory (`str` or `Path`):
-            Where `igpo index`, or the `save` of an index, has put it.
-        model (`str`, `Path` or `SentenceTransformer`, *optional*):
-            For dense and hybrid indexes: where the model is, if not where it was when the index was built.
-        device (`str`, *optional*):
-            For the model; by default a GPU when there is one.
-
-    Raises:
-        FileNotFoundError: There is no index in the directory.
-        ValueError: The index is of an unknown kind or of another version, a file of it is missing or damaged, or the
-            model is not the one that it was built with.
-    """
-    from .indexes.store import read_manifest
-
-    kind = read_manifest(directory)["kind"]
-    if kind == "igpo_trl.bm25":
-        from .indexes.bm25 import BM25Index
-
-        return BM25Index.load(directory)
-    if kind == "igpo_trl.dense":
-        from .indexes.dense import DenseIndex
-
-        return DenseIndex.load(directory, model=model, device=device)
-    if kind == "igpo_trl.hybrid":
-        from .indexes.hybrid import HybridIndex
-
-        return HybridIndex.load(directory, model=model, device=device)
-    raise ValueError(f"{directory} holds an index of kind {kind!r}, which this release does not know.")
-
-
 def open_search(
     source: str | Path, *, model: "str | Path | SentenceTransformer | None" = None, device: str | None = None
 ) -> Searchable:
     """
-    Opens what can be searched: the directory of an index, or the address of a search server.
+    Opens an index or connects to a search server.
 
     Args:
         source (`str` or `Path`):
@@ -112,4 +82,6 @@ def open_search(
         return HTTPSearch(source)
     if "://" in str(source):
         raise ValueError(f"got {source!r}, expected the directory of an index, or an http:// or https:// address.")
+    from .indexes.hybrid import load_index
+
     return load_index(source, model=model, device=device)

@@ -1,4 +1,4 @@
-"""The passage record, and reading a corpus: several file formats and layouts, one passage at a time, each checked."""
+"""The passage record, and a reader of corpora that takes several file formats and layouts and checks every record."""
 
 import csv
 import gzip
@@ -17,9 +17,9 @@ class Passage:
 
     Attributes:
         id (`str`): Unique in its corpus.
-        title (`str`): Title of the page it comes from; may be empty.
+        title (`str`): Title of its page; may be empty.
         text (`str`): The passage itself.
-        score (`float`): How well it fits the query, in the unit of the retriever; higher is better. 0 in a corpus.
+        score (`float`): Relevance to the query, in the retriever's own unit; higher is better. 0 in a corpus.
     """
 
     id: str
@@ -30,7 +30,7 @@ class Passage:
 
 Corpus = str | Path | Iterable[str | Path] | Iterable[dict[str, Any]] | Iterable[Passage]
 """
-A file, several files, or records: any iterable of `dict` or `Passage`, such as a `datasets.Dataset`.
+A file, several files, or any iterable of `dict` or `Passage`, such as a `datasets.Dataset`.
 
 Files are JSON Lines (`.jsonl`, `.jsonl.gz`), `.parquet`, or tab-separated with a header (`.tsv`, `.tsv.gz`).
 """
@@ -41,27 +41,36 @@ _COLUMNS = ("title", "text", "contents")
 
 def read_passages(corpus: Corpus) -> Iterator[Passage]:
     """
-    Reads and checks a corpus, one passage at a time; that its files exist is checked at once.
+    Reads and checks a corpus, one passage at a time.
 
-    A record needs an id (`id`, `_id`, `docid` or `doc_id`; text or integer) and either `title` (may be empty) and
-    `text` (must not be), or `contents`, whose first line is the title, as in the Wikipedia of Search-R1. Other fields
-    are ignored.
+    A record needs an id (`id`, `_id`, `docid` or `doc_id`; string or integer) and either `title` (may be empty) and
+    `text` (may not), or `contents`, whose first line is the title, as in Search-R1's Wikipedia. Other fields are
+    ignored.
+
+    Args:
+        corpus (`Corpus`):
+            File(s) or records.
+
+    Returns:
+        `Iterator[Passage]`: The passages, in order.
 
     Raises:
-        FileNotFoundError: A file does not exist.
-        ValueError: A record is malformed, lacks a field or repeats an id, or there is no record at all. The message
-            names the file and line (or the position in an iterable).
+        FileNotFoundError: A file does not exist. Raised by the call itself, before anything is read.
+        ValueError: A record is malformed, lacks a field or repeats an id, or there are no records. The message names
+            the file and line (or the position in an iterable).
     """
     items: Iterable[Any] = corpus if isinstance(corpus, list | tuple) else [corpus]
     for path in items:
         if isinstance(path, str | Path) and not Path(path).is_file():
-            found = "a directory" if Path(path).is_dir() else "no such file"
-            raise FileNotFoundError(f"{found}: {path}. Expected a .jsonl, .jsonl.gz, .parquet, .tsv or .tsv.gz file.")
+            problem = "a directory" if Path(path).is_dir() else "no such file"
+            raise FileNotFoundError(
+                f"{problem}: {path}. Expected a .jsonl, .jsonl.gz, .parquet, .tsv or .tsv.gz file."
+            )
     return _checked(corpus)
 
 
 def _checked(corpus: Corpus) -> Iterator[Passage]:
-    seen = _Ids()
+    seen = SeenIds()
     for where, record in _records(corpus):
         passage = record if isinstance(record, Passage) else _passage(where, record)
         earlier = seen.add(passage.id)
@@ -79,19 +88,16 @@ def _passage(where: str, record: dict[str, Any]) -> Passage:
     field = next((name for name in _IDS if name in record), None)
     if field is None:
         raise ValueError(f"{where}: no field `id`; got {sorted(record)}, expected `id`, `title`, `text`.")
-    key, text_field = record[field], "text"
-    if "contents" in record and "text" not in record:
-        text_field, title, text = "contents", record.get("title"), record["contents"]
-        if title is None and isinstance(text, str):
-            title, text = split_contents(text)
-    else:
-        for name in ("title", "text"):
-            if name not in record:
-                raise ValueError(
-                    f"{where}: no field `{name}`; got {sorted(record)}, expected `id`, `title`, `text` (or `id` and "
-                    "`contents`)."
-                )
-        title, text = record["title"], record["text"]
+    key, text_field = record[field], "contents" if "contents" in record and "text" not in record else "text"
+    for name in ("title", "text") if text_field == "text" else ():
+        if name not in record:
+            raise ValueError(
+                f"{where}: no field `{name}`; got {sorted(record)}, expected `id`, `title`, `text` (or `id` and "
+                "`contents`)."
+            )
+    title, text = record.get("title"), record[text_field]
+    if text_field == "contents" and title is None and isinstance(text, str):
+        title, text = split_contents(text)
     if isinstance(key, bool) or not isinstance(key, str | int) or key == "":
         raise ValueError(f"{where}: `{field}` is {key!r}, expected a non-empty string or an integer.")
     if not isinstance(text, str) or not text.strip():
@@ -103,36 +109,45 @@ def _passage(where: str, record: dict[str, Any]) -> Passage:
 
 def split_contents(contents: str) -> tuple[str, str]:
     """
-    Title and text of a passage in one string: the title is the first line, with or without quotes.
+    Splits a passage into title and text. The first line is the title, with or without quotes.
 
     A single line is a text without a title.
     """
     title, newline, text = contents.partition("\n")
     if not newline or not text.strip():
         return "", contents
+    return unquote(title), text
+
+
+def unquote(title: str) -> str:
+    """The title in the first line of `contents`, without its quotes."""
     title = title.strip()
-    if len(title) >= 2 and title[0] == title[-1] == '"':
-        title = title[1:-1]
-    return title, text
+    return title[1:-1] if len(title) >= 2 and title[0] == title[-1] == '"' else title
 
 
-class _Ids:
+def first_words(text: str, limit: int | None) -> str:
+    """The first `limit` words of a text and an ellipsis, or the text itself if it is not longer (`None`: no limit)."""
+    words = text.split()
+    return text if limit is None or len(words) <= limit else " ".join(words[:limit]) + " …"
+
+
+class SeenIds:
     """
-    The ids there were, each with the number of its passage, from 1.
+    The ids seen so far, each with the number of its passage, from 1.
 
-    Ids that count up, as those of large corpora do, take no memory: a run of them is kept as its ends.
+    Ids that count up, as in most large corpora, take no memory: their run is stored as its two ends.
     """
 
     def __init__(self) -> None:
         self._number = 0
         self._others: dict[str, int] = {}
-        self._run: tuple[int, int, int] | None = None  # the first id, the last one, the number of the first
+        self._run: tuple[int, int, int] | None = None  # first id, last id, number of the first
 
     def __len__(self) -> int:
         return self._number
 
     def add(self, key: str) -> int | None:
-        """Adds an id; gives the number of the passage that has it already, if there is one."""
+        """Adds an id. Returns the number of the earlier passage with the same id, if there is one."""
         self._number += 1
         value = int(key) if key.isascii() and key.isdigit() and (key[0] != "0" or key == "0") else None
         if value is not None:
@@ -141,7 +156,7 @@ class _Ids:
                 return None
             if self._run is not None and self._run[0] <= value <= self._run[1]:
                 return self._run[2] + value - self._run[0]
-            # A run may go on only while every id is in it, so that ids and numbers go up together.
+            # The run grows only while it has every id: then ids and passage numbers increase together.
             if self._run is not None and not self._others and value == self._run[1] + 1:
                 self._run = (self._run[0], value, self._run[2])
                 return None

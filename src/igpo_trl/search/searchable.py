@@ -1,4 +1,4 @@
-"""What every retriever of this package has in common."""
+"""The two methods that all retrievers have, and the checks of their arguments."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -9,8 +9,8 @@ from .passages import Passage
 @runtime_checkable
 class Searchable(Protocol):
     """
-    Anything that finds passages: [`BM25Index`], [`DenseIndex`], [`HybridIndex`], [`HTTPSearch`], [`WebSearch`], or a
-    class of your own with these two methods.
+    Anything that finds passages: [`BM25Index`], [`DenseIndex`], [`HybridIndex`], [`HTTPSearch`], [`WebSearch`], or
+    your own class with these two methods.
     """
 
     def search(self, query: str, k: int = 3) -> list[Passage]:
@@ -18,19 +18,30 @@ class Searchable(Protocol):
         ...
 
     def search_batch(self, queries: Sequence[str], k: int = 3) -> list[list[Passage]]:
-        """The results of `search` for each of several queries, in order."""
+        """
+        The results of `search` for each query, in order.
+
+        Raises:
+            ValueError: `k` is not positive.
+            TypeError: `queries` is a single string.
+            SearchError: A search service failed ([`HTTPSearch`] and [`WebSearch`] only).
+        """
         ...
 
 
-def check_request(queries: Sequence[str], k: int) -> None:
-    """
-    Checks the arguments of `search_batch`.
+class Retriever(Searchable):
+    """Base of the retrievers in this package. A subclass implements `_search_batch`."""
 
-    Raises:
-        ValueError: `k` is not positive.
-        TypeError: `queries` is a single string.
-    """
-    if k < 1:
-        raise ValueError(f"got k={k}, expected at least 1.")
-    if isinstance(queries, str):
-        raise TypeError("`queries` is a string, expected a list of strings. For a single query, use `search`.")
+    def search(self, query: str, k: int = 3) -> list[Passage]:
+        return self.search_batch([query], k)[0]
+
+    def search_batch(self, queries: Sequence[str], k: int = 3) -> list[list[Passage]]:
+        if k < 1:
+            raise ValueError(f"got k={k}, expected at least 1.")
+        if isinstance(queries, str):
+            raise TypeError("`queries` is a string, expected a list of strings. For a single query, use `search`.")
+        return self._search_batch(list(queries), k) if queries else []
+
+    def _search_batch(self, queries: list[str], k: int) -> list[list[Passage]]:
+        """The results for at least one query, with `k` of at least 1."""
+        raise NotImplementedError

@@ -6,13 +6,13 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from ..tools import tool
-from .passages import Passage
+from .passages import Passage, first_words
 from .searchable import Searchable
 
 DESCRIPTION = "Search a collection of documents and read the passages that fit best."
 
 MAX_QUERIES = 8
-"""Queries that one call may have; each of them costs `k` passages of context."""
+"""Maximum number of queries per call; each one adds `k` passages to the context."""
 
 
 def SearchTool(
@@ -24,25 +24,25 @@ def SearchTool(
     description: str = DESCRIPTION,
 ) -> Callable[..., str]:
     """
-    A search function for `tools=[…]` of a TRL trainer.
+    Makes a search function for `tools=[…]` of a TRL trainer.
 
-    It is called `search` and takes one `query`. Chat templates accept plain functions only, not callable objects, so
-    this returns a function. A bad query is answered with a text that says what is wrong with it, for the policy to
-    read: whatever a policy sends, nothing is raised. The function's `tool_options` let a trainer look up all queries
-    of a round in one call of the index, equal queries once.
+    The function is called `search` and takes one `query`. (Chat templates accept plain functions, not callable
+    objects.) It never raises for a bad query: it returns a text that tells the policy what is wrong. Through the
+    function's `tool_options`, a trainer can look up all queries of a round in one call of the index and equal queries
+    once.
 
     Args:
         index (`Searchable`):
             What to search.
         k (`int`, *optional*, defaults to `3`):
-            Number of passages that one call returns.
+            Number of passages per query.
         max_words (`int`, *optional*, defaults to `200`):
             Longest passage shown, in words; the rest is cut off. `None` for no limit.
         many_queries (`bool`, *optional*, defaults to `False`):
-            Whether one call may have up to eight queries: the policy is told that `query` is a list of strings. A
-            single string is understood as well.
+            Whether a call may contain up to eight queries. The policy is told that `query` is a list of strings; a
+            single string works too.
         description (`str`, *optional*):
-            What the policy is told that the tool does.
+            Tool description for the policy.
 
     Returns:
         `Callable[..., str]`: The tool.
@@ -66,9 +66,9 @@ def SearchTool(
 
     def search_all(query: Sequence[str]) -> list[str]:
         answers = [_problem(one) for one in query]
-        good = [i for i, problem in enumerate(answers) if not problem]
-        found = index.search_batch([query[i] for i in good], k) if good else []
-        for i, passages in zip(good, found, strict=True):
+        valid = [i for i, problem in enumerate(answers) if not problem]
+        results = index.search_batch([query[i] for i in valid], k) if valid else []
+        for i, passages in zip(valid, results, strict=True):
             shown = [f"[{rank}] {_render(passage, max_words)}" for rank, passage in enumerate(passages, start=1)]
             answers[i] = "\n\n".join(shown) or "No passage matches this query. Try other words."
         return answers
@@ -92,7 +92,7 @@ def SearchTool(
     def search_many(query: Annotated[list[str], BeforeValidator(_as_list)]) -> str:
         return search_lists([query])[0]
 
-    # Chat templates show this docstring to the policy, and a call with wrong arguments the qualified name.
+    # The policy sees this docstring through the chat template, and the qualified name in errors about arguments.
     chosen, what = (search_many, "one or several things to look for") if many_queries else (search, "what to look for")
     chosen.__name__ = chosen.__qualname__ = "search"
     chosen.__doc__ = f"{description}\n\nArgs:\n    query: {what.capitalize()}, in a few words."
@@ -115,12 +115,11 @@ def _render_list(queries: Sequence[Any], answers: Sequence[str]) -> str:
 
 
 def _problem(query: object) -> str:
-    if not isinstance(query, str):  # a policy sends what it likes
+    if not isinstance(query, str):  # policies send anything
         return f"Error: the query must be a string, got {type(query).__name__}."
     return "" if query.strip() else "Error: the query is empty. Say what to look for."
 
 
 def _render(passage: Passage, max_words: int | None) -> str:
-    words = passage.text.split()
-    text = passage.text if max_words is None or len(words) <= max_words else " ".join(words[:max_words]) + " …"
+    text = first_words(passage.text, max_words)
     return f"{passage.title}\n{text}" if passage.title else text

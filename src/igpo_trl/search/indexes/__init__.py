@@ -1,1 +1,1 @@
-"""Indexes of passages: BM25, dense, and both together."""
+"""Indexes of passages: BM25, dense, and hybrid."""

@@ -1,4 +1,4 @@
-"""Texts to unit vectors, with a sentence-transformers model and the prompts that it wants."""
+"""Texts to unit vectors, with a sentence-transformers model and its prompts."""
 
 import re
 from collections.abc import Sequence
@@ -8,40 +8,43 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...files import encodable
+from ..extras import require
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-# e5 models are trained with these, but few say so in their own configuration. Those tuned on instructions do.
+# e5 models are trained with prompts that few of them have in their configuration. Instruction-tuned ones use others.
 _E5 = re.compile(r"(^|[-_./])e5([-_.]|$)", re.IGNORECASE)
 _PASSAGE_PROMPTS = ("document", "passage", "corpus")
 
 PROBE = "The quick brown fox jumps over the lazy dog near the harbour of Lisbon."
-"""Embedded by a model to tell it from others."""
+"""A sentence whose embedding identifies a model."""
 
 MIN_SAME = 0.99
-"""Cosine of the probe's embeddings above which two models are the same; half precision stays above .9999."""
+"""Cosine of two probes above which their models are the same; half precision stays above 0.9999."""
 
 
 class Encoder:
     """
-    A [sentence-transformers](https://sbert.net) model, `StaticEmbedding` included, behind two functions.
+    Embeds queries and passages with a [sentence-transformers](https://sbert.net) model, `StaticEmbedding` included.
 
     Args:
         model (`str`, `Path` or `SentenceTransformer`):
             Name on the hub, a folder, or the model itself.
         query_prompt, passage_prompt (`str`, *optional*):
-            Put before every query or passage; `""` for nothing. By default those of the model's own configuration,
-            or `"query: "` and `"passage: "` for e5 models.
+            Prefix of every query or passage; `""` for none. By default those of the model's configuration, or
+            `"query: "` and `"passage: "` for e5 models.
         device (`str`, *optional*):
-            Such as `"cuda:1"`; by default a GPU when there is one.
+            Such as `"cuda:1"`; by default a GPU if there is one.
         half (`bool`, *optional*, defaults to `False`):
             Whether to compute in half precision, about twice as fast on a GPU.
         batch_size (`int`, *optional*, defaults to `64`):
-            Texts that go through the model together.
+            Texts per forward pass.
 
     Attributes:
-        name (`str`, *optional*): What `model` was, with the full path of a folder; `None` if it was a model.
-        query_prompt, passage_prompt (`str`): What is put before texts.
+        name (`str`, *optional*): The name on the hub, or the full path of the folder; `None` if `model` was a model.
+        query_prompt, passage_prompt (`str`): Prefixes of texts.
         probe (`np.ndarray` of shape `(dimension,)`): Embedding of a fixed sentence.
         dimension (`int`): Length of the vectors.
 
@@ -61,21 +64,16 @@ class Encoder:
         half: bool = False,
         batch_size: int = 64,
     ) -> None:
-        try:
-            from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise ImportError(
-                'Dense search needs sentence-transformers. Install it with: pip install "igpo-trl[dense]"'
-            ) from error
         if batch_size < 1:
             raise ValueError(f"got batch_size={batch_size}, expected at least 1.")
+        library = require("sentence_transformers", "Dense search", "dense")
         self.name: str | None = None
         if isinstance(model, str | Path):
             path = Path(model).expanduser()
             if not path.exists() and (isinstance(model, Path) or model.startswith((".", "/", "~"))):
                 raise FileNotFoundError(f"no such model: {model}. Expected a folder, or a name on the hub.")
             self.name = str(path.resolve()) if path.exists() else str(model)
-            self._model: Any = SentenceTransformer(self.name, device=device)
+            self._model: Any = library.SentenceTransformer(self.name, device=device)
         else:
             self._model = model if device is None else model.to(device)
         if half:
@@ -96,21 +94,22 @@ class Encoder:
         return self._encode(self._model.encode_document, texts, self.passage_prompt)
 
     def _encode(self, function: Any, texts: Sequence[str], prompt: str) -> NDArray[np.float32]:
-        texts = [
-            text.encode("utf-8", "replace").decode() for text in texts
-        ]  # no tokenizer takes half a surrogate pair
         vectors = function(
-            texts, prompt=prompt, batch_size=self._batch_size, normalize_embeddings=True, show_progress_bar=False
+            list(map(encodable, texts)),  # tokenizers refuse lone surrogates
+            prompt=prompt,
+            batch_size=self._batch_size,
+            normalize_embeddings=True,
+            show_progress_bar=False,
         )
         return np.ascontiguousarray(vectors, dtype=np.float32)
 
     def same_as(self, probe: NDArray[Any]) -> bool:
-        """Whether the probe of another encoder is that of this one, up to rounding."""
+        """Whether another encoder's probe equals this one's, up to rounding."""
         return probe.shape == self.probe.shape and float(probe.astype(np.float32) @ self.probe) > MIN_SAME
 
 
 def _prompts(model: Any, name: str) -> tuple[str, str]:
-    """Prompts for queries and passages that a model's configuration or name asks for."""
+    """Prompts for queries and passages, from a model's configuration or its name."""
     own = model.prompts or {}
     query = own.get("query") or ""
     passage = next((own[key] for key in _PASSAGE_PROMPTS if own.get(key)), "")

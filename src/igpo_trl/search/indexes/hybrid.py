@@ -1,16 +1,20 @@
-"""Several retrievers as one, by reciprocal rank fusion."""
+"""Several retrievers as one, by reciprocal rank fusion; and loading an index of any kind."""
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...files import replace_when_complete
 from ..passages import Corpus, Passage, read_passages
-from ..searchable import Searchable, check_request
+from ..searchable import Searchable
+from .bm25 import KIND as BM25_KIND
 from .bm25 import BM25Index
+from .dense import KIND as DENSE_KIND
 from .dense import DenseIndex
-from .store import check_kind, new_index, read_manifest, write_manifest
-from .stored import OFFSETS_FILE, PASSAGES_FILE, StoredPassages, fingerprint
+from .directory import Index, check_kind, new_index, read_manifest, write_manifest
+from .passage_file import OFFSETS_FILE, PASSAGES_FILE, StoredPassages, fingerprint
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -18,29 +22,31 @@ if TYPE_CHECKING:
 KIND, VERSION = "igpo_trl.hybrid", 1
 
 
-class HybridIndex:
+class HybridIndex(Index):
     """
     Fuses the rankings of two or more retrievers over the same passages.
 
-    A passage scores `sum over retrievers of 1 / (constant + rank)`, with ranks from 1, over those retrievers that
-    find it among their first `depth` (Cormack, Clarke & Büttcher, SIGIR 2009). Ranks alone count: scores of different
-    retrievers need not be comparable. With a single retriever the order is its own.
+    A passage scores `sum over retrievers of 1 / (constant + rank)`, with ranks from 1, over the retrievers that
+    return it among their first `depth` (Cormack, Clarke & Büttcher, SIGIR 2009). Only ranks count, so the scores of
+    the retrievers need not be comparable. With a single retriever the order is its own.
+
+    Args:
+        parts (`Sequence[Searchable]`):
+            What to fuse; passages are the same if their ids are.
+        constant (`int`, *optional*, defaults to `60`):
+            The larger, the less the first ranks outweigh later ones.
+        depth (`int`, *optional*, defaults to `50`):
+            Results requested from each part, or `k` if that is more.
+
+    Raises:
+        ValueError: There are no parts, or a number is not positive.
+
+    Example:
 
     ```python
     >>> index = HybridIndex([BM25Index.load("bm25/"), DenseIndex.load("dense/")])
     >>> index.save("hybrid/")
     ```
-
-    Args:
-        parts (`Sequence[Searchable]`):
-            What to fuse; passages are the same when their ids are.
-        constant (`int`, *optional*, defaults to `60`):
-            The larger, the less the first ranks count before later ones.
-        depth (`int`, *optional*, defaults to `50`):
-            Results asked of each part, or `k` where that is more.
-
-    Raises:
-        ValueError: There are no parts, or a number is not positive.
     """
 
     def __init__(self, parts: Sequence[Searchable], *, constant: int = 60, depth: int = 50) -> None:
@@ -71,7 +77,7 @@ class HybridIndex:
         """
         Indexes a corpus with BM25 and with a dense model, on disk.
 
-        Like its parts, the index appears complete or not at all, and an interrupted build goes on where it was.
+        Like its parts, the index appears complete or not at all, and an interrupted build resumes.
 
         Args:
             corpus, directory, model, k1, b, title_weight, stopwords, stemmer, restart, show_progress:
@@ -83,7 +89,7 @@ class HybridIndex:
             first, second = work / "bm25", work / "dense"
             settings: dict[str, Any] = {"k1": k1, "b": b, "title_weight": title_weight}
             settings |= {"stopwords": stopwords, "stemmer": stemmer}
-            if not _is_done(first, corpus, settings):
+            if not _is_built(first, corpus, settings):
                 BM25Index.build(corpus, directory=first, show_progress=show_progress, **settings)
             passages = StoredPassages(first)
             DenseIndex.build(passages, second, model=model, show_progress=show_progress, **dense)
@@ -96,29 +102,15 @@ class HybridIndex:
         return cls.load(directory, model=model)
 
     def __len__(self) -> int:
-        """Number of passages of the first part that knows it."""
+        """Number of passages, from the first part that knows it."""
         for part in self.parts:
             if isinstance(part, Sized):
                 return len(part)
         raise TypeError("no part knows how many passages it has.")
 
-    def search(self, query: str, k: int = 3) -> list[Passage]:
-        """The `k` passages that rank best over all parts, best first."""
-        return self.search_batch([query], k)[0]
-
-    def search_batch(self, queries: Sequence[str], k: int = 3) -> list[list[Passage]]:
-        """
-        The results of `search` for each of several queries, in order.
-
-        Raises:
-            ValueError: `k` is not positive.
-            TypeError: `queries` is a single string.
-        """
-        check_request(queries, k)
-        if not queries:
-            return []
+    def _search_batch(self, queries: list[str], k: int) -> list[list[Passage]]:
         rankings = [part.search_batch(queries, max(k, self.depth)) for part in self.parts]
-        return [self._fuse(found)[:k] for found in zip(*rankings, strict=True)]
+        return [self._fuse(query_rankings)[:k] for query_rankings in zip(*rankings, strict=True)]
 
     def _fuse(self, rankings: Sequence[list[Passage]]) -> list[Passage]:
         passages: dict[str, Passage] = {}
@@ -127,27 +119,18 @@ class HybridIndex:
             for rank, passage in enumerate(ranking, start=1):
                 passages.setdefault(passage.id, passage)
                 scores[passage.id] = scores.get(passage.id, 0.0) + 1 / (self.constant + rank)
-        best = sorted(scores, key=lambda key: -scores[key])  # stable: equals stay in the order of the first part
+        best = sorted(scores, key=lambda key: -scores[key])  # stable: equal scores stay in the order of the first part
         return [Passage(key, passages[key].title, passages[key].text, scores[key]) for key in best]
 
-    def save(self, directory: str | Path) -> None:
-        """
-        Writes the parts to a directory, each in a folder of its own; it appears complete or not at all.
-
-        Raises:
-            FileExistsError: The directory holds something that is no index.
-            TypeError: A part cannot be saved, such as the client of a server.
-        """
-        for part in self.parts:
-            if not isinstance(part, BM25Index | DenseIndex | HybridIndex):
+    def _write(self, directory: Path) -> None:
+        names = [f"part{i}" for i in range(len(self.parts))]
+        for name, part in zip(names, self.parts, strict=True):
+            if not isinstance(part, Index):
                 raise TypeError(f"a {type(part).__name__} cannot be saved; only indexes can.")
-        with new_index(directory, resumable=False) as (target, _):
-            names = [f"part{i}" for i in range(len(self.parts))]
-            for name, part in zip(names, self.parts, strict=True):
-                part.save(target / name)  # type: ignore[attr-defined]
-            write_manifest(
-                target, KIND, VERSION, passages=len(self), parts=names, constant=self.constant, depth=self.depth
-            )
+            part.save(directory / name)
+        write_manifest(
+            directory, KIND, VERSION, passages=len(self), parts=names, constant=self.constant, depth=self.depth
+        )
 
     @classmethod
     def load(
@@ -162,16 +145,15 @@ class HybridIndex:
 
         Args:
             directory (`str` or `Path`):
-                Where it was saved.
+                Where it was built or saved.
             model, device:
                 For the dense parts, as for [`DenseIndex.load`].
 
         Raises:
-            FileNotFoundError: There is no index in the directory, or not all of it.
-            ValueError: It is of another kind or version, or a part is damaged or has other passages than the rest.
+            FileNotFoundError: There is no index in the directory, or a part is missing.
+            ValueError: The index is of another kind or version, or a part is damaged or has a different number of
+                passages.
         """
-        from .. import load_index
-
         directory = Path(directory)
         manifest = read_manifest(directory)
         check_kind(directory, manifest, KIND, VERSION)
@@ -184,23 +166,49 @@ class HybridIndex:
         return cls(parts, constant=manifest["constant"], depth=manifest["depth"])
 
 
-def _is_done(directory: Path, corpus: Corpus, settings: dict[str, Any]) -> bool:
-    """Whether an earlier attempt has built this part, of the same corpus with the same settings."""
+def load_index(
+    directory: str | Path, *, model: "str | Path | SentenceTransformer | None" = None, device: str | None = None
+) -> BM25Index | DenseIndex | HybridIndex:
+    """
+    Loads an index of any kind, memory-mapped.
+
+    Args:
+        directory (`str` or `Path`):
+            Where `igpo index`, or the `build` or `save` of an index, has put it.
+        model (`str`, `Path` or `SentenceTransformer`, *optional*):
+            Dense and hybrid indexes: the model, if it has moved since the build.
+        device (`str`, *optional*):
+            Dense and hybrid indexes: device of the model; by default a GPU if there is one.
+
+    Raises:
+        FileNotFoundError: There is no index in the directory.
+        ValueError: The index is of an unknown kind or of another version, one of its files is missing or damaged, or
+            the model is not the one that it was built with.
+    """
+    kind = read_manifest(directory)["kind"]
+    if kind == BM25_KIND:
+        return BM25Index.load(directory)
+    if kind == DENSE_KIND:
+        return DenseIndex.load(directory, model=model, device=device)
+    if kind == KIND:
+        return HybridIndex.load(directory, model=model, device=device)
+    raise ValueError(f"{directory} contains an index of kind {kind!r}, which this release does not know.")
+
+
+def _is_built(directory: Path, corpus: Corpus, settings: dict[str, Any]) -> bool:
+    """Whether an earlier attempt has built this part, from the same corpus with the same settings."""
     try:
         manifest = read_manifest(directory)
     except (FileNotFoundError, ValueError):
         return False
     if isinstance(corpus, Iterator) or any(manifest.get(name) != value for name, value in settings.items()):
-        return False  # an iterator can be read once only
+        return False  # an iterator can be read only once
     return manifest["corpus"] == fingerprint(read_passages(corpus))
 
 
 def _share_passages(first: Path, second: Path) -> None:
-    """Lets two parts have the text of their passages on disk once, where the file system can do that."""
-    for name in (PASSAGES_FILE, OFFSETS_FILE):
-        link = second / f".{name}"
-        try:
-            os.link(first / name, link)
-        except OSError:
-            return
-        os.replace(link, second / name)
+    """Stores the passages of two parts only once, by hard links, where the file system can do that."""
+    with contextlib.suppress(OSError):
+        for name in (PASSAGES_FILE, OFFSETS_FILE):
+            with replace_when_complete(second / name) as link:
+                os.link(first / name, link)

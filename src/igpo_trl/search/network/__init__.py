@@ -1,1 +1,1 @@
-"""Search over a network: the server and its client, web search, and reading web pages."""
+"""Search over a network: a server and its client, web search, and reading web pages."""

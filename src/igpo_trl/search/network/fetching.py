@@ -1,8 +1,8 @@
-"""Fetching a page whose address a policy made up: nothing but public pages, of bounded size, in bounded time.
+"""Fetches a page whose address a policy chose: only public pages, of limited size, in limited time.
 
-A name is resolved once per connection, all its addresses are checked, and the connection goes to an address that was
-checked: a name that answers differently the next time gains nothing. TLS and the `Host` header still use the name.
-Every redirect is a new request that is checked anew. Proxies of the environment are not used: they would resolve the
+A name is resolved once per connection, all its addresses are checked, and the connection goes to a checked address: a
+name that resolves differently the next time gains nothing. TLS and the `Host` header still use the name. Every
+redirect is a new request and is checked anew. Proxies of the environment are not used, because they would resolve the
 name again.
 """
 
@@ -18,15 +18,17 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpcore2
 import httpx2
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 LONGEST_URL = 2048
+MAX_ADDRESSES = 4  # addresses of one host that are tried
 REDIRECTS = (301, 302, 303, 307, 308)
 
-# What `ipaddress` calls global, or did in some releases, and is none of the policy's business.
+# Not public, although `ipaddress` calls them global (in some releases).
 _SPECIAL = [
     ipaddress.ip_network(text)
     for text in (
@@ -34,17 +36,17 @@ _SPECIAL = [
         *("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20"),  # Teredo and others, documentation, 6to4
     )
 ]
-_UNICAST = ipaddress.IPv6Network("2000::/3")  # all that is given out; mapped, NAT64 and local addresses lie elsewhere
+_UNICAST = ipaddress.IPv6Network("2000::/3")  # all that is assigned; mapped, NAT64 and local addresses lie elsewhere
 _HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*", re.ASCII)
 _NUMBER = re.compile(r"(?:\d+|0x[0-9a-f]*)", re.ASCII)
 
 
 class PageError(Exception):
     """
-    A page cannot be read, in words that a policy may see.
+    A page cannot be read. The message may be shown to a policy.
 
     Attributes:
-        again (`bool`): Whether trying again may help.
+        again (`bool`): Whether another attempt may succeed.
     """
 
     def __init__(self, message: str, again: bool = False) -> None:
@@ -55,13 +57,13 @@ class PageError(Exception):
 @dataclass(frozen=True)
 class Page:
     """
-    What a server sent.
+    The response of a server.
 
     Attributes:
-        url (`str`): Where it was found in the end.
+        url (`str`): Its address after redirects.
         kind (`str`): Its content type, without parameters.
         charset (`str`, *optional*): The encoding that the server names.
-        data (`bytes`): The beginning of it, or all.
+        data (`bytes`): The body, or the beginning of it.
     """
 
     url: str
@@ -71,7 +73,7 @@ class Page:
 
 
 def is_public(address: Address, allowed: Iterable[Network] = ()) -> bool:
-    """Whether an address is one of the public internet, or lies in a network that is allowed all the same."""
+    """Whether an address belongs to the public internet or to one of the allowed networks."""
     if any(address in network for network in allowed):
         return True
     if not address.is_global or address.is_multicast or any(address in network for network in _SPECIAL):
@@ -81,38 +83,38 @@ def is_public(address: Address, allowed: Iterable[Network] = ()) -> bool:
 
 def check_page_url(text: str, allowed: Sequence[Network] = ()) -> httpx2.URL:
     """
-    Checks all of an address that can be checked without looking anything up.
+    Checks everything about an address that can be checked without a look-up.
 
     Raises:
-        PageError: It is no plain `http://` or `https://` address of a host by name, or by a public number.
+        PageError: It is not a plain `http://` or `https://` address with a host name or a public IP address.
     """
     if len(text) > LONGEST_URL:
         raise PageError(f"the URL is longer than {LONGEST_URL} characters.")
     if not text.isprintable() or " " in text or "\\" in text:
-        raise PageError("the URL holds spaces or other characters that no URL has.")
+        raise PageError("the URL contains spaces or other characters that are not valid in a URL.")
     try:
         url = httpx2.URL(text)
         host = url.raw_host.decode("ascii").lower()
         user = "@" in urlsplit(text).netloc
     except (httpx2.InvalidURL, ValueError):
-        raise PageError("this is no valid URL.") from None
+        raise PageError("this is not a valid URL.") from None
     if url.scheme not in ("http", "https"):
         raise PageError("only URLs that begin with http:// or https:// can be read.")
     if url.port is not None and not 0 < url.port < 65536:
         raise PageError(f"there is no port {url.port}.")
     if user or url.userinfo:
-        raise PageError("a URL with a user name or password is not read.")
+        raise PageError("a URL with a user name or password is not allowed.")
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        # Numbers in other forms (2130706433, 0x7f.1, 127.1) are names to nobody but some resolvers.
+        # Numbers in other forms (2130706433, 0x7f.1, 127.1) are addresses to some resolvers only.
         if not _HOST_NAME.fullmatch(host) or _NUMBER.fullmatch(host.rsplit(".", 1)[-1]):
-            raise PageError(f"{host[:100]!r} is no host name.") from None
+            raise PageError(f"{host[:100]!r} is not a host name.") from None
     else:
-        if "%" in host:  # an address of a certain link
-            raise PageError(f"{host} is no host name.")
+        if "%" in host:  # the zone of a link-local address
+            raise PageError(f"{host} is not a host name.")
         if not is_public(address, allowed):
-            raise PageError(f"{host} is no public address.")
+            raise PageError(f"{host} is not a public address.")
     return url.copy_with(fragment=None)
 
 
@@ -121,9 +123,9 @@ def resolve(host: str, port: int) -> list[str]:
     The addresses of a host name.
 
     Raises:
-        OSError: It has none, or the look-up failed.
+        OSError: The name is unknown, or the look-up failed.
     """
-    return [str(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    return [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
 def fetch(
@@ -142,25 +144,21 @@ def fetch(
     Fetches a page.
 
     Args:
-        text (`str`): Its address.
-        kinds (`Sequence[str]`): Content types that are read.
-        max_bytes (`int`): What is longer is cut off, compressed and not.
-        timeout (`float`): Seconds for all of it, redirects included; a look-up of a name may take longer.
-        max_redirects (`int`): Redirects that are followed.
-        allowed (`Sequence` of networks): May be reached though they are not public.
-        headers (`Sequence[tuple[str, str]]`): Sent along.
-        look_up (`Callable`): Gives the addresses of a host name and port, as [`resolve`] does.
-        ssl_context (`ssl.SSLContext`, *optional*): Certificates to trust, those of the system if not given.
+        text (`str`):
+            Its address.
+        kinds (`Sequence[str]`):
+            Content types to accept.
+        allowed (`Sequence` of networks, *optional*):
+            Networks that may be reached although they are not public.
+        headers (`Sequence[tuple[str, str]]`, *optional*):
+            Additional headers.
+        max_bytes, timeout, max_redirects, look_up, ssl_context:
+            As for [`PageReader`]. The timeout does not cover the look-up of names.
 
     Raises:
-        PageError: It may not be fetched, cannot be, or is of another kind.
+        PageError: The page is not allowed, cannot be fetched, or is of another kind.
     """
-    import httpcore2
-
-    from .pinned import PinnedBackend
-
-    deadline = time.monotonic() + timeout
-    backend = PinnedBackend(look_up, lambda address: is_public(address, allowed), deadline)
+    backend = _CheckedBackend(look_up, lambda address: is_public(address, allowed), time.monotonic() + timeout)
     try:
         for _ in range(max_redirects + 1):
             url = check_page_url(text, allowed)
@@ -184,16 +182,14 @@ def fetch(
 
 @functools.cache
 def _system_certificates() -> ssl.SSLContext:
-    import httpcore2
-
-    return httpcore2.default_ssl_context()  # takes longer than many a page
+    return httpcore2.default_ssl_context()  # takes longer than fetching many pages
 
 
 def _join(url: httpx2.URL, location: str) -> str:
     try:
         return str(url.join(location))
     except (httpx2.InvalidURL, ValueError):
-        raise PageError("the page redirects to something that is no valid URL.") from None
+        raise PageError("the page redirects to something that is not a valid URL.") from None
 
 
 def _header(response: Any, name: bytes) -> str:
@@ -217,9 +213,83 @@ def _read(response: Any, url: str, kinds: Sequence[str], max_bytes: int) -> Page
         if len(data) >= max_bytes:
             break
     try:
-        # Bounded while unpacking: a few bytes may stand for millions.
+        # Limited while decompressing: a few bytes may expand to millions.
         text = zlib.decompressobj(wbits=31).decompress(data, max_bytes) if encoding == "gzip" else bytes(data)
     except zlib.error:
         raise PageError("the page is damaged.", again=True) from None
     charset = re.search(r"charset\s*=\s*\"?([\w.:-]+)", parameters, re.IGNORECASE)
     return Page(url, kind, charset.group(1) if charset else None, text[:max_bytes])
+
+
+class _CheckedBackend(httpcore2.NetworkBackend):
+    """Resolves a name, checks that all its addresses are accepted, and connects to one of them before a deadline."""
+
+    def __init__(
+        self, look_up: Callable[[str, int], list[str]], accept: Callable[[Address], bool], deadline: float
+    ) -> None:
+        self._look_up = look_up
+        self._accept = accept
+        self._deadline = deadline
+        self._backend = httpcore2.SyncBackend()
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore2.NetworkStream:
+        try:
+            addresses = [ipaddress.ip_address(text) for text in dict.fromkeys(self._look_up(host, port))]
+        except socket.gaierror as error:
+            raise PageError(f"the host {host} is not known.", again=error.errno == socket.EAI_AGAIN) from None
+        except (OSError, ValueError):  # a label that is too long, a link-local address with a zone (fe80::1%eth0)
+            raise PageError(f"the host {host} is not known.") from None
+        # All of them: a public address among private ones is an attack, or may be one after the next look-up.
+        if not addresses or not all(map(self._accept, addresses)):
+            raise PageError(f"{host} is not a public address.")
+        problem: httpcore2.NetworkError | httpcore2.TimeoutException | None = None
+        for address in addresses[:MAX_ADDRESSES]:
+            left = _remaining(self._deadline, timeout)
+            try:
+                stream = self._backend.connect_tcp(str(address), port, left, local_address, socket_options)
+                return _Stream(stream, self._deadline)
+            except (httpcore2.NetworkError, httpcore2.TimeoutException) as error:
+                problem = error
+        assert problem is not None
+        raise problem
+
+
+class _Stream(httpcore2.NetworkStream):
+    """A connection whose operations end at a deadline, however slowly the bytes arrive."""
+
+    def __init__(self, stream: httpcore2.NetworkStream, deadline: float) -> None:
+        self._stream = stream
+        self._deadline = deadline
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._stream.read(max_bytes, _remaining(self._deadline, timeout))
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._stream.write(buffer, _remaining(self._deadline, timeout))
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore2.NetworkStream:
+        left = _remaining(self._deadline, timeout)
+        return _Stream(self._stream.start_tls(ssl_context, server_hostname, left), self._deadline)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+def _remaining(deadline: float, timeout: float | None) -> float:
+    """The seconds that an operation may take. Raises an `httpcore2.ReadTimeout` after the deadline."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise httpcore2.ReadTimeout("the deadline has passed")
+    return left if timeout is None else min(left, timeout)

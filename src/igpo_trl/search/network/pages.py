@@ -1,5 +1,6 @@
 """The page-reading tool that a policy calls."""
 
+import functools
 import ipaddress
 import re
 import ssl
@@ -9,50 +10,47 @@ from typing import Any
 
 import tenacity
 
+from ...files import encodable
 from ...tools import tool
+from ..extras import require
 from ..passages import Passage
 from .fetching import Page, PageError, check_page_url, fetch, resolve
-from .remote import check_numbers, clean
-from .responses import CacheMiss, CacheMode, Missing, open_answers
+from .http_requests import check_numbers
+from .response_cache import CacheMode, Missing, ResponseCache
 
 DESCRIPTION = "Read a page of the web."
 HTML, PLAIN = ("text/html", "application/xhtml+xml"), "text/plain"
-LONGEST_WORD = 12  # characters that a word may have on average: some scripts write no spaces
+LONGEST_WORD = 12  # average characters per word, at most: some scripts have no spaces
 
 
 class PageReader:
     """
-    Reads pages of the web as plain text, without menus and advertisements.
+    Reads web pages as plain text, without menus and advertisements.
 
-    The addresses come from a policy, so only what is public is fetched: addresses that are private, loopback,
-    link-local, multicast or reserved are refused, whatever name or form they are written in, and so is every redirect
-    there. Only HTML and plain text are read, and no more than `max_bytes` of it.
+    The addresses come from a policy, so only public ones are fetched: private, loopback, link-local, multicast and
+    reserved addresses are refused, whatever their name or form, and so are redirects to them. Only HTML and plain text
+    are read, and at most `max_bytes` of it.
 
     Args:
-        cache (`str` or `Path`, *optional*):
-            Directory for the pages; it may be that of a [`WebSearch`].
-        mode (`str`, *optional*, defaults to `"live"`):
-            `"live"` takes from the cache the pages that are there and fetches the rest, `"record"` fetches everything
-            and stores it, errors too, `"replay"` fetches nothing.
-        missing (`str`, *optional*, defaults to `"error"`):
-            What `"replay"` makes of a page that was not recorded: a [`CacheMiss`], or a page that cannot be read
-            (`"empty"`).
+        cache, mode, missing:
+            As for [`WebSearch`], whose cache may be the same. `"record"` stores errors too. In `"replay"`, a page that
+            was not recorded raises [`CacheMiss`], or with `missing="empty"` a [`PageError`].
         timeout (`float`, *optional*, defaults to `20.0`):
-            Seconds for one attempt, redirects included.
+            Seconds per attempt, redirects included.
         max_attempts (`int`, *optional*, defaults to `2`):
-            Attempts in all, when the connection fails, or the server is busy or fails.
+            Maximum number of attempts if the connection fails or the server is busy or fails.
         max_bytes (`int`, *optional*, defaults to `2_000_000`):
-            What is longer is cut off.
+            Maximum size; the rest is cut off.
         max_redirects (`int`, *optional*, defaults to `5`):
-            Redirects that are followed.
+            Maximum number of redirects.
         allow (`Sequence[str]`, *optional*):
-            Networks that may be reached though they are not public, such as `["10.1.0.0/16"]` for an intranet.
+            Networks that may be reached although they are not public, such as `["10.1.0.0/16"]` for an intranet.
         user_agent (`str`, *optional*, defaults to `"igpo-trl"`):
-            How the reader introduces itself.
+            The `User-Agent` header.
         look_up (`Callable`, *optional*):
-            Gives the addresses of a host name and port, for names that the system does not know.
+            Returns the addresses of a host name and port, for names that the system cannot resolve.
         ssl_context (`ssl.SSLContext`, *optional*):
-            Certificates to trust; those of the system if not given.
+            Certificates to trust; by default those of the system.
 
     Raises:
         ImportError: trafilatura is not installed.
@@ -84,69 +82,58 @@ class PageReader:
             raise ValueError(f"got user_agent={user_agent!r}, expected printable ASCII.")
         self._allowed = [ipaddress.ip_network(network) for network in allow]
         _trafilatura()
-        self._answers = open_answers(cache, mode, missing)
-        self._mode = mode
-        self._missing = missing
+        self._cache = ResponseCache(cache, mode, missing)
         self.timeout = timeout
         self.max_attempts = max_attempts
-        self._max_bytes = max_bytes
-        self._max_redirects = max_redirects
-        self._user_agent = user_agent
-        self._look_up = look_up
-        self._ssl_context = ssl_context
+        self._fetch = functools.partial(
+            fetch,
+            kinds=(*HTML, PLAIN),
+            max_bytes=max_bytes,
+            timeout=timeout,
+            max_redirects=max_redirects,
+            allowed=self._allowed,
+            headers=[("User-Agent", user_agent), ("Accept", ", ".join((*HTML, PLAIN)))],
+            look_up=look_up,
+            ssl_context=ssl_context,
+        )
 
     def read(self, url: str) -> Passage:
         """
         Reads a page.
 
         Returns:
-            A passage with the address at which the page was found in the end as `id`.
+            `Passage`: The page, with its address after redirects as `id`.
 
         Raises:
-            PageError: The page may not be read, or cannot be; in words for a policy.
-            CacheMiss: A page is replayed that was not recorded.
+            PageError: The page is not allowed or cannot be read, in words for a policy.
+            CacheMiss: A replayed page was not recorded.
         """
-        address = str(check_page_url(clean(url).strip(), self._allowed))
-        name = {"page": address}
-        if self._answers is not None and self._mode != "record":
-            stored = self._answers.get(name)
-            if stored is not None and "error" not in stored:
-                return Passage(**stored)
-            if stored is not None and self._mode == "replay":
-                raise PageError(stored["error"])
-            if self._mode == "replay":
-                if self._missing == "error":
-                    raise CacheMiss(f"not recorded in {self._answers.file}: {address}")
-                raise PageError("this page is not available.")
+        address = str(check_page_url(encodable(url).strip(), self._allowed))
+        key = {"page": address}
+        cached = self._cache.get(key)
+        if cached is not None and "error" not in cached:
+            return Passage(**cached)
+        if self._cache.mode == "replay":
+            if cached is not None:
+                raise PageError(cached["error"])
+            self._cache.check_miss(f": {address}")
+            raise PageError("this page is not available.")
         try:
-            passage = self._fetch(address)
+            passage = self._read(address)
         except PageError as error:
-            if self._answers is not None:
-                self._answers.put(name, {"error": str(error)})
+            self._cache.put(key, {"error": str(error)})
             raise
-        if self._answers is not None:
-            self._answers.put(name, {"id": passage.id, "title": passage.title, "text": passage.text})
+        self._cache.put(key, {"id": passage.id, "title": passage.title, "text": passage.text})
         return passage
 
-    def _fetch(self, address: str) -> Passage:
+    def _read(self, address: str) -> Passage:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(lambda error: isinstance(error, PageError) and error.again),
             stop=tenacity.stop_after_attempt(self.max_attempts),
             wait=tenacity.wait_exponential(multiplier=0.5, max=5.0),
             reraise=True,
         )
-        page = retrying(
-            fetch,
-            address,
-            kinds=(*HTML, PLAIN),
-            max_bytes=self._max_bytes,
-            timeout=self.timeout,
-            max_redirects=self._max_redirects,
-            allowed=self._allowed,
-            headers=[("User-Agent", self._user_agent), ("Accept", ", ".join((*HTML, PLAIN)))],
-            look_up=self._look_up,
-            ssl_context=self._ssl_context,
-        )
+        page = retrying(self._fetch, address)
         title, text = page_text(page)
         if not text:
             raise PageError("the page has no text.")
@@ -157,21 +144,21 @@ def ReadPageTool(
     reader: PageReader | None = None, max_words: int | None = 1000, *, description: str = DESCRIPTION
 ) -> Callable[[str], str]:
     """
-    A function for `tools=[…]` of a TRL trainer that reads pages.
+    Makes a page-reading function for `tools=[…]` of a TRL trainer.
 
-    It is called `read_page` and takes one `url`. A bad address, and a page that cannot be read, is answered with a
-    text that says so, for the policy to read.
+    The function is called `read_page` and takes one `url`. For a bad address, or a page that cannot be read, it
+    returns a text that tells the policy what is wrong.
 
     Args:
         reader ([`PageReader`], *optional*):
-            What reads; one with the defaults if not given.
+            Reads the pages; by default one without options.
         max_words (`int`, *optional*, defaults to `1000`):
-            Most words shown of a page. `None` for no limit.
+            Maximum number of words shown of a page. `None` for no limit.
         description (`str`, *optional*):
-            What the policy is told that the tool does.
+            Tool description for the policy.
 
     Returns:
-        `Callable[[str], str]`: The tool. It raises only a [`CacheMiss`].
+        `Callable[[str], str]`: The tool. It raises only [`CacheMiss`].
 
     Raises:
         ValueError: `max_words` is not positive.
@@ -184,22 +171,22 @@ def ReadPageTool(
     ```
     """
     check_numbers(max_words=max_words)
-    reads = PageReader() if reader is None else reader
-    # The attempts, the pauses between them, and the time to look up names and to find the text.
-    limit = reads.max_attempts * (reads.timeout + 5.0) + 10.0
+    pages = PageReader() if reader is None else reader
+    # The attempts, the pauses between them, and the time to look up names and to extract the text.
+    limit = pages.max_attempts * (pages.timeout + 5.0) + 10.0
 
     @tool(pure=True, timeout=limit)
     def read_page(url: str) -> str:
-        return _show(reads, url, max_words)
+        return _show(pages, url, max_words)
 
-    # Chat templates show this docstring to the policy, and a call with wrong arguments the qualified name.
+    # The policy sees this docstring through the chat template, and the qualified name in errors about arguments.
     read_page.__qualname__ = "read_page"
     read_page.__doc__ = f"{description}\n\nArgs:\n    url: The address of the page, as in a search result."
     return read_page
 
 
 def _show(reader: PageReader, url: object, max_words: int | None) -> str:
-    if not isinstance(url, str):  # a policy sends what it likes
+    if not isinstance(url, str):  # policies send anything
         return f"Error: the URL must be a string, got {type(url).__name__}."
     try:
         page = reader.read(url)
@@ -212,7 +199,7 @@ def _show(reader: PageReader, url: object, max_words: int | None) -> str:
 def page_text(page: Page) -> tuple[str, str]:
     """Title and text of a page; either may be empty."""
     if page.kind == PLAIN:
-        return "", clean(_decode(page).replace("\x00", "")).strip()
+        return "", encodable(_decode(page).replace("\x00", "")).strip()
     trafilatura = _trafilatura()
     try:
         html: Any = page.data if page.charset is None else _decode(page)
@@ -221,13 +208,13 @@ def page_text(page: Page) -> tuple[str, str]:
             return "", ""
         title = " ".join((tree.findtext(".//title") or "").split())
         text = trafilatura.extract(html, include_comments=False) or trafilatura.html2txt(html)
-    except Exception as error:  # a parser of what anybody may have written
+    except Exception as error:  # the parser gets arbitrary input
         raise PageError(f"the page cannot be read ({type(error).__name__}).") from None
-    return clean(title), clean(text).strip()
+    return encodable(title), encodable(text).strip()
 
 
 def cut_words(text: str, limit: int) -> str:
-    """The first words of a text, lines kept."""
+    """The first words of a text, with its lines."""
     end = next((word.start() for i, word in enumerate(re.finditer(r"\S+", text)) if i == limit), len(text))
     end = min(end, limit * LONGEST_WORD)
     return text if end >= len(text) else f"{text[:end].rstrip()} …"
@@ -236,15 +223,9 @@ def cut_words(text: str, limit: int) -> str:
 def _decode(page: Page) -> str:
     try:
         return page.data.decode(page.charset or "utf-8", errors="replace")
-    except LookupError:  # an encoding that nobody knows
+    except LookupError:  # an unknown encoding
         return page.data.decode("utf-8", errors="replace")
 
 
 def _trafilatura() -> Any:
-    try:
-        import trafilatura
-    except ImportError as error:
-        raise ImportError(
-            f'Reading pages needs trafilatura ({error}). Install it with: pip install "igpo-trl[web]"'
-        ) from error
-    return trafilatura
+    return require("trafilatura", "Reading pages", "web")

@@ -1,8 +1,10 @@
-"""A search server: any index behind HTTP, with the `/retrieve` protocol that Search-R1 introduced.
+"""A search server: any index over HTTP, with the `/retrieve` protocol of Search-R1.
 
-Request: `POST /retrieve {"queries": [text, …], "topk": k, "return_scores": true}`. Answer: `{"result": [[{"document":
-{"id": …, "title": …, "contents": …}, "score": …}, …], …]}`, one list per query; without `return_scores` a list holds
-the documents themselves. `contents` is the title in quotes on a line of its own, then the text.
+Request: `POST /retrieve {"queries": [text, …], "topk": k, "return_scores": true}`.
+
+Response: `{"result": [[{"document": {"id": …, "title": …, "contents": …}, "score": …}, …], …]}`, one list per query.
+Without `return_scores`, the lists contain the documents themselves. `contents` is the title in quotes on its own line,
+then the text.
 """
 
 import asyncio
@@ -10,26 +12,21 @@ import contextlib
 import json
 import socket
 from collections.abc import AsyncIterator, Sized
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
 
+from ... import __version__
+from ..extras import require
 from ..passages import Passage
 from ..searchable import Searchable
-from .batcher import Batcher, Overloaded
-from .remote import check_numbers
+from .http_requests import check_numbers
+from .query_batcher import Overloaded, QueryBatcher
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
-
-
-def _missing(error: ImportError) -> ImportError:
-    return ImportError(
-        f'A search server needs starlette and uvicorn ({error}). Install them with: pip install "igpo-trl[serve]"'
-    )
 
 
 def create_app(
@@ -44,7 +41,7 @@ def create_app(
     max_waiting: int = 16384,
 ) -> "Starlette":
     """
-    An ASGI application that answers `POST /retrieve` from an index, and `GET /health`.
+    Makes an ASGI application that answers `POST /retrieve` from an index, and `GET /health`.
 
     Queries of concurrent requests are looked up together, in a thread, one batch at a time.
 
@@ -52,30 +49,28 @@ def create_app(
         index (`Searchable`):
             What to search.
         topk (`int`, *optional*, defaults to `3`):
-            Passages per query for requests that do not say.
+            Passages per query for requests without `topk`.
         max_batch (`int`, *optional*, defaults to `256`):
-            Most queries in one call of the index.
+            Maximum number of queries per call of the index.
         max_wait (`float`, *optional*, defaults to `0.002`):
             Seconds that a query waits for others before an idle index is searched.
         max_queries (`int`, *optional*, defaults to `1024`):
-            Most queries in one request.
+            Maximum number of queries per request.
         max_topk (`int`, *optional*, defaults to `100`):
-            Most passages per query.
+            Maximum number of passages per query.
         max_body (`int`, *optional*, defaults to 4 MiB):
-            Longest request, in bytes.
+            Maximum size of a request, in bytes.
         max_waiting (`int`, *optional*, defaults to `16384`):
-            Queries that may wait; a request beyond them is answered with status 503, for the client to try again.
+            Maximum number of waiting queries; a request that exceeds it gets status 503, so the client tries again.
 
     Raises:
         ImportError: starlette is not installed.
         ValueError: A limit is out of range.
     """
-    try:
-        from starlette.applications import Starlette
-        from starlette.exceptions import HTTPException
-        from starlette.routing import Route
-    except ImportError as error:
-        raise _missing(error) from error
+    require("starlette", "A search server", "serve")
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.routing import Route
 
     check_numbers(topk=topk, max_batch=max_batch, max_queries=max_queries, max_topk=max_topk, max_body=max_body)
     check_numbers(max_waiting=max_waiting)
@@ -83,11 +78,11 @@ def create_app(
         raise ValueError(f"got max_wait={max_wait}, expected seconds, 0 or more.")
     if topk > max_topk:
         raise ValueError(f"got topk={topk}, expected at most max_topk={max_topk}.")
-    reader = _request_reader(topk, max_queries, max_topk)
+    request_type = _request_type(max_queries, max_topk)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: "Starlette") -> AsyncIterator[None]:
-        app.state.batcher = Batcher(index, max_batch, max_wait, max_waiting)
+        app.state.batcher = QueryBatcher(index, max_batch, max_wait, max_waiting)
         worker = asyncio.create_task(app.state.batcher.run())
         try:
             yield
@@ -101,19 +96,19 @@ def create_app(
         if body is None:
             return _problem(413, f"the request is longer than {max_body} bytes.")
         try:
-            asked = reader.validate_json(body)
+            query = request_type.model_validate_json(body)
         except pydantic.ValidationError as error:
             return _problem(400 if error.errors()[0]["type"] == "json_invalid" else 422, _first_problem(error))
         try:
-            found = await request.app.state.batcher.search(asked.queries, asked.topk or topk)
+            results = await request.app.state.batcher.search(query.queries, query.topk or topk)
         except Overloaded:
             return _problem(503, f"more than {max_waiting} queries are waiting. Try again.", {"Retry-After": "1"})
         except Exception as error:
             return _problem(500, f"the index failed: {type(error).__name__}: {error}")
-        return _json({"result": [[_item(p, asked.return_scores) for p in passages] for passages in found]})
+        return _json({"result": [[_item(p, query.return_scores) for p in passages] for passages in results]})
 
     async def health(request: "Request") -> "Response":
-        return _json({"status": "ok", **describe(index)})
+        return _json({"status": "ok", **_summary(index)})
 
     async def refuse(request: "Request", error: Exception) -> "Response":
         assert isinstance(error, HTTPException)
@@ -129,16 +124,16 @@ def create_app(
 
 def serve(index: Searchable, host: str = "127.0.0.1", port: int = 8000, **limits: Any) -> None:
     """
-    Serves an index over HTTP until the process gets SIGTERM or SIGINT, and then answers what is under way.
+    Serves an index over HTTP until the process gets SIGTERM or SIGINT; it then finishes the requests in progress.
 
     Prints one line with the address once it accepts requests. There is no authentication: listen on an address that
-    only your own machines reach.
+    only your own machines can reach.
 
     Args:
         index (`Searchable`):
             What to search.
         host (`str`, *optional*, defaults to `"127.0.0.1"`):
-            Address to listen on; `"0.0.0.0"` for every one of this machine.
+            Address to listen on; `"0.0.0.0"` for all addresses of this machine.
         port (`int`, *optional*, defaults to `8000`):
             Port to listen on; 0 for a free one.
         limits:
@@ -146,58 +141,55 @@ def serve(index: Searchable, host: str = "127.0.0.1", port: int = 8000, **limits
 
     Raises:
         ImportError: starlette or uvicorn is not installed.
-        OSError: The address cannot be listened on, such as a port that is in use.
+        OSError: The server cannot listen there, for example because the port is in use.
         ValueError: A limit is out of range.
     """
-    try:
-        import uvicorn
-    except ImportError as error:
-        raise _missing(error) from error
+    require("uvicorn", "A search server", "serve")
+    import uvicorn
 
     app = create_app(index, **limits)
     listener = listen(host, port)
     name = f"[{host}]" if ":" in host else host
-    about = describe(index)
-    count = "" if about["passages"] is None else f"{about['passages']:,} passages "
+    summary = _summary(index)
+    count = "" if summary["passages"] is None else f"{summary['passages']:,} passages "
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if self.started:
                 address = f"http://{name}:{listener.getsockname()[1]}"
-                print(f"Serving {count}({about['kind']}) at {address}/retrieve", flush=True)
+                print(f"Serving {count}({summary['kind']}) at {address}/retrieve", flush=True)
 
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=30)
     with listener, contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after a graceful end
         Server(config).run(sockets=[listener])
 
 
-def describe(index: Searchable) -> dict[str, Any]:
-    """What `/health` says of an index: its kind, its number of passages if known, and the version of this package."""
-    try:
-        release = version("igpo-trl")
-    except PackageNotFoundError:  # runs from its source tree
-        release = "unknown"
+def _summary(index: Searchable) -> dict[str, Any]:
+    """The kind of an index, its number of passages if known, and the version of this package."""
     kind = getattr(index, "kind", None)
-    passages = len(index) if isinstance(index, Sized) else None
-    return {"kind": kind if isinstance(kind, str) else type(index).__name__, "passages": passages, "version": release}
+    return {
+        "kind": kind if isinstance(kind, str) else type(index).__name__,
+        "passages": len(index) if isinstance(index, Sized) else None,
+        "version": __version__,
+    }
 
 
 def listen(host: str, port: int) -> socket.socket:
     """
-    A socket that accepts connections.
+    Opens a socket that accepts connections.
 
     Raises:
-        OSError: The address cannot be listened on.
-        ValueError: There is no such port.
+        OSError: The address is not available.
+        ValueError: The port is out of range.
     """
     if not 0 <= port <= 65535:
         raise ValueError(f"got port={port}, expected 0 to 65535.")
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=2048)
-        # Connections inherit it. asyncio sets it on sockets only that name TCP as their protocol, which these do not:
-        # without it every answer would wait 40 ms for an acknowledgement.
+        # Connections inherit it. asyncio sets it only on sockets with TCP as their explicit protocol, which these do
+        # not have; without it every response would wait 40 ms for an acknowledgement.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listener
     except OSError as error:
@@ -206,7 +198,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def _read(request: "Request", limit: int) -> bytes | None:
-    """The body of a request; `None` if it is too long, or the client has gone."""
+    """The body of a request, or `None` if it is too long or the client has disconnected."""
     from starlette.requests import ClientDisconnect
 
     body = bytearray()
@@ -219,14 +211,14 @@ async def _read(request: "Request", limit: int) -> bytes | None:
     return None
 
 
-def _request_reader(topk: int, max_queries: int, max_topk: int) -> pydantic.TypeAdapter[Any]:
+def _request_type(max_queries: int, max_topk: int) -> Any:
     class RetrieveRequest(pydantic.BaseModel):
         queries: Annotated[list[str], pydantic.Field(max_length=max_queries)]
-        # None and 0 mean the default, as on Search-R1's server.
+        # None and 0 mean the default, as on the server of Search-R1.
         topk: Annotated[int, pydantic.Field(ge=0, le=max_topk)] | None = None
         return_scores: bool = False
 
-    return pydantic.TypeAdapter(RetrieveRequest)
+    return RetrieveRequest
 
 
 def _first_problem(error: pydantic.ValidationError) -> str:
@@ -237,7 +229,7 @@ def _first_problem(error: pydantic.ValidationError) -> str:
 
 
 def _item(passage: Passage, scored: bool) -> dict[str, Any]:
-    # A client takes the first line of `contents` for the title.
+    # Clients read the title from the first line of `contents`.
     contents = f'"{" ".join(passage.title.split())}"\n{passage.text}'
     document = {"id": passage.id, "title": passage.title, "contents": contents}
     return {"document": document, "score": float(passage.score)} if scored else document
@@ -246,7 +238,7 @@ def _item(passage: Passage, scored: bool) -> dict[str, Any]:
 def _json(value: Any, status: int = 200, headers: Any = None) -> "Response":
     from starlette.responses import Response
 
-    # ASCII: a corpus may hold lone surrogates, which are no UTF-8.
+    # ASCII: a corpus may contain lone surrogates, which cannot be encoded in UTF-8.
     return Response(json.dumps(value), status, dict(headers or {}), media_type="application/json")
 
 

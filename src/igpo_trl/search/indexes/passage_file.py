@@ -1,12 +1,12 @@
-"""Passages on disk, read through a memory map."""
+"""Passages in a file, read one at a time through a memory map."""
 
 import hashlib
 import json
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -19,34 +19,21 @@ def _line(passage: Passage) -> bytes:
     record = {"id": passage.id, "title": passage.title, "text": passage.text}
     try:
         return json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # half of a surrogate pair, which UTF-8 has no bytes for
+    except UnicodeEncodeError:  # a lone surrogate, which UTF-8 cannot encode
         return json.dumps(record).encode() + b"\n"
 
 
-class Fingerprint:
-    """Says of passages, in their order, whether they are the same as others."""
-
-    def __init__(self) -> None:
-        self._hash = hashlib.blake2b(digest_size=16)
-
-    def add(self, line: bytes) -> None:
-        self._hash.update(line)
-
-    def __str__(self) -> str:
-        return self._hash.hexdigest()
-
-
 def fingerprint(passages: Iterable[Passage]) -> str:
-    """The fingerprint of passages, equal to that of a [`PassageWriter`] that has written them."""
-    result = Fingerprint()
+    """A hash of passages in their order, equal to that of a [`PassageWriter`] that has written them."""
+    digest = hashlib.blake2b(digest_size=16)
     for passage in passages:
-        result.add(_line(passage))
-    return str(result)
+        digest.update(_line(passage))
+    return digest.hexdigest()
 
 
 class PassageWriter:
     """
-    Writes passages as JSON Lines, with the byte offset of every line beside it when it is closed.
+    Writes passages as JSON Lines. On leaving the `with` block it also writes the byte offset of every line.
 
     Example:
 
@@ -62,12 +49,13 @@ class PassageWriter:
         self._directory = directory
         self._file = open(directory / PASSAGES_FILE, "wb")
         self._offsets = array("q", [0])
-        self._fingerprint = Fingerprint()
+        self._digest = hashlib.blake2b(digest_size=16)
 
     def write(self, passage: Passage) -> None:
+        """Appends a passage."""
         line = _line(passage)
         self._file.write(line)
-        self._fingerprint.add(line)
+        self._digest.update(line)
         self._offsets.append(self._offsets[-1] + len(line))
 
     def __len__(self) -> int:
@@ -75,15 +63,13 @@ class PassageWriter:
 
     @property
     def fingerprint(self) -> str:
-        """Of what has been written so far."""
-        return str(self._fingerprint)
+        """Hash of the passages written so far."""
+        return self._digest.hexdigest()
 
     def __enter__(self) -> "PassageWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._file.close()
         if error is None:
             np.save(self._directory / OFFSETS_FILE, np.asarray(self._offsets, dtype=np.int64))
@@ -91,17 +77,15 @@ class PassageWriter:
 
 class StoredPassages(Sequence[Passage]):
     """
-    Passages written by a [`PassageWriter`], read from a memory map one at a time.
-
-    Pickled, they go as the name of their directory.
+    Passages written by a [`PassageWriter`]. Its pickle contains only the name of their directory.
 
     Raises:
-        ValueError: The offsets do not fit the file.
+        ValueError: The offsets do not match the file.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory.resolve()
-        # Views of the maps: to index a `memmap` itself takes several times as long.
+        # Views of the maps, because indexing a `memmap` takes several times as long.
         offsets = np.load(directory / OFFSETS_FILE, mmap_mode="r")
         self._ends = memoryview(offsets)
         content = np.memmap(directory / PASSAGES_FILE, dtype=np.uint8, mode="r")
@@ -127,15 +111,14 @@ class StoredPassages(Sequence[Passage]):
         return self.read(position % len(self))
 
     def read(self, row: int, score: float = 0.0) -> Passage:
-        """The passage in a row, from 0, with a score."""
+        """The passage in a row, counted from 0, with a score."""
         start, end = self._ends[row], self._ends[row + 1]
         record = json.loads(str(self._bytes[start:end], "utf-8"))
         return Passage(record["id"], record["title"], record["text"], score)
 
 
 def with_scores(passages: Sequence[Passage], rows: list[int], scores: list[float]) -> list[Passage]:
-    """The passages in some rows, each with its score."""
-    found = zip(rows, scores, strict=True)
+    """The passages in the given rows, each with its score."""
     if isinstance(passages, StoredPassages):
-        return [passages.read(row, score) for row, score in found]
-    return [Passage(p.id, p.title, p.text, score) for p, score in ((passages[row], score) for row, score in found)]
+        return [passages.read(row, score) for row, score in zip(rows, scores, strict=True)]
+    return [replace(passages[row], score=score) for row, score in zip(rows, scores, strict=True)]

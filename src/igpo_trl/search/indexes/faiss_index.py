@@ -1,37 +1,35 @@
-"""Nearest vectors by inner product, on [faiss](https://github.com/facebookresearch/faiss)."""
+"""Nearest vectors by inner product, on [faiss](https://github.com/facebookresearch/faiss): build, store, search."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..extras import require
+
 STRUCTURES = ("flat", "hnsw", "ivfpq")
 DTYPES = {"float16": "SQfp16", "float32": "Flat"}
 
 MIN_IVFPQ = 256
-"""Vectors that product quantisation needs: one for each of the 256 centroids that a byte can name."""
+"""Minimum number of vectors for product quantization: one per centroid, of which a byte can name 256."""
 
 _SAMPLES_PER_LIST = 64
 _EFFORT = {"nprobe": 64, "efSearch": 128}
 
 
 def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError('Dense search needs faiss. Install it with: pip install "igpo-trl[dense]"') from error
-    return faiss
+    return require("faiss", "Dense search", "dense")
 
 
 def check_structure(structure: str, dtype: str) -> None:
     """
-    Checks the settings of [`make_index`].
+    Checks the settings of [`build_faiss_index`].
 
     Raises:
-        ValueError: There is no such structure or type.
+        ValueError: The structure or the type is unknown.
         ImportError: faiss is not installed.
     """
     if dtype not in DTYPES:
@@ -41,41 +39,41 @@ def check_structure(structure: str, dtype: str) -> None:
     _faiss()
 
 
-def make_index(shards: Sequence[Path], number: int, dimension: int, structure: str, dtype: str) -> Any:
+def build_faiss_index(shards: Sequence[Path], number: int, dimension: int, structure: str, dtype: str) -> Any:
     """
-    A faiss index of the vectors in some files.
+    Builds a faiss index of the vectors in some files.
 
-    - `flat` compares a query with every vector: exact, for up to about a million passages, or when time matters less
-      than exactness.
-    - `hnsw` follows a graph of neighbours: a hundred times as fast and nearly exact, with 270 bytes per vector on top.
-    - `ivfpq` keeps vectors in cells, one byte per eight numbers: for tens of millions, at some loss.
+    - `flat` compares a query with every vector: exact, for up to about a million passages, or when exactness matters
+      more than time.
+    - `hnsw` follows a graph of neighbors: a hundred times as fast and nearly exact, with 270 more bytes per vector.
+    - `ivfpq` groups vectors in cells, with one byte per eight numbers: for tens of millions, at some loss.
 
     Args:
-        shards (`Sequence[Path]`): `.npy` files with vectors as rows, in order.
-        number (`int`): Vectors in all of them.
-        dimension (`int`): Length of a vector.
-        structure (`str`): One of the above.
-        dtype (`str`): `"float16"` or `"float32"`, of the stored vectors; without effect for `ivfpq`.
-
-    Raises:
-        ValueError: There are too few vectors for `ivfpq`.
+        shards (`Sequence[Path]`):
+            `.npy` files with vectors as rows, in order.
+        number (`int`):
+            Number of vectors in all files; at least `MIN_IVFPQ` for `ivfpq`.
+        dimension (`int`):
+            Length of a vector.
+        structure (`str`):
+            One of the above.
+        dtype (`str`):
+            Type of the stored vectors, `"float16"` or `"float32"`; no effect for `ivfpq`.
     """
     faiss = _faiss()
     code = DTYPES[dtype]
     factory = code if structure == "flat" else f"HNSW32_{code}"
     if structure == "ivfpq":
-        if number < MIN_IVFPQ:
-            raise ValueError(f"ivfpq needs at least {MIN_IVFPQ} passages to learn from, got {number}. Use flat.")
         factory = f"IVF{number_of_cells(number)},PQ{bytes_per_vector(dimension)}"
     index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     if structure == "hnsw":
         index.hnsw.efConstruction = 200
     if not index.is_trained or structure == "ivfpq":
         for clustering in (index.cp, index.pq.cp) if structure == "ivfpq" else ():
-            clustering.min_points_per_centroid = 1  # faiss would warn on standard error; small is what was asked for
+            clustering.min_points_per_centroid = 1  # else faiss warns on standard error
             clustering.seed = 0
         index.train(_sample(shards, min(number, _SAMPLES_PER_LIST * max(256, number_of_cells(number)))))
-    if structure == "flat":  # room for all, or the growing vector would need twice the memory
+    if structure == "flat":  # reserve the memory: growing would need twice as much
         index.codes.resize(number * index.code_size)
         index.codes.clear()
     for shard in shards:
@@ -85,17 +83,17 @@ def make_index(shards: Sequence[Path], number: int, dimension: int, structure: s
 
 
 def number_of_cells(number: int) -> int:
-    """Cells of `ivfpq`: the power of two next to 4 √n, with about 40 vectors to learn each from."""
+    """Number of cells of `ivfpq`: the power of two closest to 4 √n, but no more than one per 39 vectors."""
     return max(1, min(2 ** round(math.log2(4 * math.sqrt(number))), number // 39))
 
 
 def bytes_per_vector(dimension: int) -> int:
-    """Bytes per vector of `ivfpq`: one for eight numbers, or for more of them where the dimension asks for it."""
+    """Bytes per vector of `ivfpq`: one per eight numbers, or per more numbers if eight do not divide the dimension."""
     return max(m for m in range(1, max(1, dimension // 8) + 1) if dimension % m == 0)
 
 
 def _sample(shards: Sequence[Path], number: int) -> NDArray[np.float32]:
-    """About `number` vectors, equally many from every file for its size."""
+    """About `number` random vectors, from each file in proportion to its size."""
     sizes = [len(np.load(shard, mmap_mode="r")) for shard in shards]
     share, random = number / sum(sizes), np.random.default_rng(0)
     parts = []
@@ -106,24 +104,24 @@ def _sample(shards: Sequence[Path], number: int) -> NDArray[np.float32]:
 
 
 def set_effort(index: Any, effort: int | None = None) -> None:
-    """How many cells (ivfpq) or candidates (hnsw) a query visits: more are slower and more exact."""
+    """Sets how many cells (`ivfpq`) or candidates (`hnsw`) a query visits: more are slower and more exact."""
     faiss = _faiss()
     name = {"IndexIVFPQ": "nprobe", "IndexHNSWSQ": "efSearch", "IndexHNSWFlat": "efSearch"}.get(type(index).__name__)
     if name is not None:
         faiss.ParameterSpace().set_index_parameter(index, name, _EFFORT[name] if effort is None else effort)
 
 
-def write_vectors(index: Any, path: Path) -> None:
+def write_faiss_index(index: Any, path: Path) -> None:
     """Writes a faiss index to a file."""
     _faiss().write_index(index, str(path))
 
 
-def read_vectors(path: Path, mmap: bool) -> Any:
+def read_faiss_index(path: Path, mmap: bool) -> Any:
     """
-    Reads a faiss index, memory-mapped if asked to.
+    Reads a faiss index, memory-mapped if `mmap` is set.
 
     Raises:
-        ValueError: The file is no faiss index, or damaged.
+        ValueError: The file is damaged or not a faiss index.
     """
     faiss = _faiss()
     try:
@@ -132,7 +130,7 @@ def read_vectors(path: Path, mmap: bool) -> Any:
         raise ValueError(f"{path} is damaged ({str(error).splitlines()[-1]}). Build the index again.") from error
 
 
-def nearest(index: Any, queries: NDArray[np.float32], k: int) -> Iterable[tuple[NDArray[Any], NDArray[Any]]]:
+def nearest(index: Any, queries: NDArray[np.float32], k: int) -> list[tuple[NDArray[Any], NDArray[Any]]]:
     """Rows and inner products of the up to `k` nearest vectors of each query, nearest first."""
     products, rows = index.search(queries, min(k, index.ntotal))
     return [(row[row >= 0], product[row >= 0]) for row, product in zip(rows, products, strict=True)]
