@@ -72,7 +72,7 @@ def test_demo_passes_its_options_on(run, monkeypatch):
 def test_tiny_model_has_the_defaults_of_the_function(run, monkeypatch, tmp_path):
     import inspect
 
-    from igpo_trl import tiny_model
+    from igpo_trl.sandbox import tiny_model
 
     signature = inspect.signature(tiny_model.make_tiny_model)
     calls = []

@@ -15,7 +15,6 @@ from igpo_trl.data import (
     NO_THINK_SYSTEM_PROMPT,
     THINK_SYSTEM_PROMPT,
     check_questions,
-    describe,
     load_questions,
     resolve_system_prompt,
 )
@@ -120,20 +119,6 @@ def test_what_is_in_the_real_files(shared_dir):
     assert found(report)["eval[popqa]", "questions that are trained on"] == shared
 
 
-def test_describe():
-    rows = [
-        {"dataset": "b", "hops": 2, "supporting_titles": ["x"]},
-        {"dataset": "a", "hops": None, "supporting_titles": []},
-    ]
-    dataset = CLEAN.add_column("dataset", [row["dataset"] for row in rows])
-    for name in ("hops", "supporting_titles"):
-        dataset = dataset.add_column(name, [row[name] for row in rows])
-    first, second = describe(dataset)
-    assert first["dataset"] == "b" and first["hops"] == {2: 1} and first["with_titles"] == 1
-    assert (first["aliases"], first["answer_words"], first["longest_answer"]) == (1.0, 2, 2)
-    assert second["hops"] == {None: 1} and second["aliases"] == 2.0 and second["question_words"] == 1
-
-
 # --- system prompts --------------------------------------------------------------------------------------------------
 
 
@@ -194,14 +179,17 @@ def files(tmp_path):
     return write
 
 
-def test_show(run, files):
+def test_show(run, files, tmp_path):
     toy = files("toy.jsonl", ("Who wrote [bold]Dune?", ["Frank Herbert", "Herbert"]), ("When?", ["1965"]))
     other = files("other.jsonl", ("Why?", ["w " * 40]))
-    result = run("show", toy, other, "--samples", 1)
+    hops = tmp_path / "hops.jsonl"
+    hops.write_text(json.dumps({"question": "x", "answers": ["a"], "hops": 2, "supporting_titles": ["Dune"]}))
+    result = run("show", toy, other, hops, "--samples", 1)
     assert result.exit_code == 0, result.output
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.output.splitlines() if "│" in line]
     assert ["toy", "2", "?: 2", "1.5", "1.5", "2", "0"] in rows
     assert ["other", "1", "?: 1", "1.0", "40", "40", "0"] in rows
+    assert ["hops", "1", "2: 1", "1.0", "1", "1", "1"] in rows
     assert "Who wrote [bold]Dune?" in result.output  # no markup
     assert "Frank Herbert" in result.output and "also: Herbert" in result.output
     assert "When?" not in result.output
@@ -229,7 +217,7 @@ def test_check(run, files):
     assert "a [b]" in text
     assert run("check", train, dev, "--strict").exit_code == 1
     clean = run("check", dev, "--strict")
-    assert clean.exit_code == 0 and "Nothing to complain of" in clean.output
+    assert clean.exit_code == 0 and "No findings" in clean.output
     missing = run("check", train, dev, "--tokenizer", "/nowhere/at/all")
     assert missing.exit_code == 2 and "no tokenizer" in missing.output
 
@@ -239,7 +227,7 @@ def test_check_measures_in_tokens(run, files, tmp_path):
     train = files("train.jsonl", ("Who?", ["Ada Lovelace of London"]))
     result = run("check", train, "--tokenizer", tmp_path / "model", "--max-answer-length", 2)
     assert "gold answers of more than 2 tokens" in " ".join(result.output.split())
-    assert "Nothing" in run("check", train, "--max-answer-length", 4).output
+    assert "No findings" in run("check", train, "--max-answer-length", 4).output
 
 
 def test_help_of_the_family_loads_nothing_heavy():
