@@ -9,9 +9,9 @@ import torch
 from trl import GRPOTrainer
 
 from igpo_trl.sandbox.demo import DemoPlan, run_demo
-from igpo_trl.sandbox.evaluate import Scores, rollouts
+from igpo_trl.sandbox.evaluate import Scores, roll_out
 from igpo_trl.sandbox.model import make_model, make_tokenizer
-from igpo_trl.sandbox.train import Budget, Run, make_trainer, train
+from igpo_trl.sandbox.train import Budget, TrainingRun, make_trainer, train_with_curve
 from igpo_trl.sandbox.warm_start import WarmStartConfig
 from igpo_trl.sandbox.world import make_dataset
 from igpo_trl.trajectory import read_jsonl
@@ -54,7 +54,7 @@ def test_both_loops_make_the_same_rollouts(policy, tmp_path, monkeypatch):
     for method in ("grpo", "igpo_critic"):
         trainer = make_trainer(method, policy, tmp_path / method, budget=BUDGET)
         scripted(monkeypatch, trainer, [call, "<answer>Ada Brown</answer><|im_end|>"])
-        made.append([[(t.text, t.observation) for t in record.turns] for record in rollouts(trainer, questions)])
+        made.append([[(t.text, t.observation) for t in record.turns] for record in roll_out(trainer, questions)])
     assert made[0] == made[1]
     assert all(len(turns) == 2 for turns in made[0])
     assert asked[-4] in made[0][0][0][1] and "<|unk|>" not in str(made)
@@ -67,7 +67,7 @@ def test_evaluation_reads_the_scripted_policy(policy, tmp_path, monkeypatch):
     gold = questions[0]["answers"][0]
     scripted(monkeypatch, trainer, [call, f"<answer>{gold}</answer><|im_end|>"])
     before = torch.random.get_rng_state()
-    trajectories = rollouts(trainer, questions, sample=True, beliefs=True)
+    trajectories = roll_out(trainer, questions, sample=True, beliefs=True)
     assert torch.equal(before, torch.random.get_rng_state())
     first = trajectories[0]
     assert [turn.text for turn in first.turns] == [call, f"<answer>{gold}</answer><|im_end|>"]
@@ -83,7 +83,7 @@ def test_evaluation_reads_the_scripted_policy(policy, tmp_path, monkeypatch):
     assert trainer.generation_config.do_sample
     assert trainer.sink is None
     trainer.model.train()
-    rollouts(trainer, questions)
+    roll_out(trainer, questions)
     assert trainer.model.training
 
 
@@ -101,7 +101,7 @@ def test_greedy_evaluation_repeats_and_sampling_follows_its_seed(policy, tmp_pat
     questions = list(make_dataset(11, 4))
 
     def texts(**options):
-        return [[turn.text for turn in trajectory.turns] for trajectory in rollouts(trainer, questions, **options)]
+        return [[turn.text for turn in trajectory.turns] for trajectory in roll_out(trainer, questions, **options)]
 
     assert texts() == texts()
     assert texts(sample=True, seed=1) == texts(sample=True, seed=1)
@@ -112,7 +112,7 @@ def test_greedy_evaluation_repeats_and_sampling_follows_its_seed(policy, tmp_pat
 def test_two_steps_train(policy, tmp_path, method):
     trainer = make_trainer(method, policy, tmp_path, beta=0.1, budget=BUDGET, save_trajectories=True)
     before = [p.detach().clone() for p in trainer.model.parameters()]
-    run = train(trainer, BUDGET, curve_seed=12)
+    run = train_with_curve(trainer, BUDGET, curve_seed=12)
     assert list(run.curve) == [0, 1, 2]
     assert len(run.reward) == len(run.collapse) == 2
     assert all(p.isfinite().all() for p in trainer.model.parameters())
@@ -126,7 +126,7 @@ def test_area_is_the_mean_of_the_trapezoids():
     def scores(em):
         return Scores(em, em, {}, 0.0)
 
-    run = Run("grpo", 0.0, curve={0: scores(0.0), 10: scores(0.2), 40: scores(0.4)})
+    run = TrainingRun("grpo", 0.0, curve={0: scores(0.0), 10: scores(0.2), 40: scores(0.4)})
     assert run.area == pytest.approx((10 * 0.1 + 30 * 0.3) / 40)
 
 

@@ -25,8 +25,8 @@ def read_records(
     """
     Reads the records of a file: JSON Lines, JSON, CSV or TSV, each also as `.gz`, or parquet.
 
-    A JSON file is an array of objects, or an object with such an array under `Data` (as in TriviaQA's files) or `data`.
-    The cells of CSV and TSV files are strings. All formats but JSON are read as a stream.
+    A JSON file is an array of objects, or an object with such an array under `Data` (TriviaQA's files) or `data`. The
+    cells of CSV and TSV files are strings. All formats but JSON are read as a stream.
 
     Args:
         path (`str` or `Path`): The file. Its name tells the format.

@@ -131,7 +131,7 @@ def load_data(script: ScriptArguments) -> tuple["Dataset", "Dataset | None"]:
 
 
 def split_by_set(questions: "Dataset") -> "dict[str, Dataset] | Dataset":
-    """Splits questions of several sets, so that each set gets its own scores. Questions of one set are returned as is."""
+    """Splits questions of several sets, so that each set gets its own scores; a single set is returned as is."""
     names = list(dict.fromkeys(questions["dataset"][:]))
     if len(names) == 1:
         return questions
