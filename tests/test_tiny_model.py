@@ -116,7 +116,7 @@ def test_names_and_clozes():
 def test_loss_is_on_the_assistants_turns_alone(parts):
     passages, tool, dataset, tokenizer = parts
     conversation = next(make_conversations(dataset, passages, tool, random.Random(0)))
-    (ids,), (labels,) = encode_conversations(tokenizer, [conversation], tool)
+    ((ids, labels),) = encode_conversations(tokenizer, [conversation], tool)
     assert torch.equal(ids[labels != IGNORE], labels[labels != IGNORE])
     learned = tokenizer.decode(labels[labels != IGNORE])
     query = conversation[2]["tool_calls"][0]["function"]["arguments"]["query"]

@@ -1,5 +1,7 @@
 """The sandbox's tokenizer and model. Both are built in code, so nothing is downloaded."""
 
+from typing import Any
+
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -89,8 +91,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, width: int = 64) -> Qwen2ForC
         width (`int`, *optional*, defaults to 64): Size of the hidden states. There are `width // 16` heads of 32
             dimensions. With 16, rotary positions are too coarse to attend to the previous token, as copying requires.
     """
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
+    return make_qwen2(
+        tokenizer,
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=2,
@@ -98,12 +100,20 @@ def make_model(tokenizer: PreTrainedTokenizerFast, width: int = 64) -> Qwen2ForC
         num_key_value_heads=width // 16,
         head_dim=32,
         max_position_embeddings=256,
+        initializer_range=width**-0.5,
+    )
+
+
+def make_qwen2(tokenizer: PreTrainedTokenizerFast, **shape: Any) -> Qwen2ForCausalLM:
+    """A Qwen2 with full attention and tied embeddings in float32. `shape` goes to `Qwen2Config`."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
         use_sliding_window=False,
         tie_word_embeddings=True,
-        initializer_range=width**-0.5,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
+        **shape,
     )
     return Qwen2ForCausalLM(config)

@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from ..data import hold_out, load_questions
 from ..files import replace_when_complete
 from ..search import BM25Index, Passage, SearchTool
 from ..search.passages import read_passages
 from .conversations import Messages, make_conversations
-from .warm_start import IGNORE
+from .model import make_qwen2
+from .warm_start import IGNORE, Example, pad_batch
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,8 +38,6 @@ _MARKERS = (
     *("<think>", "</think>", "<answer>", "</answer>"),
 )
 _HEAD_SIZE = 64  # dimensions of an attention head
-
-Batch = tuple[torch.Tensor, torch.Tensor]  # token ids and labels, both (B, T)
 
 
 def make_tiny_model(
@@ -184,23 +182,16 @@ def make_copying_model(
     The weights are drawn from torch's global generator.
     """
     heads = hidden_size // _HEAD_SIZE
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
+    model = make_qwen2(
+        tokenizer,
         hidden_size=hidden_size,
         intermediate_size=hidden_size * 5 // 2,
         num_hidden_layers=num_layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=4096,
-        tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        use_sliding_window=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        dtype="float32",
     )
-    model = Qwen2ForCausalLM(config)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     _wire_copying(model)
@@ -243,8 +234,8 @@ def _wire_copying(model: Qwen2ForCausalLM) -> None:
 
 def encode_conversations(
     tokenizer: PreTrainedTokenizerFast, conversations: list[Messages], tool: Callable[[str], str]
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Token ids and labels (-100 outside the assistant's turns): two lists with one (T,) tensor per conversation."""
+) -> list[Example]:
+    """Token ids and labels of conversations. Only the assistant's turns have labels."""
     from trl.chat_template_utils import qwen2_5_training_chat_template
 
     encoded = tokenizer.apply_chat_template(
@@ -254,12 +245,8 @@ def encode_conversations(
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    ids = [torch.tensor(row) for row in encoded["input_ids"]]
-    labels = [
-        row.masked_fill(~torch.tensor(mask).bool(), IGNORE)
-        for row, mask in zip(ids, encoded["assistant_masks"], strict=True)
-    ]
-    return ids, labels
+    rows = zip(map(torch.tensor, encoded["input_ids"]), map(torch.tensor, encoded["assistant_masks"]), strict=True)
+    return [(ids, ids.masked_fill(mask == 0, IGNORE)) for ids, mask in rows]
 
 
 def _batches(
@@ -268,24 +255,20 @@ def _batches(
     tool: Callable[[str], str],
     batch_size: int,
     rng: random.Random,
-) -> Iterator[Batch]:
-    """Yields batches without end, each of conversations of similar length."""
+) -> Iterator[Example]:
+    """Yields padded batches without end, each of conversations of similar length."""
     while True:
-        ids, labels = encode_conversations(tokenizer, [next(conversations) for _ in range(16 * batch_size)], tool)
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        examples = encode_conversations(tokenizer, [next(conversations) for _ in range(16 * batch_size)], tool)
+        order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
         chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         rng.shuffle(chunks)
         for chunk in chunks:
-            # With causal attention, padding on the right needs no mask.
-            yield (
-                pad_sequence([ids[i] for i in chunk], batch_first=True, padding_value=tokenizer.pad_token_id),
-                pad_sequence([labels[i] for i in chunk], batch_first=True, padding_value=IGNORE),
-            )
+            yield pad_batch([examples[i] for i in chunk], tokenizer.pad_token_id)
 
 
 def _fit(
     model: Qwen2ForCausalLM,
-    batches: Iterator[Batch],
+    batches: Iterator[Example],
     minutes: float,
     max_steps: int | None,
     learning_rate: float,

@@ -7,9 +7,9 @@ Both get the same model, questions and budget, and their rollout loops make the 
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,10 +152,8 @@ class _CurveCallback(TrainerCallback):
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             self._add_point(state.global_step)
         scores = self.run.curve[max(self.run.curve)]
-        self.bar.set_postfix(
-            reward=f"{self.run.reward[-1]:.2f}", held_out_em=f"{scores.em:.2f}", searches=f"{scores.searches:.1f}",
-            refresh=False,
-        )  # fmt: skip
+        values = {"reward": f"{self.run.reward[-1]:.2f}", "held_out_em": f"{scores.em:.2f}"}
+        self.bar.set_postfix(values, searches=f"{scores.searches:.1f}", refresh=False)
         self.bar.update()
 
 
@@ -187,13 +185,41 @@ def make_trainer(
         **options: Further options of the method's configuration.
     """
     budget = budget or Budget()
+    args = _make_config(method, output_dir, beta, budget, seed, save_trajectories, options)
+    is_igpo = isinstance(args, IGPOConfig)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*environment_factory.*experimental", category=UserWarning)
+        trainer = (SandboxIGPOTrainer if is_igpo else SandboxGRPOTrainer)(
+            model=AutoModelForCausalLM.from_pretrained(model_path),
+            reward_funcs=make_answer_reward(format_penalty=0.0),
+            args=args,
+            train_dataset=make_dataset(data_seed, budget.steps * budget.questions),
+            processing_class=make_tokenizer(),
+            environment_factory=SearchEnvironment,
+        )
+    trainer.remove_callback(PrinterCallback)
+    trainer.run = TrainingRun(method, beta)
+    if save_trajectories and not is_igpo:  # IGPOTrainer writes its own, with beliefs and advantages
+        trainer.sink = partial(_write_trajectories, trainer, output_dir / "trajectories" / "rank0.jsonl")
+    return trainer
+
+
+def _make_config(
+    method: str,
+    output_dir: Path,
+    beta: float,
+    budget: Budget,
+    seed: int,
+    save_trajectories: bool,
+    options: dict[str, Any],
+) -> GRPOConfig:
     options = METHODS[method] | options
     is_igpo = options.pop("igpo")
     if is_igpo:
         options = {"on_malformed_tool_call": "end"} | options  # as in TRL's loop
         options |= {"answer_template": ANSWER_TEMPLATE, "save_trajectories": save_trajectories}
     batch = budget.questions * budget.rollouts
-    args = (IGPOConfig if is_igpo else GRPOConfig)(
+    return (IGPOConfig if is_igpo else GRPOConfig)(
         output_dir=str(output_dir),
         per_device_train_batch_size=batch,
         per_device_eval_batch_size=batch,
@@ -216,29 +242,16 @@ def make_trainer(
         seed=seed,
         **options,
     )
-    with _quiet_trl():
-        trainer = (SandboxIGPOTrainer if is_igpo else SandboxGRPOTrainer)(
-            model=AutoModelForCausalLM.from_pretrained(model_path),
-            reward_funcs=make_answer_reward(format_penalty=0.0),
-            args=args,
-            train_dataset=make_dataset(data_seed, budget.steps * budget.questions),
-            processing_class=make_tokenizer(),
-            environment_factory=SearchEnvironment,
-        )
-    trainer.remove_callback(PrinterCallback)
-    trainer.run = TrainingRun(method, beta)
-    if save_trajectories and not is_igpo:  # IGPOTrainer writes its own, with beliefs and advantages
-        path = output_dir / "trajectories" / "rank0.jsonl"
 
-        def write(inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
-            if trainer.model.training:
-                records = to_trajectories(trainer, inputs, output)
-                for i, record in enumerate(records):
-                    record.step, record.group = trainer.state.global_step, i // budget.rollouts
-                write_jsonl(path, records, append=True)
 
-        trainer.sink = write
-    return trainer
+def _write_trajectories(
+    trainer: SandboxGRPOTrainer, path: Path, inputs: list[dict[str, Any]], output: dict[str, Any]
+) -> None:
+    if trainer.model.training:
+        records = to_trajectories(trainer, inputs, output)
+        for i, record in enumerate(records):
+            record.step, record.group = trainer.state.global_step, i // trainer.num_generations
+        write_jsonl(path, records, append=True)
 
 
 def train_with_curve(
@@ -262,11 +275,3 @@ def train_with_curve(
         trainer.train()
         run.seconds = time.perf_counter() - started - curve.seconds
     return run
-
-
-@contextmanager
-def _quiet_trl() -> Iterator[None]:
-    """Suppresses TRL's warning that environments are experimental."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*environment_factory.*experimental", category=UserWarning)
-        yield

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
@@ -27,6 +28,9 @@ from .model import make_model, make_tokenizer
 from .world import MAX_SEARCHES, RELATIONS, World
 
 IGNORE = -100
+"""Label of a token without loss."""
+
+Example = tuple[torch.Tensor, torch.Tensor]  # token ids and labels, both (T,)
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,8 @@ def demonstration(world: World, rng: np.random.Generator, random_share: float) -
     return messages
 
 
-def make_examples(config: WarmStartConfig, tokenizer: PreTrainedTokenizerFast) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Token ids and labels of all demonstrations; labels are -100 on tokens without loss."""
+def make_examples(config: WarmStartConfig, tokenizer: PreTrainedTokenizerFast) -> list[Example]:
+    """Token ids and labels of all demonstrations."""
     rng = np.random.default_rng((config.seed, 1))
     conversations, reading = [], np.arange(config.demonstrations) % 2 == 1
     for index in range(config.demonstrations):
@@ -99,10 +103,10 @@ def make_examples(config: WarmStartConfig, tokenizer: PreTrainedTokenizerFast) -
     header = tokenizer.convert_tokens_to_ids("<|im_start|>assistant\n")
     passage = tokenizer.convert_tokens_to_ids("<|im_start|>tool\n")
     examples = []
-    for ids, only_answer in zip(map(np.asarray, encoded), reading, strict=True):
+    for ids, only_answer in zip(map(torch.tensor, encoded), reading, strict=True):
         starts = np.flatnonzero(ids == header)
         ends = np.flatnonzero(ids == tokenizer.eos_token_id)
-        labels = np.full_like(ids, IGNORE)
+        labels = torch.full_like(ids, IGNORE)
         for start in starts[-1:] if only_answer else starts:
             turn = slice(start + 1, ends[ends > start][0] + 1)
             labels[turn] = ids[turn]
@@ -113,6 +117,14 @@ def make_examples(config: WarmStartConfig, tokenizer: PreTrainedTokenizerFast) -
             labels[starts[-1] + 1] = IGNORE  # the opening tag: these teach how to answer, not when
         examples.append((ids, labels))
     return examples
+
+
+def pad_batch(examples: list[Example], pad_token_id: int) -> Example:
+    """Token ids and labels of several examples, (B, T). With causal attention, padding on the right needs no mask."""
+    return (
+        pad_sequence([ids for ids, _ in examples], batch_first=True, padding_value=pad_token_id),
+        pad_sequence([labels for _, labels in examples], batch_first=True, padding_value=IGNORE),
+    )
 
 
 def _batches(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
@@ -146,11 +158,7 @@ def train_warm_start(config: WarmStartConfig) -> tuple[Qwen2ForCausalLM, PreTrai
     with tqdm(total=steps, desc="Warm start", unit="step") as bar:
         for _ in range(config.epochs):
             for batch in _batches(lengths, config.batch_size, rng):
-                ids = torch.full((len(batch), int(lengths[batch].max())), tokenizer.pad_token_id)
-                labels = torch.full_like(ids, IGNORE)
-                for row, example in enumerate(batch):  # with causal attention, padding on the right needs no mask
-                    ids[row, : lengths[example]] = torch.from_numpy(examples[example][0])
-                    labels[row, : lengths[example]] = torch.from_numpy(examples[example][1])
+                ids, labels = pad_batch([examples[i] for i in batch], tokenizer.pad_token_id)
                 hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
                 is_target = labels[:, 1:] != IGNORE
                 targets = labels[:, 1:][is_target]
