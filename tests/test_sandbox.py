@@ -1,4 +1,4 @@
-"""The sandbox: its world can be solved, its tokenizer is exact and callable, its loop trains."""
+"""The sandbox: its world can be solved, its tokenizer is lossless and can call tools, its warm start is cached."""
 
 import dataclasses
 import json
@@ -168,7 +168,7 @@ def test_cache_entry_depends_on_every_field_and_on_the_code(monkeypatch, tmp_pat
     assert cache_entry(WarmStartConfig()) not in entries
 
 
-def test_warm_start_is_trained_once_and_appears_whole(tmp_path, monkeypatch):
+def test_warm_start_is_trained_once_and_saved_completely(tmp_path, monkeypatch):
     calls = []
 
     class Part:

@@ -1,4 +1,4 @@
-"""The tiny model: tokenizer, conversations, training, and what it can do."""
+"""The tiny model: its tokenizer, conversations, training and abilities."""
 
 import json
 import random
@@ -25,7 +25,7 @@ PEOPLE = ["Ada Byron", "Grace Hopper", "Alan Turing", "Emmy Noether", "Kurt Gode
 
 
 def world() -> tuple[list[dict], list[dict]]:
-    """A corpus of people who were born in cities that lie at rivers, and questions about both."""
+    """A corpus of people born in cities on rivers, and questions about both."""
     passages = [{"id": c, "title": c, "text": f"The city of {c} is a port at the {r}."} for c, r in CITIES.items()]
     questions = []
     for i, person in enumerate(PEOPLE):
@@ -71,7 +71,7 @@ def test_tokenizer_is_lossless_and_keeps_markers_whole(parts):
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<tool_call></tool_call><answer>"
 
 
-def test_the_loaded_tokenizer_splits_as_the_one_that_was_learned_with(parts, tmp_path):
+def test_the_loaded_tokenizer_splits_as_the_learned_one(parts, tmp_path):
     tokenizer = parts[3]
     tokenizer.save_pretrained(tmp_path)
     make_copying_model(tokenizer, 128, 2).save_pretrained(tmp_path)
@@ -95,7 +95,7 @@ def test_conversations_search_read_and_end_in_an_answer(parts):
             assert result["content"] == tool(query)
         assert messages[-1]["content"].startswith("<answer> ") and messages[-1]["content"].endswith(" </answer>")
     assert searches == {1, 2}
-    # By turns a question of the file, with its gold answer, and a sentence with a name left out.
+    # Alternately a question of the file, with its gold answer, and a cloze question.
     gold = {row["prompt"][1]["content"]: ANSWER_TEMPLATE.format(answer=row["answers"][0]) for row in dataset}
     assert all(messages[-1]["content"] == gold[messages[1]["content"]] for messages in conversations[::2])
     assert all("what" in messages[1]["content"] for messages in conversations[1::2])
@@ -113,7 +113,7 @@ def test_names_and_clozes():
     assert make_cloze(Passage("1", "Dune", "nothing with a name in it at all"), random.Random(0)) is None
 
 
-def test_loss_is_on_the_assistants_turns_alone(parts):
+def test_loss_is_on_the_assistants_turns_only(parts):
     passages, tool, dataset, tokenizer = parts
     conversation = next(make_conversations(dataset, passages, tool, random.Random(0)))
     ((ids, labels),) = encode_conversations(tokenizer, [conversation], tool)
@@ -134,7 +134,7 @@ def test_an_untrained_model_copies_what_it_has_seen(parts, hidden_size, num_laye
     ids = torch.cat([seen, torch.randint(len(tokenizer), (4, 50)), seen], dim=1)
     with torch.no_grad():
         predicted = model(ids).logits[:, 150:-1].argmax(-1)
-    assert (predicted == seen[:, 1:]).float().mean() > 0.6  # random tokens repeat in between: not all is certain
+    assert (predicted == seen[:, 1:]).float().mean() > 0.6  # below 1 because random tokens repeat
 
 
 def test_a_word_is_the_same_token_in_passage_and_answer(parts):
@@ -164,7 +164,7 @@ def test_makes_a_model_that_searches(files, tmp_path):
         tmp_path / "model",
         corpus,
         questions,
-        minutes=30,  # the steps decide, on a slow machine too
+        minutes=30,  # `max_steps` ends the training, on a slow machine too
         max_steps=450,
         max_words=12,
         eval_questions=0,
