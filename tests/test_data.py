@@ -1,4 +1,4 @@
-"""Questions from files to the schema that training reads."""
+"""Loads questions from files into the schema of training."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Checks of questions before training, system prompts, and the commands that show and check data."""
+"""Checks of questions before training, system prompts, and the commands `igpo data show` and `igpo data check`."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ from igpo_trl.data import (
 
 
 def questions(*pairs) -> Dataset:
-    """A data set of `(question, answers)`, the ids being q0, q1, …"""
+    """A data set of pairs `(question, answers)` with the ids q0, q1, …"""
     rows = [
         {"prompt": [{"role": "system", "content": "?"}, {"role": "user", "content": text}], "answers": answers}
         for text, answers in pairs
@@ -32,7 +32,7 @@ def questions(*pairs) -> Dataset:
 CLEAN = questions(("Who wrote Dune?", ["Frank Herbert"]), ("When?", ["1965", "in 1965"]))
 
 
-def found(report):
+def counts(report):
     return {(finding.split, finding.message): finding.count for finding in report.findings}
 
 
@@ -46,9 +46,9 @@ def test_clean_questions_have_no_findings(caplog):
 
 def test_answers_that_equal_the_question():
     report = check_questions(questions(("Frank  Herbert?", ["x", "frank herbert"]), ("Frank Herbert?", ["Frank"])))
-    assert found(report)["train", "answers that equal the question"] == 1
+    assert counts(report)["train", "answers that equal the question"] == 1
     assert report.findings[0].examples == ("q0 'Frank  Herbert?'",)
-    # A text of nothing but punctuation is compared as it is.
+    # Text that is only punctuation is compared unchanged.
     assert not check_questions(questions(("!?", ["?"])))
 
 
@@ -59,30 +59,30 @@ def test_repetitions_within_and_across_splits(caplog):
     dev = questions(("who wrote dune", ["a"]), ("Who wrote Dune 2?", ["a"]), ("x!", ["a"]))
     with caplog.at_level(logging.WARNING):
         report = check_questions(train, {"dev": dev, "other": questions(("Why?", ["a"]), ("why", ["b"]))})
-    assert found(report) == {
-        ("train", "questions that came before in the same split"): 2,
-        ("eval[dev]", "questions that are trained on"): 2,
-        ("eval[other]", "questions that came before in the same split"): 1,
+    assert counts(report) == {
+        ("train", "repeated questions"): 2,
+        ("eval[dev]", "questions that are also trained on"): 2,
+        ("eval[other]", "repeated questions"): 1,
     }
     assert report.findings[1].examples == ("q0 'who wrote dune'", "q2 'x!'")
-    assert len(caplog.records) == 3  # one line for each, however many questions
-    assert "eval[dev]: 2 questions that are trained on, as q0 'who wrote dune'; q2 'x!'." in caplog.text
+    assert len(caplog.records) == 3  # one per finding, not per question
+    assert "eval[dev]: 2 questions that are also trained on, as q0 'who wrote dune'; q2 'x!'." in caplog.text
     assert len(str(report).splitlines()) == 4
 
 
 def test_one_evaluation_set_and_few_examples(caplog):
     train = questions(*((f"Question {i}?", ["a"]) for i in range(10)))
     report = check_questions(train, train, examples=2, warn=False)
-    assert found(report) == {("eval", "questions that are trained on"): 10}
+    assert counts(report) == {("eval", "questions that are also trained on"): 10}
     assert len(report.findings[0].examples) == 2
     assert not caplog.records
 
 
 def test_long_answers_in_words_or_tokens():
-    # Only the gold answer is measured; an alias may be as long as it likes.
+    # Only the gold answer is measured; an alias may have any length.
     rows = questions(("a", ["w " * 32]), ("b", ["w " * 33]), ("c", ["w", "w " * 99]))
-    assert found(check_questions(rows)) == {("train", "gold answers of more than 32 words"): 1}
-    assert found(check_questions(rows, max_answer_length=31)) == {("train", "gold answers of more than 31 words"): 2}
+    assert counts(check_questions(rows)) == {("train", "gold answers of more than 32 words"): 1}
+    assert counts(check_questions(rows, max_answer_length=31)) == {("train", "gold answers of more than 31 words"): 2}
     tokenizer = tiny.make_tokenizer()
     text = "Frank Herbert"
     length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -90,7 +90,7 @@ def test_long_answers_in_words_or_tokens():
     rows = questions(("a", [text]))
     assert not check_questions(rows, tokenizer=tokenizer, max_answer_length=length)
     report = check_questions(rows, tokenizer=tokenizer, max_answer_length=length - 1)
-    assert found(report) == {("train", f"gold answers of more than {length - 1} tokens"): 1}
+    assert counts(report) == {("train", f"gold answers of more than {length - 1} tokens"): 1}
 
 
 def test_unusable_answers_are_errors():
@@ -108,15 +108,15 @@ def test_other_columns():
     assert report.findings[0].examples == ("1 'who'",)
 
 
-def test_what_is_in_the_real_files(shared_dir):
-    """Counted by hand with a dictionary of questions in lower case: the two files share these."""
+def test_overlap_of_real_files(shared_dir):
+    """The expected number is counted here, by comparing questions in lower case."""
     folder = shared_dir / "data" / "questions"
     train, dev = (load_questions(folder / f"{name}.jsonl.gz") for name in ("plain_extra", "popqa"))
     report = check_questions(train, {"popqa": dev}, warn=False)
     texts = {row["prompt"][-1]["content"].lower() for row in train}
     shared = sum(row["prompt"][-1]["content"].lower() in texts for row in dev)
     assert shared > 0
-    assert found(report)["eval[popqa]", "questions that are trained on"] == shared
+    assert counts(report)["eval[popqa]", "questions that are also trained on"] == shared
 
 
 # --- system prompts --------------------------------------------------------------------------------------------------
@@ -134,11 +134,11 @@ def test_system_prompts_by_name_file_and_text(tmp_path):
     bare = tmp_path / "no ending"
     bare.write_text("x")
     assert resolve_system_prompt(str(bare)) == "x"
-    for text in ("a " * 5000, "é" * 200, "null \0 byte"):  # which a file system refuses as names
+    for text in ("a " * 5000, "é" * 200, "null \0 byte"):  # not valid as file names
         assert resolve_system_prompt(text) == text.strip()
 
 
-def test_system_prompts_that_are_not_there(tmp_path):
+def test_unusable_system_prompts(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such file of a system prompt: prompts/mine\.txt"):
         resolve_system_prompt("prompts/mine.txt")
     with pytest.raises(FileNotFoundError, match="think, no_think, none"):
@@ -212,8 +212,8 @@ def test_check(run, files):
     assert result.exit_code == 0, result.output
     text = " ".join(result.output.split())
     assert "1 answers that equal the question in train" in text
-    assert "1 questions that came before in the same split in train" in text
-    assert "1 questions that are trained on in eval[" in text
+    assert "1 repeated questions in train" in text
+    assert "1 questions that are also trained on in eval[" in text
     assert "a [b]" in text
     assert run("check", train, dev, "--strict").exit_code == 1
     clean = run("check", dev, "--strict")

@@ -19,8 +19,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-_InputFile = typer.Option(exists=True, dir_okay=False, readable=True)
-
 
 def _print_version(wanted: bool) -> None:
     if wanted:
@@ -65,8 +63,8 @@ def train_command(context: typer.Context) -> None:
 @app.command()
 def tiny_model(
     directory: Annotated[Path, typer.Argument(help="Folder to save the model in; must be new or empty.")],
-    corpus: Annotated[Path, _InputFile],
-    questions: Annotated[Path, _InputFile],
+    corpus: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Passages, .jsonl or .jsonl.gz.")],
+    questions: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Questions, a file (docs/data.md).")],
     minutes: Annotated[float, typer.Option(help="Training time.")] = 5.0,
     max_steps: Annotated[int | None, typer.Option(help="Largest number of training steps.")] = None,
     k: Annotated[int, typer.Option(help="Passages per search.")] = 2,

@@ -61,7 +61,7 @@ def check(
         str | None, typer.Option(help="Measure answers in tokens of this model (a name or a folder), not in words.")
     ] = None,
     max_answer_length: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer that is not a finding. [default: 64 tokens or 32 words]")
+        int | None, typer.Option(min=1, help="Longest answer that is not a finding; by default 64 tokens or 32 words.")
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Questions to print for each finding.")] = 3,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if there are findings.")] = False,

@@ -19,7 +19,7 @@ MAX_ANSWER_WORDS = 32
 
 @dataclass(frozen=True)
 class Finding:
-    """A kind of doubtful question in one split: what is doubtful, how many questions, and a few examples."""
+    """Doubtful questions of one kind in one split: the kind, their number, and a few examples."""
 
     split: str
     message: str
@@ -105,8 +105,8 @@ def check_questions(
                 i for i, (_, answers, _) in enumerate(rows) if keys[i] in map(_comparison_key, answers)
             ],
             f"gold answers of more than {max_answer_length} {unit}": _too_long(rows, tokenizer, max_answer_length),
-            "questions that came before in the same split": [i for i, key in enumerate(keys) if first_row[key] < i],
-            "questions that are trained on": [i for i, key in enumerate(keys) if key in train_keys],
+            "repeated questions": [i for i, key in enumerate(keys) if first_row[key] < i],
+            "questions that are also trained on": [i for i, key in enumerate(keys) if key in train_keys],
         }
         for message, numbers in doubtful.items():
             if numbers:

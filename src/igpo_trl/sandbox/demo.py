@@ -165,15 +165,13 @@ def _table(rows: list[tuple[str, TrainingRun | None, Scores, Scores]], plan: Dem
 
 def _panels(runs: list[TrainingRun]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Learning curves of all runs, by panel and label."""
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {
-        title: {} for title in ("Held-out EM, greedy", "Reward (F1) in training", "Groups with equal outcomes")
+    return {
+        "Held-out EM, greedy": {
+            LABELS[run.method]: [(float(step), scores.em) for step, scores in run.curve.items()] for run in runs
+        },
+        "Reward (F1) in training": {LABELS[run.method]: _smooth(run.reward) for run in runs},
+        "Groups with equal outcomes": {LABELS[run.method]: _smooth(run.collapse) for run in runs},
     }
-    for run in runs:
-        held_out = [(float(step), scores.em) for step, scores in run.curve.items()]
-        lines = (held_out, _smooth(run.reward), _smooth(run.collapse))
-        for panel, line in zip(panels.values(), lines, strict=True):
-            panel[LABELS[run.method]] = line
-    return panels
 
 
 def _smooth(values: list[float], span: int = 10) -> list[tuple[float, float]]:

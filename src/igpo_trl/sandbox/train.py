@@ -185,8 +185,13 @@ def make_trainer(
         **options: Further options of the method's configuration.
     """
     budget = budget or Budget()
-    args = _make_config(method, output_dir, beta, budget, seed, save_trajectories, options)
-    is_igpo = isinstance(args, IGPOConfig)
+    options = METHODS[method] | options
+    is_igpo = options.pop("igpo")
+    if is_igpo:
+        options = {"on_malformed_tool_call": "end"} | options  # as in TRL's loop
+        options |= {"answer_template": ANSWER_TEMPLATE, "save_trajectories": save_trajectories}
+    config_class = IGPOConfig if is_igpo else GRPOConfig
+    args = config_class(output_dir=str(output_dir), beta=beta, seed=seed, **_training_options(budget), **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*environment_factory.*experimental", category=UserWarning)
         trainer = (SandboxIGPOTrainer if is_igpo else SandboxGRPOTrainer)(
@@ -204,44 +209,28 @@ def make_trainer(
     return trainer
 
 
-def _make_config(
-    method: str,
-    output_dir: Path,
-    beta: float,
-    budget: Budget,
-    seed: int,
-    save_trajectories: bool,
-    options: dict[str, Any],
-) -> GRPOConfig:
-    options = METHODS[method] | options
-    is_igpo = options.pop("igpo")
-    if is_igpo:
-        options = {"on_malformed_tool_call": "end"} | options  # as in TRL's loop
-        options |= {"answer_template": ANSWER_TEMPLATE, "save_trajectories": save_trajectories}
+def _training_options(budget: Budget) -> dict[str, Any]:
+    """Options that all methods share."""
     batch = budget.questions * budget.rollouts
-    return (IGPOConfig if is_igpo else GRPOConfig)(
-        output_dir=str(output_dir),
-        per_device_train_batch_size=batch,
-        per_device_eval_batch_size=batch,
-        num_generations=budget.rollouts,
-        num_generations_eval=1,
-        max_steps=budget.steps,
-        learning_rate=budget.learning_rate,
-        lr_scheduler_type="constant",
-        beta=beta,
-        max_completion_length=_COMPLETION_TOKENS,
-        generation_kwargs={"max_new_tokens": _TURN_TOKENS},
-        max_tool_calling_iterations=MAX_SEARCHES,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-        seed=seed,
-        **options,
-    )
+    return {
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": batch,
+        "num_generations": budget.rollouts,
+        "num_generations_eval": 1,
+        "max_steps": budget.steps,
+        "learning_rate": budget.learning_rate,
+        "lr_scheduler_type": "constant",
+        "max_completion_length": _COMPLETION_TOKENS,
+        "generation_kwargs": {"max_new_tokens": _TURN_TOKENS},
+        "max_tool_calling_iterations": MAX_SEARCHES,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
 
 
 def _write_trajectories(
