@@ -121,7 +121,7 @@ def checkpoint_to_resume(training: IGPOConfig) -> str | None:
 
 
 def load_data(script: ScriptArguments) -> tuple["Dataset", "Dataset | None"]:
-    """Training and evaluation questions."""
+    """Loads the training and evaluation questions."""
     questions = load_questions(script.questions, script.system_prompt, split="train")
     if script.num_eval_questions == 0:
         return questions, None
@@ -154,7 +154,9 @@ def load_index(script: ScriptArguments) -> Searchable:
         try:
             return open_search(directory)
         except FileNotFoundError:
-            if script.corpus is None or (directory / "manifest.json").exists():  # the index's model is missing
+            if (
+                script.corpus is None or (directory / "manifest.json").exists()
+            ):  # the index is there, but its embedding model is not
                 raise
         except ValueError:
             if script.index is not None:

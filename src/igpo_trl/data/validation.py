@@ -72,7 +72,7 @@ def check_questions(
             Measures answers in tokens. Without one they are measured in words.
         max_answer_length (`int`, *optional*):
             Longest gold answer that is not a finding. Defaults to 64 tokens, or 32 words.
-        examples (`int`, *optional*, defaults to 3):
+        examples (`int`, *optional*, defaults to `3`):
             How many questions to show for each finding.
         answer_column (`str`, *optional*, defaults to `"answers"`):
             Name of the column with the answers.

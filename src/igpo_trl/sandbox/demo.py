@@ -62,7 +62,7 @@ def run_demo(output_dir: Path, quick: bool = False, seed: int = 0, plan: DemoPla
         output_dir (`Path`): Created if missing. Files of an earlier demo are replaced.
         quick (`bool`, *optional*, defaults to `False`): Take a minute or two instead of ten, with a shorter warm start
             and fewer steps. This shows that everything runs; the numbers say nothing about the methods.
-        seed (`int`, *optional*, defaults to 0): Seed of warm start, questions and sampling.
+        seed (`int`, *optional*, defaults to `0`): Seed of warm start, questions and sampling.
         plan ([`DemoPlan`], *optional*): Used instead of the plan that `quick` selects.
     """
     plan = plan or (QUICK if quick else DemoPlan())

@@ -51,7 +51,7 @@ def roll_out(
         trainer ([`SandboxGRPOTrainer`]): Trainer from [`make_trainer`], trained or not.
         questions (sequence of `dict`): Rows of [`make_dataset`].
         sample (`bool`, *optional*, defaults to `False`): Sample at temperature 1 instead of decoding greedily.
-        seed (`int`, *optional*, defaults to 0): Seed of the sampling. The state of torch's generator is restored.
+        seed (`int`, *optional*, defaults to `0`): Seed of the sampling. The state of torch's generator is restored.
         beliefs (`bool`, *optional*, defaults to `False`): Also score the belief before every turn.
 
     Returns:

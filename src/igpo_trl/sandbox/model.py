@@ -88,7 +88,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, width: int = 64) -> Qwen2ForC
 
     Args:
         tokenizer (`PreTrainedTokenizerFast`): Determines the size of the vocabulary and the special ids.
-        width (`int`, *optional*, defaults to 64): Size of the hidden states. There are `width // 16` heads of 32
+        width (`int`, *optional*, defaults to `64`): Size of the hidden states. There are `width // 16` heads of 32
             dimensions. With 16, rotary positions are too coarse to attend to the previous token, as copying requires.
     """
     return make_qwen2(

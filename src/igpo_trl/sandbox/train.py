@@ -176,10 +176,10 @@ def make_trainer(
         method (`str`): Key of [`METHODS`].
         model_path (`Path`): Directory of the warm-started model.
         output_dir (`Path`): Directory for trajectories. Nothing else is written.
-        beta (`float`, *optional*, defaults to 0.0): Weight of the KL term to the warm-started model.
+        beta (`float`, *optional*, defaults to `0.0`): Weight of the KL term to the warm-started model.
         budget ([`Budget`], *optional*): Steps, questions, rollouts and learning rate. Defaults to `Budget()`.
-        seed (`int`, *optional*, defaults to 0): Seed of the sampling.
-        data_seed (`int`, *optional*, defaults to 1): Seed of the training worlds.
+        seed (`int`, *optional*, defaults to `0`): Seed of the sampling.
+        data_seed (`int`, *optional*, defaults to `1`): Seed of the training worlds.
         save_trajectories (`bool`, *optional*, defaults to `False`): Write every training rollout to
             `output_dir/trajectories`.
         **options: Further options of the method's configuration.
