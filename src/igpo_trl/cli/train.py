@@ -154,9 +154,8 @@ def load_index(script: ScriptArguments) -> Searchable:
         try:
             return open_search(directory)
         except FileNotFoundError:
-            if (
-                script.corpus is None or (directory / "manifest.json").exists()
-            ):  # the index is there, but its embedding model is not
+            # With a manifest the index exists, and it is its embedding model that is missing.
+            if script.corpus is None or (directory / "manifest.json").exists():
                 raise
         except ValueError:
             if script.index is not None:
@@ -245,8 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Trains with the arguments of a command line.
 
     Args:
-        arguments (`Sequence[str]`, *optional*):
-            Words of the command line, such as `--config FILE`. Defaults to those of this process.
+        arguments (`Sequence[str]`, *optional*): Words of the command line, such as `--config FILE`. Defaults to those
+            of this process.
     """
     name = {} if arguments is None else {"prog": "igpo train"}
     parser = TrlParser((ScriptArguments, IGPOConfig, ModelConfig), description=__doc__, **name)

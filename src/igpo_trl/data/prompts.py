@@ -30,9 +30,9 @@ def resolve_system_prompt(prompt: str | Path | None) -> str | None:
     The text of a system prompt, given its name, its file or the text itself.
 
     Args:
-        prompt (`str`, `Path` or `None`):
-            `"think"`, `"no_think"` or `"none"`; the path of a text file (a `Path`, an existing file, or anything
-            without a space that ends in `.txt`, `.md` or `.prompt`); or the text itself. `None` is no system prompt.
+        prompt (`str`, `Path` or `None`): `"think"`, `"no_think"` or `"none"`; the path of a text file (a `Path`, an
+            existing file, or anything without a space that ends in `.txt`, `.md` or `.prompt`); or the text itself.
+            `None` is no system prompt.
 
     Returns:
         `str` or `None`: the text without surrounding space, or `None` for no system message.

@@ -44,16 +44,13 @@ def load_questions(
     `name:split` names a split, as in `hotpotqa:train` or `nq:train[:1000]`.
 
     Args:
-        source (`str`, `Path` or sequence of these):
-            The source, or several as a list or separated by commas.
-        system_prompt (`str` or `Path`, *optional*, defaults to `THINK_SYSTEM_PROMPT`):
-            First message of every prompt: `"think"`, `"no_think"`, `"none"`, a text file or the text itself, see
-            [`resolve_system_prompt`]. `None` omits the system message.
-        split (`str`, *optional*):
-            Split of the data sets for which `source` names none. Defaults, for the seven sets, to the split that
-            papers report. A file has no splits and is read whole.
-        limit (`int`, *optional*):
-            Number of questions to read from each source, from its beginning. Defaults to all.
+        source (`str`, `Path` or sequence of these): The source, or several as a list or separated by commas.
+        system_prompt (`str` or `Path`, *optional*, defaults to `THINK_SYSTEM_PROMPT`): First message of every prompt:
+            `"think"`, `"no_think"`, `"none"`, a text file or the text itself, see [`resolve_system_prompt`]. `None`
+            omits the system message.
+        split (`str`, *optional*): Split of the data sets for which `source` names none. Defaults, for the seven sets,
+            to the split that papers report. A file has no splits and is read whole.
+        limit (`int`, *optional*): Number of questions to read from each source, from its beginning. Defaults to all.
 
     Returns:
         `datasets.Dataset` with the columns `prompt` (chat messages), `answers` (list of strings, the gold one first),

@@ -64,20 +64,15 @@ def check_questions(
     compared without regard to case, punctuation and space.
 
     Args:
-        train (`datasets.Dataset`):
-            Questions with the columns `prompt` and `answers`, and optionally `id`, as [`load_questions`] returns them.
-        eval_sets (`datasets.Dataset` or mapping of names to these, *optional*):
-            Evaluation questions.
-        tokenizer (*optional*):
-            Measures answers in tokens. Without one they are measured in words.
-        max_answer_length (`int`, *optional*):
-            Longest gold answer that is not a finding. Defaults to 64 tokens, or 32 words.
-        examples (`int`, *optional*, defaults to `3`):
-            How many questions to show for each finding.
-        answer_column (`str`, *optional*, defaults to `"answers"`):
-            Name of the column with the answers.
-        warn (`bool`, *optional*, defaults to `True`):
-            Log each finding as a warning.
+        train (`datasets.Dataset`): Questions with the columns `prompt` and `answers`, and optionally `id`, as
+            [`load_questions`] returns them.
+        eval_sets (`datasets.Dataset` or mapping of names to these, *optional*): Evaluation questions.
+        tokenizer (*optional*): Measures answers in tokens. Without one they are measured in words.
+        max_answer_length (`int`, *optional*): Longest gold answer that is not a finding. Defaults to 64 tokens, or 32
+            words.
+        examples (`int`, *optional*, defaults to `3`): How many questions to show for each finding.
+        answer_column (`str`, *optional*, defaults to `"answers"`): Name of the column with the answers.
+        warn (`bool`, *optional*, defaults to `True`): Log each finding as a warning.
 
     Returns:
         [`QuestionReport`]: true if there are findings; as text, one line for each.

@@ -67,32 +67,22 @@ def make_tiny_model(
     loss is on the assistant's tokens only.
 
     Args:
-        directory (`str` or `Path`):
-            Where to save. The directory must be new or empty.
-        corpus (`str` or `Path`):
-            Passages, JSONL or JSONL.gz with `id`, `title` and `text`.
-        questions (`str` or `Path`):
-            Questions, a file that `load_questions` reads.
-        minutes (`float`, *optional*, defaults to `5.0`):
-            Training time. The learning rate falls to zero at its end.
-        max_steps (`int`, *optional*):
-            Largest number of optimizer steps, if training time is left.
-        k (`int`, *optional*, defaults to `2`):
-            Passages per search.
-        max_words (`int`, *optional*, defaults to `40`):
-            Longest passage, in words.
-        eval_questions (`int`, *optional*, defaults to `100`):
-            Questions held out from training, at most half, see [`hold_out`].
-        vocab_size, hidden_size, num_layers (`int`, *optional*, default to `6144`, `192` and `3`):
-            Size of the model; the defaults give 2.5 million parameters. Heads have 64 dimensions.
-        batch_size (`int`, *optional*, defaults to `8`):
-            Conversations per step.
-        learning_rate (`float`, *optional*, defaults to `1.5e-3`):
-            Peak learning rate.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of weights and conversations. The number of steps still depends on the machine's speed.
-        show_progress (`bool`, *optional*, defaults to `True`):
-            Whether to show progress bars.
+        directory (`str` or `Path`): Where to save. The directory must be new or empty.
+        corpus (`str` or `Path`): Passages, JSONL or JSONL.gz with `id`, `title` and `text`.
+        questions (`str` or `Path`): Questions, a file that `load_questions` reads.
+        minutes (`float`, *optional*, defaults to `5.0`): Training time. The learning rate falls to zero at its end.
+        max_steps (`int`, *optional*): Optimizer steps after which training ends early.
+        k (`int`, *optional*, defaults to `2`): Passages per search.
+        max_words (`int`, *optional*, defaults to `40`): Longest passage, in words.
+        eval_questions (`int`, *optional*, defaults to `100`): Questions held out from training, at most half, see
+            [`hold_out`].
+        vocab_size, hidden_size, num_layers (`int`, *optional*, default to `6144`, `192` and `3`): Size of the model;
+            the defaults give 2.5 million parameters. Heads have 64 dimensions.
+        batch_size (`int`, *optional*, defaults to `8`): Conversations per step.
+        learning_rate (`float`, *optional*, defaults to `1.5e-3`): Peak learning rate.
+        seed (`int`, *optional*, defaults to `0`): Seed of weights and conversations. The number of steps still depends
+            on the machine's speed.
+        show_progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
     Returns:
         `dict`: `parameters`, `steps`, the final `loss` (running mean), and `valid_search_share`: the share of sampled
