@@ -19,6 +19,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from igpo_trl.files import read_json_lines
+
 METHODS = ("grpo", "grpo_batch", "igpo_separate", "igpo_critic")
 MEASURES = {
     "greedy_em": "greedy EM",
@@ -76,8 +78,7 @@ def run_all(jobs: list[Job], results: Path, workers: int, **options: Any) -> lis
     """Results of all jobs. Jobs that the file lacks are run, and each result is written when it is ready."""
     completed = {}
     if results.exists():
-        for line in results.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for _, row in read_json_lines(results):
             if all(row.get(name, default) == options[name] for name, default in SHARED_OPTIONS.items()):
                 completed[row["method"], row["beta"], row["seed"]] = row
     todo = [job for job in jobs if job not in completed]
