@@ -1,5 +1,6 @@
 # make demo   set up and run the demonstration (GRPO against IGPO on a CPU)
 # make test   set up and run every check: ruff, mypy, pytest
+# make docs   set up and build the documentation site; open site/index.html
 # make lint · make format · make clean
 #
 # Variables: PYTHON (an interpreter, 3.11 or newer), VENV (the environment to make), JOBS (test processes),
@@ -20,7 +21,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export DS_BUILD_OPS ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test docs lint format clean
 
 help:
 	@sed '/^$$/,$$d; s/^# \{0,1\}//' Makefile
@@ -32,6 +33,10 @@ demo: $(VENV)/.installed-demo
 test: lint
 	@echo "==> Testing ($(JOBS) processes; set JOBS to change that)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --durations 15
+
+docs: $(VENV)/.installed-docs
+	@echo "==> Building the documentation: every dead link and every page without a place in the navigation is an error"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.installed-dev
 	@echo "==> Checking style: ruff"
@@ -45,7 +50,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -rf src/*.egg-info
 
@@ -61,10 +66,15 @@ $(VENV)/.installed-demo: $(VENV)/.created pyproject.toml constraints.txt
 	$(PIP_INSTALL) --editable ".[demo]"
 	@touch $@
 
-# The development extras hold those of the demonstration, so this makes both stamps.
+# The development extras include those of the demonstration and of the documentation, so this makes all three stamps.
 $(VENV)/.installed-dev: $(VENV)/.created pyproject.toml constraints.txt
 	@echo "==> Installing igpo_trl and what the tests need (about 2 GB, some minutes the first time)"
 	$(PIP_INSTALL) --editable ".[dev,deepspeed]" || { \
 		echo "==> That failed; trying without DeepSpeed, whose tests are then skipped" >&2; \
 		$(PIP_INSTALL) --editable ".[dev]"; }
-	@touch $(VENV)/.installed-demo $@
+	@touch $(VENV)/.installed-demo $(VENV)/.installed-docs $@
+
+$(VENV)/.installed-docs: $(VENV)/.created pyproject.toml constraints.txt
+	@echo "==> Installing igpo_trl and what the documentation needs (about 2 GB, some minutes the first time)"
+	$(PIP_INSTALL) --editable ".[docs]"
+	@touch $@

@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the help texts of `IGPOConfig`, where they stand once and for all.
+"""Write docs/configuration.md from the help texts of `IGPOConfig`.
 
 python docs/make_configuration.py
 """
@@ -12,8 +12,10 @@ from igpo_trl import IGPOConfig
 
 HEADER = """# Configuration
 
-`IGPOConfig` takes every argument of `trl.GRPOConfig`, and these. The table is made from the fields' help texts by
-`python docs/make_configuration.py`.
+Look up here what `IGPOConfig` adds to `trl.GRPOConfig`; it takes every argument of `GRPOConfig` as well. In Python the
+fields are arguments of `IGPOConfig`. In a configuration file of `igpo train` or `train.py` they are keys
+(`max_turns: 5`), and on its command line they are options (`--max_turns 5`). `python docs/make_configuration.py` makes
+this page from the fields' help texts.
 
 | field | default | meaning |
 |---|---|---|

@@ -109,6 +109,19 @@ def turn_advantages(
     return [[sum(gamma ** (j - k) * row[j] for j in range(k, len(row))) for k in range(len(row))] for row in z]
 
 
+def information_gain(
+    log_beliefs: Sequence[Sequence[float]], kind: str, spans: Sequence[Sequence[tuple[int, int]]] | None = None
+) -> list[list[float]]:
+    """Gain of each turn, NaN where there is none, from the log-beliefs before each turn of each rollout (ragged)."""
+    gains = []
+    for i, rollout in enumerate(log_beliefs):
+        gains.append([math.nan] * len(rollout))
+        for a, b in [(k, k + 1) for k in range(len(rollout) - 1)] if spans is None else spans[i]:
+            before, after = rollout[a], rollout[b]
+            gains[i][b - 1] = math.exp(after) - math.exp(before) if kind == "prob_diff" else after - before
+    return gains
+
+
 def _population_std(values: Sequence[float]) -> float:
     mean = sum(values) / len(values)
     return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))

@@ -23,7 +23,7 @@ import tiny
 import torch
 
 import igpo_trl.beliefs.scorer
-import igpo_trl.trainer
+import igpo_trl.step
 from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.beliefs import score_beliefs
 from igpo_trl.trajectory import read_jsonl

@@ -34,12 +34,30 @@ def test_version_is_the_same_everywhere(repository, project):
 def test_pins_lie_within_the_bounds(repository, project):
     lines = (repository / "constraints.txt").read_text().splitlines()
     pins = dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
-    extras = [line for group in project["optional-dependencies"].values() for line in group]
-    for requirement in map(Requirement, project["dependencies"] + extras):
+    extras = project["optional-dependencies"]
+    for requirement in map(
+        Requirement, project["dependencies"] + [line for group in extras.values() for line in group]
+    ):
         if requirement.name in pins:
             assert requirement.specifier.contains(pins[requirement.name]), requirement
-    for requirement in map(Requirement, project["dependencies"] + project["optional-dependencies"]["dev"]):
+    for requirement in map(Requirement, project["dependencies"] + extras["dev"] + extras["docs"]):
         assert requirement.name == project["name"] or requirement.name.lower() in pins, f"{requirement} has no pin"
+
+
+def test_pre_commit_runs_the_pinned_ruff(repository):
+    (ruff,) = yaml.safe_load((repository / ".pre-commit-config.yaml").read_text())["repos"]
+    pins = (repository / "constraints.txt").read_text().splitlines()
+    assert f"ruff=={ruff['rev'].removeprefix('v')}" in pins
+
+
+def test_files_for_the_host_are_valid(repository):
+    files = sorted((repository / ".github").rglob("*.yml"))
+    assert len(files) >= 3
+    for file in files:
+        assert isinstance(yaml.safe_load(file.read_text(encoding="utf-8")), dict), file
+    jobs = yaml.safe_load((repository / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    commands = [step.get("run") for job in jobs.values() for step in job["steps"]]
+    assert {"make test", "make docs"} <= set(commands)
 
 
 def test_one_minor_version_of_trl(project):

@@ -1,4 +1,49 @@
-"""The rounds of a rollout: tokens, limits, malformed calls, prefix reuse, failing tools."""
+"""
+The guarantees of the rollout loop. A guarantee changes by decision, never to make a test pass.
+
+Tokens
+ 1. The ids trained on are the ids sampled: nothing is decoded and encoded again.
+    → test_the_ids_trained_on_are_the_ids_sampled
+ 2. They are those that TRL's own loop gives from the same random numbers, with and without the KV cache.
+    → test_tokens_are_those_of_trl
+ 3. The text of a tool is text: it cannot become a marker, a turn or an answer.
+    → test_text_of_a_tool_changes_nothing
+ 4. A rollout keeps its own KV cache when others leave the batch.
+    → test_rollouts_that_finish_early_leave_the_batch
+
+Masks
+ 5. The sampled mask is 1 on sampled tokens, and 0 on observations, on the request to answer and on the end-of-turn
+    token that closes a turn which was cut off.
+    → test_forced_answer_after_a_turn_that_was_cut_off
+ 6. The calls of one turn share one observation, in the order of the calls.
+    → test_two_calls_in_one_turn_share_an_observation
+
+Limits, in the order in which they are checked (docstring of `RolloutLoop`)
+ 7. A turn without a call, or with an answer, ends the rollout: `answered`; calls beside an answer do not run.
+    → test_the_policy_answers, test_an_answer_is_final
+ 8. `max_completion_length` and the context count turns and observations: `length_limit`, `context_limit`.
+    → test_length_limit_by_sampling_and_by_an_observation, test_context_limit
+ 9. `max_turn_length` bounds every turn: `turn_length_limit` if it cut a turn off before any call was complete.
+    → test_turn_length_limit, test_later_turns_are_cut_to_their_length
+10. `max_turns` and TRL's `max_tool_calling_iterations` bound the rounds, and both hold: `turn_limit`.
+    → test_turn_limit
+11. A forced answer is one more turn without tools; the stop reason stays that of the limit.
+    → test_forced_answer_at_the_turn_limit, test_calls_of_a_forced_answer_are_not_run
+12. A long result is cut between tokens and says so.
+    → test_long_results_are_truncated_with_a_marker
+13. A prompt that leaves no room in the context is an error before anything is sampled.
+    → test_a_prompt_longer_than_the_context_is_an_error
+
+A bad rollout is data
+14. A call that cannot be read or run is an observation that says why, and is counted by kind.
+    → test_a_bad_call_is_observed, test_a_malformed_call_can_end_the_rollout
+15. A tool that fails, hangs or returns nonsense is an observation; an interrupt is not.
+    → test_two_hundred_rollouts_with_a_tool_that_fails_in_ten_ways, test_an_interrupt_is_not_an_observation
+
+Ranks
+16. Every rank calls the same collectives as often as the others, until no rank has a rollout left.
+    → test_ranks_stay_in_step (and tests/distributed, with real processes)
+"""
 
 import collections
 import json
@@ -20,13 +65,22 @@ from trl.chat_template_utils import add_response_schema, parse_response
 import igpo_trl.rollout.loop
 from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.rollout import ToolRunner, read_calls
-from igpo_trl.rollout.call_syntax import CallSyntax
-from igpo_trl.rollout.observations import TRUNCATION_MARKER
+from igpo_trl.rollout.loop import Rollout, RolloutLimits, SampledTurns
+from igpo_trl.rollout.observations import TRUNCATION_MARKER, ObservationEncoder
+from igpo_trl.rollout.tool_calls import CallSyntax
 from igpo_trl.tools import tool
 from igpo_trl.trajectory import read_jsonl
 from igpo_trl.turns import turn_spans
 
 CALL, ANSWER = tiny.call("Paris"), tiny.answer("Paris")
+
+
+def test_every_guarantee_has_its_test():
+    named = re.findall(r"\b(test_[a-z_]+)", __doc__)
+    assert len(named) > 16
+    assert [name for name in named if name not in globals()] == []
+
+
 NEVER = ["never sampled"] * 9
 
 
@@ -49,7 +103,7 @@ def roll_out(trainer, scripts, prompts=None):
     trainer.model.eval()
     with torch.no_grad():
         prompt_ids, completion_ids, mask, messages, *_ = trainer._generate([row["prompt"] for row in rows])
-    stops = trainer._log_of_rounds.stops
+    stops = trainer._current_step.round_log.stops
     return list(zip(prompt_ids, completion_ids, mask, messages, stops, strict=True))
 
 
@@ -98,9 +152,8 @@ def nasty(query: str) -> str:
 
 @pytest.fixture(scope="module")
 def nasty_trainer(tmp_path_factory):
-    trainer = make(tmp_path_factory.mktemp("nasty"), tools=[nasty], max_completion_length=2000)
-    trainer.model.config.max_position_embeddings = 9000
-    return trainer
+    model = tiny.make_model("qwen3", max_position_embeddings=9000)
+    return make(tmp_path_factory.mktemp("nasty"), model=model, tools=[nasty], max_completion_length=2000)
 
 
 @given(scripts=st.lists(st.lists(WORDS, max_size=3).map(lambda turns: turns + [None]), min_size=1, max_size=4))
@@ -194,7 +247,7 @@ def test_tokens_are_those_of_trl(tmp_path, monkeypatch, caplog, family, sample):
     reused = family not in ("mistral", "qwen2_sliding")
     assert ("KV cache is not kept" in caplog.text) != reused
     assert (run[1] < 0.7 * run[0]) == reused
-    assert trainer._prefix_cache is None  # its memory is free for training
+    assert trainer._current_step.kv_cache is None  # its memory is free for training
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -439,8 +492,8 @@ def adding(arguments):
     ],
 )
 def test_a_bad_call_is_observed(tmp_path, turn, says, kind):
-    trainer = make(tmp_path, tools=[adder], max_completion_length=8000)
-    trainer.model.config.max_position_embeddings = 9000
+    model = tiny.make_model("qwen3", max_position_embeddings=9000)
+    trainer = make(tmp_path, model=model, tools=[adder], max_completion_length=8000)
     rollout = roll_out(trainer, [[turn, ANSWER, *NEVER]])[0]
     assert rollout[4] == "answered"
     (text,) = texts(trainer, rollout)
@@ -629,7 +682,7 @@ def test_soak_of_parsing_and_dispatch():
         for _ in range(1000):
             turn = random_turn(rng)
             ids = [*tokenizer.encode(turn, add_special_tokens=False), tokenizer.eos_token_id]
-            with igpo_trl.rollout.loop._value_errors_only(tokenizer):
+            with igpo_trl.rollout.tool_calls.parser_errors_as_value_errors(tokenizer):
                 message = parse_response(tokenizer, ids, prefix=prefix)
             read = read_calls(message.get("tool_calls"), {"adder": adder}, lambda _: None)
             problem = None if read else syntax.problem(ids, prefix)
@@ -647,8 +700,73 @@ def test_soak_of_parsing_and_dispatch():
 
 def test_strange_turns_through_the_trainer(tmp_path):
     rng = random.Random(2)
-    trainer = make(tmp_path, tools=[adder], max_turns=2, max_completion_length=10**5, max_tool_response_tokens=60)
-    trainer.model.config.max_position_embeddings = 10**6
+    model = tiny.make_model("qwen3", max_position_embeddings=10**6)
+    limits = {"max_turns": 2, "max_completion_length": 10**5, "max_tool_response_tokens": 60}
+    trainer = make(tmp_path, model=model, tools=[adder], **limits)
     for _, ids, mask, messages, stop in roll_out(trainer, [[random_turn(rng), ANSWER, *NEVER] for _ in range(300)]):
         assert stop == "answered" and len(ids) == len(mask)
         assert len(messages) == 1 or (messages[-1]["content"] == ANSWER and messages[1]["role"] == "tool")
+
+
+# The loop without a trainer
+
+
+def loop_of(scripts, any_rank=bool, idle_ranks_sample=False, **limits):
+    """A loop whose sampling says `scripts`, its rollouts with their first turns, and what it was asked to sample."""
+    tokenizer = add_response_schema(tiny.make_tokenizer())
+    said = [[[*tokenizer.encode(text, add_special_tokens=False), 2] for text in script] for script in scripts]
+    requests = []
+
+    def sample(contexts, rollouts, max_new_tokens):
+        requests.append((contexts, rollouts, max_new_tokens))
+        return [said[i].pop(0) for i in rollouts] or [[2]], None
+
+    loop = igpo_trl.rollout.loop.RolloutLoop(
+        tokenizer,
+        RolloutLimits(**{"max_completion_length": 400} | limits),
+        ObservationEncoder(tokenizer),
+        ToolRunner(),
+        sample=sample,
+        any_rank=any_rank,
+        end_token_ids=[2],
+        idle_ranks_sample=idle_ranks_sample,
+    )
+    prompt = tokenizer.encode("<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\n")
+    rollouts = [Rollout(i, list(prompt), {"search": tiny.search}) for i in range(len(scripts))]
+    turns = [script.pop(0) for script in said]
+    messages = [parse_response(tokenizer, ids, prefix=prompt) for ids in turns]
+    return loop, rollouts, SampledTurns(turns, None, messages), requests
+
+
+def test_the_loop_needs_no_trainer():
+    loop, rollouts, first_turns, requests = loop_of([[CALL, CALL, ANSWER], [ANSWER], [CALL, ANSWER]], max_rounds=5)
+    ended = []
+    log = loop.run(rollouts, first_turns, lambda these: ended.append([rollout.index for rollout in these]))
+    assert log.stops == ["answered"] * 3 and log.num_calls == 3
+    assert log.tools_called == [[("search",), ("search",), ()], [()], [("search",), ()]]
+    assert [indices for _, indices, _ in requests] == [[0, 2], [0]]
+    assert ended == [[1], [2], [0]]  # each once, before the sampling that leaves it out
+    for rollout in rollouts:
+        mask, length = torch.tensor([rollout.sampled_mask]), torch.tensor([len(rollout.completion_ids)])
+        _, starts, num_turns = turn_spans(mask, length)
+        assert rollout.turn_starts == starts[0, : int(num_turns)].tolist()
+    # What it may sample at most is what the completion of the roomiest rollout has left.
+    assert requests[1][2] == 400 - (len(requests[1][0][0]) - len(rollouts[0].prompt_ids))
+
+
+def test_ranks_stay_in_step():
+    """This rank is done after its first turn; another one needs three more rounds."""
+    others, flags = [True, True, True, False], []
+
+    def any_rank(flag):
+        flags.append(flag)
+        return flag or others[len(flags) - 1]
+
+    loop, rollouts, first_turns, requests = loop_of([[ANSWER]], any_rank, idle_ranks_sample=True)
+    loop.run(rollouts, first_turns)
+    assert flags == [False] * 4
+    assert requests == [([[2]], [], 1)] * 3  # one token after one token, for no rollout
+    loop, rollouts, first_turns, requests = loop_of([[ANSWER]], any_rank)
+    flags.clear()
+    loop.run(rollouts, first_turns)
+    assert flags == [False] * 4 and requests == []

@@ -12,7 +12,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen3_chat_template
 
 import igpo_trl.beliefs.scorer
-import igpo_trl.trainer
+import igpo_trl.step
 from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.beliefs import NO_THINK_TEMPLATE, score_beliefs
 from igpo_trl.rewards import answer_reward
@@ -113,7 +113,7 @@ def test_plumbing_grpo_advantages_through_our_hooks_end_bit_equal(make, make_sav
         return of_parent[-1][:, None].expand_as(info_gain)
 
     monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", record)
-    monkeypatch.setattr(igpo_trl.trainer, "turn_advantages", broadcast)
+    monkeypatch.setattr(igpo_trl.step, "turn_advantages", broadcast)
     trainer = make(model=make_saved_model(), normalization=normalization, **PLUMBING)
     trainer.train()
     assert scored == [(4, 3), (4, 3)]  # two generation batches in three steps, three turns at most
@@ -401,7 +401,7 @@ def test_reward_weights_are_grpos(make, monkeypatch):
         outcomes.append(outcome.tolist())
         return torch.zeros_like(info_gain)
 
-    monkeypatch.setattr(igpo_trl.trainer, "turn_advantages", record)
+    monkeypatch.setattr(igpo_trl.step, "turn_advantages", record)
     make(
         reward_funcs=[lambda completions, **_: [1.0, 2.0, 3.0, None], lambda completions, **_: [4.0] * 4],
         reward_weights=[1.0, 0.5],
@@ -413,13 +413,13 @@ def test_reward_weights_are_grpos(make, monkeypatch):
 
 
 def test_schedules_move_with_training(make, monkeypatch):
-    weights, original = [], igpo_trl.trainer.turn_advantages
+    weights, original = [], igpo_trl.step.turn_advantages
 
     def record(*args, info_gain_weight, outcome_weight, **options):
         weights.append((info_gain_weight, outcome_weight))
         return original(*args, info_gain_weight=info_gain_weight, outcome_weight=outcome_weight, **options)
 
-    monkeypatch.setattr(igpo_trl.trainer, "turn_advantages", record)
+    monkeypatch.setattr(igpo_trl.step, "turn_advantages", record)
     trainer = make(max_steps=4, info_gain_weight=1.0, info_gain_weight_end=0.0, outcome_weight=0.5)
     trainer.train()
     assert weights == [(1.0, 0.5), (0.75, 0.5), (0.5, 0.5), (0.25, 0.5)]
@@ -427,13 +427,13 @@ def test_schedules_move_with_training(make, monkeypatch):
 
 
 def test_options_reach_the_maths(make, monkeypatch):
-    seen, original = [], igpo_trl.trainer.turn_advantages
+    seen, original = [], igpo_trl.step.turn_advantages
 
     def record(info_gain, outcome, num_turns, num_generations, **options):
         seen.append((num_generations, {key: value for key, value in options.items() if key != "beliefs"}))
         return original(info_gain, outcome, num_turns, num_generations, **options)
 
-    monkeypatch.setattr(igpo_trl.trainer, "turn_advantages", record)
+    monkeypatch.setattr(igpo_trl.step, "turn_advantages", record)
     options = {"normalization": "critic", "gamma": 0.9, "gae_lambda": 0.7, "std_floor": 0.02}
     make(scale_rewards="batch", info_gain_weight=0.3, outcome_weight=2.0, **options).train()
     weights = {"info_gain_weight": 0.3, "outcome_weight": 2.0, "scale": "batch"}
@@ -516,7 +516,7 @@ def test_qwen3_opens_no_second_thought(make):
     trainer = make(
         processing_class=tiny.make_tokenizer(qwen3_chat_template), chat_template_kwargs={"enable_thinking": False}
     )
-    assert trainer._belief_pass._template == NO_THINK_TEMPLATE
+    assert trainer._belief_scorer.template == NO_THINK_TEMPLATE
     trainer.train()
     assert trainer.state.log_history[0]["rollout/turns/max"] == 3
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_trl.turns import expand_to_tokens, turn_spans
+from igpo_trl.turns import expand_to_tokens, gain_spans, information_gain, turn_spans
 
 masks = st.lists(st.lists(st.integers(0, 1), max_size=14), min_size=1, max_size=5)
 
@@ -118,3 +118,59 @@ def test_expand_to_tokens_of_a_nan_turn_stays_in_its_turn():
     values = torch.tensor([[float("nan"), 1.0]])
     tokens = expand_to_tokens(values, torch.tensor([[-1, 1, 1, -1]]))
     assert tokens.tolist() == [[0.0, 1.0, 1.0, 0.0]]
+
+
+# Information gain
+
+log_beliefs = st.lists(st.lists(st.floats(-30, 0), min_size=1, max_size=6), min_size=1, max_size=5)
+
+
+def ragged(rollouts):
+    width = max(map(len, rollouts))
+    return torch.tensor([row + [float("nan")] * (width - len(row)) for row in rollouts], dtype=torch.float64)
+
+
+@given(log_beliefs, st.sampled_from(["prob_diff", "log_prob_diff"]), st.none() | st.integers(1, 4))
+def test_gains_are_those_of_the_oracle(rollouts, kind, every):
+    spans = None if every is None else [gain_spans(len(row), every=every) for row in rollouts]
+    gains = information_gain(ragged(rollouts), kind, spans=spans)
+    expected = ragged(oracles.information_gain(rollouts, kind, spans))
+    torch.testing.assert_close(gains, expected, equal_nan=True, rtol=1e-9, atol=1e-12)
+
+
+def test_gains_by_hand():
+    """Beliefs .1, .4, .3 and .5, then nothing: gains .3 and -.1, and none at all."""
+    beliefs = torch.tensor([[0.1, 0.4, 0.3], [0.5, torch.nan, torch.nan]])
+    gains = information_gain(beliefs.log())
+    torch.testing.assert_close(gains[0, :2], torch.tensor([0.3, -0.1]))
+    assert gains.isnan().tolist() == [[False, False, True], [True, True, True]]
+    log_gains = information_gain(beliefs.log(), "log_prob_diff")
+    torch.testing.assert_close(log_gains[0, :2], torch.tensor([4.0, 0.75]).log())
+
+
+@given(log_beliefs)
+def test_gains_in_probability_telescope(rollouts):
+    gains = information_gain(ragged(rollouts)).nan_to_num(0.0).sum(dim=1)
+    ends = torch.tensor([[row[0], row[-1]] for row in rollouts], dtype=torch.float64).exp()
+    torch.testing.assert_close(gains, ends[:, 1] - ends[:, 0], rtol=0, atol=1e-12)
+
+
+def test_a_belief_that_was_not_scored_gives_no_gain():
+    gains = information_gain(torch.tensor([[-1.0, torch.nan, -0.5, -0.2]]))
+    assert gains.isnan().tolist() == [[True, True, False, True]]
+    assert information_gain(torch.zeros(0, 3)).shape == (0, 3)
+    assert information_gain(torch.zeros(2, 3), spans=[[], []]).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(3),), r"\(B, K\).*\(3,\)"),
+        ((torch.zeros(2, 3), "ratio"), "prob_diff or log_prob_diff, got 'ratio'"),
+    ],
+)
+def test_bad_arguments_of_the_gain(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        information_gain(*arguments)
+    with pytest.raises(ValueError, match="1 lists"):
+        information_gain(torch.zeros(2, 3), spans=[[]])

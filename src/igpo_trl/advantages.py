@@ -1,19 +1,176 @@
-"""Turn-level advantages: normalisation in the group, discounting over turns, and the belief critic.
+r"""Turn-level advantages: one function per estimator, and [`turn_advantages`], which picks one by name.
 
 Pure functions on tensors. Axes: B rollouts in consecutive groups of G, K turns. Rollout i has `num_turns[i]` = K_i
 turns; turn k < K_i - 1 is rewarded with its information gain, the last one with the outcome.
+
+    name       compares a reward with                                          source
+    joint      all rewards of the group                                        IGPO, Eq. 6
+    separate   gains with the group's gains, outcomes with its outcomes        the IGPO authors' training script
+    per_turn   gains with the group's gains at the same turn index             A²TGPO
+    critic     a value fitted from the belief                                  this package
+
+A new estimator is a function from [`TurnRewards`] to advantages, and a line in `ESTIMATORS`.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 Normalization = Literal["joint", "separate", "per_turn", "critic"]
-NORMALIZATIONS: tuple[str, ...] = ("joint", "separate", "per_turn", "critic")
 _SCALES: dict[bool | str, str] = {True: "group", False: "none", "group": "group", "batch": "batch", "none": "none"}
 
 # Ridge of the critic's fit, per row: one on the features, a smaller one on the per-turn intercepts.
 _RIDGE, _RIDGE_INTERCEPT = 1e-4, 1e-5
+
+
+@dataclass
+class TurnRewards:
+    """
+    The rewards of a batch, as the estimators read them; everything is float64 or boolean.
+
+    Attributes:
+        gain (`torch.Tensor` of shape (B, K)): gain of each turn, 0 where there is none.
+        outcome (`torch.Tensor` of shape (B, 1)): reward of the last turn, 0 where there is none.
+        belief (`torch.Tensor` of shape (B, K)): probability of the answer before each turn, 0 where there is no turn.
+        is_gain, is_turn (`torch.Tensor` of shape (B, K)): which turns have a gain, and which exist and are scored.
+        is_scored (`torch.Tensor` of shape (B, 1)): which rollouts have an outcome.
+        last (`torch.Tensor` of shape (B, 1)): index of the last turn.
+        num_generations (`int`): group size G.
+        gain_weight, outcome_weight (`float`): weights, applied after normalisation.
+        gamma, gae_lambda (`float`): discount per turn, and λ of the critic.
+        scale (`str`): `"group"`, `"batch"` or `"none"`.
+        std_floor (`float`): smallest divisor, in units of the reward.
+    """
+
+    gain: torch.Tensor
+    outcome: torch.Tensor
+    belief: torch.Tensor
+    is_gain: torch.Tensor
+    is_turn: torch.Tensor
+    is_scored: torch.Tensor
+    last: torch.Tensor
+    num_generations: int
+    gain_weight: float
+    outcome_weight: float
+    gamma: float
+    gae_lambda: float
+    scale: str
+    std_floor: float
+
+    def z_scores(self, values: torch.Tensor, mask: torch.Tensor, *, per_turn: bool = False) -> torch.Tensor:
+        """z-scores (B, K) of the masked values within their group (and turn index, with `per_turn`), 0 elsewhere."""
+        num_turns = values.shape[1]
+        weight = mask.view(-1, self.num_generations, num_turns).to(values.dtype)
+        values = values.view(-1, self.num_generations, num_turns) * weight
+        pool = (1,) if per_turn else (1, 2)
+        mean, std = _mean_and_std(values, weight, pool)
+        # Equal values must give exactly 0: their rounded mean can miss them, and rounding noise over its own std is 1.
+        distinct = std > 1e-12 * mean.abs()
+        if self.scale == "batch":
+            _, std = _mean_and_std(values, weight, (0, *pool))
+        floor = max(self.std_floor, torch.finfo(values.dtype).tiny)
+        divisor = std.clamp(min=floor) if self.scale != "none" else 1.0
+        return values.sub_(mean).mul_(weight).mul_(distinct / divisor).view(-1, num_turns)
+
+    def accumulate(self, z_gain: torch.Tensor, z_outcome: torch.Tensor) -> torch.Tensor:
+        """Weigh normalised gains (B, K) and outcomes (B, 1), and add up what follows each turn, discounted."""
+        z = z_gain.mul_(self.gain_weight).scatter_(1, self.last, self.outcome_weight * z_outcome)
+        return _discounted_sum(z, self.gamma).masked_fill_(~self.is_turn, 0.0)
+
+
+def joint_advantages(rewards: TurnRewards) -> torch.Tensor:
+    r"""
+    Gains and outcomes share one mean and standard deviation in the group (IGPO, arXiv 2510.14967, Eq. 6).
+
+    $$A_{i,k} = \frac{r_{i,k} - \mu}{\sigma}, \qquad \tilde A_{i,k} = \sum_{j \ge k} \gamma^{j-k} A_{i,j}$$
+
+    with μ and σ over all rewards r of the group's turns. Outcomes are usually far larger than gains and then dominate
+    σ. The mean is subtracted once per turn, so a rollout of many turns pays, or earns, it many times: the "turn tax".
+
+    Degenerate cases: a pool of one value or of equal values gives 0.
+    """
+    pooled = rewards.gain.scatter(1, rewards.last, rewards.outcome)
+    z = rewards.z_scores(pooled, rewards.is_gain.scatter(1, rewards.last, rewards.is_scored))
+    return rewards.accumulate(z, z.gather(1, rewards.last))
+
+
+def separate_advantages(rewards: TurnRewards) -> torch.Tensor:
+    r"""
+    Gains and outcomes each have their own mean and standard deviation in the group (the IGPO authors' training
+    script).
+
+    As [`joint_advantages`], with $A_{i,k} = (g_{i,k} - \mu_g) / \sigma_g$ for turns with a gain and
+    $A_{i,K_i} = (R_i - \mu_R) / \sigma_R$ for the last turn.
+
+    Degenerate cases: if all outcomes are equal the gains still tell the rollouts apart; a group in which only one
+    turn has a gain, or all gains are equal, is GRPO.
+    """
+    z_outcome = rewards.z_scores(rewards.outcome, rewards.is_scored)
+    return rewards.accumulate(rewards.z_scores(rewards.gain, rewards.is_gain), z_outcome)
+
+
+def per_turn_advantages(rewards: TurnRewards) -> torch.Tensor:
+    r"""
+    Gains are compared at the same turn index only (A²TGPO, arXiv 2605.06200).
+
+    As [`separate_advantages`], with $\mu_{g,k}$ and $\sigma_{g,k}$ of turn k over the group: first searches are
+    compared with first searches.
+
+    Degenerate cases: a turn index that a single rollout reaches gives 0.
+    """
+    z_outcome = rewards.z_scores(rewards.outcome, rewards.is_scored)
+    return rewards.accumulate(rewards.z_scores(rewards.gain, rewards.is_gain, per_turn=True), z_outcome)
+
+
+def critic_advantages(rewards: TurnRewards) -> torch.Tensor:
+    r"""
+    Generalised advantage estimation over turns, with a value read off the belief: the belief as critic.
+
+    A ridge regression over all turns of the batch predicts the return-to-go $G_k = \sum_{j \ge k} \gamma^{j-k} r_j$
+    from [one-hot k, $b_k$, $b_k^2$, leave-one-out group mean of what rollouts reached], which gives $V_k$. Then
+
+    $$\delta_k = r_k + \gamma V_{k+1} - V_k, \qquad A_k = \sum_{j \ge k} (\gamma\lambda)^{j-k} \delta_j,$$
+
+    with $V = 0$ after the last turn, divided by the root mean square of $A$ over the batch and not re-centred. With
+    a gain weight of 0 the only reward is the outcome: the objective is GRPO's, and the belief only tells in which turn
+    the outcome was decided. For γ = 1 and gains in probability the target is $R + w (b_S - b_k)$ with S the last
+    turn, and what a rollout reached is $R + w b_S$.
+
+    Degenerate cases: a rollout without an outcome is left out of the fit; with `scale="none"` nothing is divided.
+    """
+    weighted_outcome = rewards.outcome_weight * rewards.outcome
+    reward = (rewards.gain_weight * rewards.gain).scatter_(1, rewards.last, weighted_outcome)
+    reached = (weighted_outcome + rewards.gain_weight * rewards.belief.gather(1, rewards.last))[:, 0]
+    is_turn, mask = rewards.is_turn, rewards.is_turn.to(reward.dtype)
+    num_rows = mask.sum().clamp(min=1)
+    value = _fit_value(
+        _discounted_sum(reward, rewards.gamma).mul_(mask),
+        [
+            rewards.belief * mask,
+            (rewards.belief * mask).square(),
+            mask * _leave_one_out_mean(reached, is_turn.any(dim=1), rewards.num_generations)[:, None],
+        ],
+        mask,
+        num_rows,
+    )
+    delta = reward.masked_fill(~is_turn, 0.0).sub_(value)  # 0 after the last turn, as the value is
+    delta[:, :-1].add_(value[:, 1:], alpha=rewards.gamma)
+    advantages = _discounted_sum(delta, rewards.gamma * rewards.gae_lambda)
+    if rewards.scale != "none":
+        root_mean_square = torch.linalg.vector_norm(advantages) / num_rows.sqrt()
+        advantages.div_(root_mean_square.clamp(min=max(rewards.std_floor, torch.finfo(advantages.dtype).tiny)))
+    return advantages
+
+
+ESTIMATORS: dict[str, Callable[[TurnRewards], torch.Tensor]] = {
+    "joint": joint_advantages,
+    "separate": separate_advantages,
+    "per_turn": per_turn_advantages,
+    "critic": critic_advantages,
+}
+NORMALIZATIONS = tuple(ESTIMATORS)
 
 
 def turn_advantages(
@@ -34,21 +191,12 @@ def turn_advantages(
     r"""
     Advantage of every turn, from its information gain and the outcome of its rollout (IGPO, arXiv 2510.14967).
 
-    In the three normalising modes rewards become z-scores within the group (population statistics), are weighted, and
-    are accumulated over the turns that follow:
+    The estimators are [`joint_advantages`], [`separate_advantages`], [`per_turn_advantages`] and
+    [`critic_advantages`]; their docstrings have the formulas.
 
-    $$\tilde A_{i,k} = \sum_{j \ge k} \gamma^{j-k} A_{i,j}$$
-
-    - `"joint"`: gains and outcomes share one mean and std (the paper, Eq. 6).
-    - `"separate"`: gains and outcomes each have their own (the authors' training script).
-    - `"per_turn"`: gains are compared at the same turn index only (A²TGPO, arXiv 2605.06200).
-
-    `"critic"` does not normalise rewards. It fits a value of each turn from the belief before it and returns
-    generalised advantages, see [`critic_advantages`].
-
-    Degenerate cases: a pool of one value or of equal values gives 0. A rollout whose outcome is NaN (no reward
-    function applied to it) leaves every pool and has advantage 0, as in TRL. A gain that is not finite counts as no
-    reward of that turn; the rollout's other turns keep theirs.
+    Degenerate cases of all of them: a rollout whose outcome is NaN (no reward function applied to it) leaves every
+    pool and has advantage 0, as in TRL. A gain that is not finite counts as no reward of that turn; the rollout's
+    other turns keep theirs.
 
     Args:
         info_gain (`torch.Tensor` of shape (B, K)):
@@ -61,18 +209,20 @@ def turn_advantages(
         num_generations (`int`):
             Group size G; rows `iG … (i+1)G - 1` answer the same question.
         normalization (`str`, *optional*, defaults to `"separate"`):
-            One of `"joint"`, `"separate"`, `"per_turn"`, `"critic"`.
+            Name of the estimator: `"joint"`, `"separate"`, `"per_turn"` or `"critic"`.
         gamma (`float`, *optional*, defaults to `1.0`):
             Discount per turn (not per token).
         scale (`bool` or `str`, *optional*, defaults to `True`):
-            What to divide by: `True` or `"group"` the pool's std, `"batch"` the std over the whole batch, `False` or
-            `"none"` nothing. The critic divides by the root mean square over the batch unless this is `"none"`.
+            What to divide by: `True` or `"group"` the pool's standard deviation, `"batch"` that of the whole batch,
+            `False` or `"none"` nothing. The critic divides by the root mean square over the batch unless this is
+            `"none"`.
         info_gain_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the gains, applied after normalisation (before it, a z-score would undo it).
         outcome_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the outcome, likewise.
         std_floor (`float`, *optional*, defaults to `1e-2`):
-            Smallest std divided by, in units of the reward, so that noise is not blown up to unit scale.
+            Smallest standard deviation divided by, in units of the reward, so that noise is not blown up to unit
+            scale.
         beliefs (`torch.Tensor` of shape (B, K), *optional*):
             Probability of the answer before turn k; read by the critic only. Defaults to the running sum of
             `info_gain`, which is the belief relative to the prompt's.
@@ -87,94 +237,49 @@ def turn_advantages(
         unknown.
     """
     _check(info_gain, outcome, num_turns, num_generations, normalization, scale, beliefs)
-    scale = _SCALES[scale]
     # Statistics in float64: sums then do not depend on padding or on the other groups to float32 precision.
     last = (num_turns - 1)[:, None]
     turn = torch.arange(info_gain.shape[1], device=info_gain.device)
-    scored = ~outcome.isnan()[:, None]
-    is_turn = (turn <= last) & scored
-    is_gain = (turn < last) & scored & info_gain.isfinite()
+    is_scored = ~outcome.isnan()[:, None]
+    is_turn = (turn <= last) & is_scored
+    is_gain = (turn < last) & is_scored & info_gain.isfinite()
     gain = info_gain.double().masked_fill(~is_gain, 0.0)
-    final = outcome.double()[:, None].masked_fill(~scored, 0.0)  # (B, 1), the reward of the last turn
-
-    if normalization == "critic":
-        belief = gain.cumsum(dim=1) - gain if beliefs is None else beliefs.double().nan_to_num(0.0)
-        advantages = critic_advantages(
-            (info_gain_weight * gain).scatter_(1, last, outcome_weight * final),
-            belief.masked_fill_(~is_turn, 0.0),
-            (outcome_weight * final + info_gain_weight * belief.gather(1, last))[:, 0],
-            is_turn,
-            num_generations,
-            gamma=gamma,
-            gae_lambda=gae_lambda,
-            scale=scale != "none",
-            scale_floor=std_floor,
-        )
-    else:
-        if normalization == "joint":
-            z = _standardize(
-                gain.scatter_(1, last, final), is_gain.scatter(1, last, scored), num_generations, scale, std_floor
-            )
-            z_final = z.gather(1, last)
-        else:
-            z = _standardize(gain, is_gain, num_generations, scale, std_floor, per_turn=normalization == "per_turn")
-            z_final = _standardize(final, scored, num_generations, scale, std_floor)
-        z = z.mul_(info_gain_weight).scatter_(1, last, outcome_weight * z_final)
-        advantages = _discounted_sum(z, gamma).masked_fill_(~is_turn, 0.0)
-    return advantages.to(info_gain.dtype)
+    belief = gain.cumsum(dim=1) - gain if beliefs is None else beliefs.double().nan_to_num(0.0)
+    rewards = TurnRewards(
+        gain=gain,
+        outcome=outcome.double()[:, None].masked_fill(~is_scored, 0.0),
+        belief=belief.masked_fill_(~is_turn, 0.0),
+        is_gain=is_gain,
+        is_turn=is_turn,
+        is_scored=is_scored,
+        last=last,
+        num_generations=num_generations,
+        gain_weight=info_gain_weight,
+        outcome_weight=outcome_weight,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+        scale=_SCALES[scale],
+        std_floor=std_floor,
+    )
+    return ESTIMATORS[normalization](rewards).to(info_gain.dtype)
 
 
-def critic_advantages(
-    rewards: torch.Tensor,
-    beliefs: torch.Tensor,
-    reached: torch.Tensor,
-    is_turn: torch.Tensor,
-    num_generations: int,
-    *,
-    gamma: float = 1.0,
-    gae_lambda: float = 0.8,
-    scale: bool = True,
-    scale_floor: float = 1e-2,
+def _leave_one_out_mean(values: torch.Tensor, scored: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """Mean (B,) of the other scored rollouts of the group, 0 where there is none."""
+    grouped = values.masked_fill(~scored, 0.0).view(-1, num_generations)
+    scored = scored.view(-1, num_generations)
+    others = scored.sum(dim=1, keepdim=True) - scored.long()
+    mean = (grouped.sum(dim=1, keepdim=True) - grouped) / others.clamp(min=1)
+    return mean.masked_fill(others < 1, 0.0).reshape(-1)
+
+
+def _fit_value(
+    target: torch.Tensor, features: list[torch.Tensor], mask: torch.Tensor, num_rows: torch.Tensor
 ) -> torch.Tensor:
-    r"""
-    Generalised advantage estimation over turns, with a value read off the belief: the belief as critic.
-
-    A ridge regression over all turns of the batch predicts the return-to-go $G_k = \sum_{j \ge k} \gamma^{j-k} r_j$
-    from [one-hot k, $b_k$, $b_k^2$, leave-one-out group mean of what rollouts reached], which gives $V_k$. Then
-
-    $$\delta_k = r_k + \gamma V_{k+1} - V_k, \qquad A_k = \sum_{j \ge k} (\gamma\lambda)^{j-k} \delta_j,$$
-
-    with $V = 0$ behind the last turn, divided by the root mean square of $A$ over the batch and not re-centred. With
-    a gain weight of 0 the only reward is the outcome: the objective is GRPO's, and the belief only tells which turn
-    the outcome was decided in. For γ = 1 and gains in probability the target is $R + w (b_S - b_k)$.
-
-    Args:
-        rewards (`torch.Tensor` of shape (B, K)): weighted reward of each turn, 0 where there is none.
-        beliefs (`torch.Tensor` of shape (B, K)): probability of the answer before turn k.
-        reached (`torch.Tensor` of shape (B,)): $R + w b_S$, outcome and belief before the last turn S, weighted.
-        is_turn (`torch.Tensor` of shape (B, K)): which turns exist and are scored.
-        num_generations (`int`): group size G.
-        gamma (`float`): discount per turn.
-        gae_lambda (`float`): λ.
-        scale (`bool`): whether to divide by the root mean square over the batch.
-        scale_floor (`float`): smallest root mean square divided by, in units of the reward.
-
-    Returns:
-        `torch.Tensor` of shape (B, K), 0 where `is_turn` is false.
-    """
-    scored = is_turn.any(dim=1)
-    grouped = reached.masked_fill(~scored, 0.0).view(-1, num_generations)
-    others = scored.view(-1, num_generations).sum(dim=1, keepdim=True) - scored.view(-1, num_generations).long()
-    leave_one_out = ((grouped.sum(dim=1, keepdim=True) - grouped) / others.clamp(min=1)).masked_fill(others < 1, 0.0)
-    mask = is_turn.to(beliefs.dtype)
-    beliefs = beliefs * mask
-    features = [beliefs, beliefs.square(), mask * leave_one_out.reshape(-1, 1)]  # F times (B, K)
-    target = _discounted_sum(rewards, gamma).mul_(mask)
-
+    """Prediction (B, K) of the masked targets by ridge regression on [one-hot k, features], each (B, K)."""
     # Normal equations in blocks: the one-hot columns are never written out (their own block is diagonal).
     num_features, num_turns = len(features), mask.shape[1]
-    num_rows = mask.sum().clamp(min=1)
-    normal = beliefs.new_zeros(num_turns + num_features, num_turns + num_features)
+    normal = target.new_zeros(num_turns + num_features, num_turns + num_features)
     normal[:num_turns, :num_turns] = torch.diag(mask.sum(dim=0) + _RIDGE_INTERCEPT * num_rows)
     normal[num_turns:, :num_turns] = torch.stack([feature.sum(dim=0) for feature in features])
     normal[:num_turns, num_turns:] = normal[num_turns:, :num_turns].T
@@ -186,36 +291,7 @@ def critic_advantages(
     value = mask * solution[:num_turns]
     for feature, coefficient in zip(features, solution[num_turns:].tolist(), strict=True):
         value.add_(feature, alpha=coefficient)
-
-    delta = rewards.masked_fill(~is_turn, 0.0).sub_(value)  # 0 behind the last turn, as the value is
-    delta[:, :-1].add_(value[:, 1:], alpha=gamma)
-    advantages = _discounted_sum(delta, gamma * gae_lambda)
-    if scale:
-        root_mean_square = torch.linalg.vector_norm(advantages) / num_rows.sqrt()
-        advantages.div_(root_mean_square.clamp(min=max(scale_floor, torch.finfo(advantages.dtype).tiny)))
-    return advantages
-
-
-def _standardize(
-    values: torch.Tensor,
-    mask: torch.Tensor,
-    num_generations: int,
-    scale: str,
-    std_floor: float,
-    per_turn: bool = False,
-) -> torch.Tensor:
-    """z-scores (B, K) of the masked values within their group (and turn index, with `per_turn`), 0 elsewhere."""
-    num_turns = values.shape[1]
-    weight = mask.view(-1, num_generations, num_turns).to(values.dtype)
-    values = values.view(-1, num_generations, num_turns) * weight
-    pool = (1,) if per_turn else (1, 2)
-    mean, std = _mean_and_std(values, weight, pool)
-    # Equal values must give exactly 0: their rounded mean can miss them, and rounding noise over its own std is 1.
-    distinct = std > 1e-12 * mean.abs()
-    if scale == "batch":
-        _, std = _mean_and_std(values, weight, (0, *pool))
-    divisor = std.clamp(min=max(std_floor, torch.finfo(values.dtype).tiny)) if scale != "none" else 1.0
-    return values.sub_(mean).mul_(weight).mul_(distinct / divisor).view(-1, num_turns)
+    return value
 
 
 def _mean_and_std(

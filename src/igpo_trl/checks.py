@@ -1,4 +1,4 @@
-"""Checks made before a model is loaded: what was got, what was expected, and how to mend it."""
+"""Checks made before a model is loaded: what was got, what was expected, and how to fix it."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -8,6 +8,8 @@ from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from transformers import ProcessorMixin
 from trl.chat_template_utils import supports_tool_calling
+
+from .rollout.observations import ObservationEncoder
 
 #: The minor version of TRL whose internals the trainer's hooks were tested against.
 SUPPORTED_TRL = "1.16"
@@ -21,6 +23,41 @@ def check_trl_version() -> None:
             f"IGPOTrainer overrides internals of TRL that are tested with trl {SUPPORTED_TRL}.x, got trl "
             f"{trl.__version__}. Install it with `pip install 'trl=={SUPPORTED_TRL}.*'`."
         )
+
+
+def check_before_loading(
+    args: Any,
+    processing_class: Any,
+    train_dataset: Dataset | IterableDataset | None,
+    eval_dataset: Any,
+    tools: Sequence[Callable[..., Any]] | None,
+    environments: Any,
+    *,
+    needs_answers: bool,
+) -> None:
+    """
+    Raise `ValueError` for whatever would make training fail, or train nothing, once the model is loaded.
+
+    Args:
+        args ([`IGPOConfig`]): configuration.
+        processing_class (`PreTrainedTokenizerBase`): of the model.
+        train_dataset, eval_dataset (*optional*): as the trainer got them.
+        tools (list of `Callable`, *optional*), environments (*optional*): as the trainer got them.
+        needs_answers (`bool`): whether the reward function reads the answers.
+    """
+    uses_tools = bool(tools or environments)
+    check_processing_class(processing_class, uses_tools)
+    if environments is None:  # otherwise the tools are known only once there is an environment
+        check_tool_names(args.info_gain_tools, tools)
+    if uses_tools and args.max_tool_response_tokens is not None:
+        ObservationEncoder(processing_class, max_tokens=args.max_tool_response_tokens)  # raises if that is too few
+    if args.uses_beliefs or needs_answers:
+        check_answers(train_dataset, args.answer_column, "train_dataset")
+    if train_dataset is not None and uses_tools:
+        check_conversational(train_dataset)
+    if needs_answers or args.belief_at_eval:
+        for name, dataset in named_datasets(eval_dataset):
+            check_answers(dataset, args.answer_column, name)
 
 
 def check_processing_class(processing_class: Any, uses_tools: bool) -> None:
@@ -103,7 +140,7 @@ def environment_rewards(factory: Any) -> bool:
 
 
 def check_tool_names(wanted: Sequence[str] | None, tools: Iterable[Callable[..., Any]] | None) -> None:
-    """Raise `ValueError` if `info_gain_tools` names a tool that there is not."""
+    """Raise `ValueError` if `info_gain_tools` names a tool that the trainer does not have."""
     names = {tool.__name__ for tool in tools or ()}
     if unknown := set(wanted or ()) - names:
         raise ValueError(

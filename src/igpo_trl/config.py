@@ -16,8 +16,8 @@ class IGPOConfig(GRPOConfig):
     Configuration of [`IGPOTrainer`].
 
     Every parameter of `trl.GRPOConfig` is inherited with its default. `scale_rewards` keeps its meaning: `"group"`
-    divides by the std of the pool in the group, `"batch"` by that of the batch, `"none"` by nothing. Each field's help
-    says where its default is from; "paper" is arXiv 2510.14967.
+    divides by the standard deviation of the pool in the group, `"batch"` by that of the batch, `"none"` by nothing.
+    Each field's help says where its default comes from; "paper" is arXiv 2510.14967.
     """
 
     # Answers
@@ -28,9 +28,9 @@ class IGPOConfig(GRPOConfig):
     answer_template: str = field(
         default=DEFAULT_TEMPLATE,
         metadata={
-            "help": "Text in which the answer is scored, with one `{answer}` slot; only its own tokens count. "
-            "The default is the template of the paper's reference code; `igpo_trl.beliefs.probes.NO_THINK_TEMPLATE` is the "
-            "form for models that do not think aloud. What the generation prompt opens already is left out."
+            "help": "Text in which the answer is scored, with one `{answer}` slot; only its own tokens count. The "
+            "default is the template of the paper's reference code; `igpo_trl.beliefs.NO_THINK_TEMPLATE` is the form "
+            "for models that do not think aloud. Whatever the generation prompt has already opened is left out."
         },
     )
     alias_reduction: str = field(
@@ -45,8 +45,8 @@ class IGPOConfig(GRPOConfig):
     info_gain: str = field(
         default="prob_diff",
         metadata={
-            "help": "Gain of a turn: `prob_diff`, the difference of probabilities (paper), or `log_prob_diff`, "
-            "the difference of log-probabilities (the authors' later runs)."
+            "help": "Gain of a turn: `prob_diff`, the difference of probabilities (paper), or `log_prob_diff`, the "
+            "difference of log-probabilities (the authors' later runs)."
         },
     )
     info_gain_weight: float | None = field(
@@ -59,28 +59,28 @@ class IGPOConfig(GRPOConfig):
     )
     info_gain_weight_end: float | None = field(
         default=None,
-        metadata={"help": "If set, the weight of the gains moves linearly to this value over training."},
+        metadata={"help": "If set, the weight of the gains changes linearly to this value over training."},
     )
     outcome_weight: float = field(
         default=1.0, metadata={"help": "Weight of the outcome, after normalisation. 1.0 in the paper."}
     )
     outcome_weight_end: float | None = field(
         default=None,
-        metadata={"help": "If set, the weight of the outcome moves linearly to this value over training."},
+        metadata={"help": "If set, the weight of the outcome changes linearly to this value over training."},
     )
 
     info_gain_every: int = field(
         default=1,
         metadata={
-            "help": "Turns over which one gain is measured; it is the reward of the last of them. More than one makes "
-            "the belief pass cheaper on long horizons and the credit coarser."
+            "help": "Number of turns over which one gain is measured; it is the reward of the last of them. More than "
+            "one makes the belief pass cheaper on long horizons, and the credit coarser."
         },
     )
     info_gain_tools: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Only turns that call one of these tools get a gain, such as `['search']` where a calculator "
-            "tells nothing about the answer. `None` is every turn but the last."
+            "help": "Only turns that call one of these tools get a gain, such as `['search']` if a calculator says "
+            "nothing about the answer. `None` is every turn but the last."
         },
     )
 
@@ -90,7 +90,7 @@ class IGPOConfig(GRPOConfig):
         metadata={
             "help": "`joint`: gains and outcomes share mean and std in the group (paper, Eq. 6). `separate`: each has "
             "its own (the authors' training script). `per_turn`: gains are compared at the same turn index (A2TGPO, "
-            "arXiv 2605.06200). `critic`: no z-scores; a value fitted per batch from the belief, and generalised "
+            "arXiv 2605.06200). `critic`: no z-scores, but a value fitted per batch from the belief, and generalised "
             "advantages over turns."
         },
     )
@@ -103,8 +103,8 @@ class IGPOConfig(GRPOConfig):
     std_floor: float = field(
         default=1e-2,
         metadata={
-            "help": "Smallest std divided by, in units of the reward, so that differences of 1e-4 between beliefs are "
-            "not blown up to unit scale. The reference code has about 1e-4."
+            "help": "Smallest standard deviation to divide by, in units of the reward, so that differences of 1e-4 "
+            "between beliefs are not blown up to unit scale. The reference code uses about 1e-4."
         },
     )
 
@@ -112,8 +112,8 @@ class IGPOConfig(GRPOConfig):
     format_penalty: float = field(
         default=DEFAULT_FORMAT_PENALTY,
         metadata={
-            "help": "Outcome of a rollout whose last turn has no well-formed answer; read by the default reward "
-            "function only, on F1 between 0 and 1. -2.0 in the reference code."
+            "help": "Outcome of a rollout whose last turn has no well-formed answer, on the scale of F1 (0 to 1). "
+            "Used by the default reward function only. -2.0 in the reference code."
         },
     )
 
@@ -122,90 +122,96 @@ class IGPOConfig(GRPOConfig):
         default="auto",
         metadata={
             "help": "`packed`: the trajectory once, then all probes against its KV cache. `per_turn`: one sequence "
-            "per turn. `auto`: packed where it is exact on this model "
-            "and agrees with plain forwards on the first batch."
+            "per turn. `auto`: packed where it is exact on this model and agrees with plain forwards on the first batch."
         },
     )
     belief_tokens_per_batch: int = field(
         default=16_384,
         metadata={
-            "help": "Tokens per forward of the belief pass, padding included, which bounds its memory; a single "
+            "help": "Tokens per forward of the belief pass, padding included. This bounds its memory; a single "
             "rollout or probe may be longer."
         },
     )
     max_answer_tokens: int | None = field(
         default=None,
-        metadata={"help": "Beliefs score the first so many tokens of a longer answer. `None` is all of them."},
+        metadata={
+            "help": "Longest answer that beliefs score, in tokens: of a longer one only the first tokens count. "
+            "`None` is no limit."
+        },
     )
 
     belief_at_eval: bool = field(
         default=False,
-        metadata={"help": "Score beliefs in evaluation, too, and log `eval_belief/*` and `eval_info_gain/*`."},
+        metadata={"help": "Also score beliefs in evaluation, and log `eval_belief/*` and `eval_info_gain/*`."},
     )
 
     # Rollout
     max_turns: int | None = field(
         default=None,
         metadata={
-            "help": "Turns of a rollout, the answer included; `None` for no limit. `forced_answer` adds one more. "
-            "`max_tool_calling_iterations` of TRL limits the rounds of tool calls, and both hold."
+            "help": "Turns of a rollout, the answer included; `None` is no limit. `forced_answer` adds one more. "
+            "TRL's `max_tool_calling_iterations` limits the rounds of tool calls, and both apply."
         },
     )
     max_turn_length: int | None = field(
         default=None,
         metadata={
-            "help": "Sampled tokens of one turn; `None` is `max_completion_length`, which limits a whole rollout, "
-            "observations included."
+            "help": "Sampled tokens of one turn. `None` is `max_completion_length`, the limit of a whole rollout "
+            "including its observations."
         },
     )
     max_tool_response_tokens: int | None = field(
         default=None,
         metadata={
             "help": "Tokens of one tool result; a longer one is cut between two tokens and ends in a marker that says "
-            "so. `None` for no limit: a result that leaves no room for another turn then ends the rollout."
+            "so. `None` is no limit; a result that leaves no room for another turn then ends the rollout."
         },
     )
     forced_answer: bool = field(
         default=False,
         metadata={
-            "help": "Whether a rollout that reaches a limit is asked to answer, behind its last observation, and gets "
+            "help": "Whether a rollout that reaches a limit is asked to answer after its last observation, and gets "
             "one last turn without tools."
         },
     )
     forced_answer_prompt: str = field(
         default="You cannot call any more tools. Give your final answer now.",
-        metadata={"help": "The user message that asks for it. Its tokens are an observation: never trained on."},
+        metadata={
+            "help": "The user message that asks for it. Its tokens are an observation and are never trained on."
+        },
     )
     forced_answer_length: int = field(
         default=64,
         metadata={
-            "help": "Tokens kept free for a forced answer: tool results are cut down to that. At most an eighth of "
-            "`max_completion_length`."
+            "help": "Tokens kept free for a forced answer; tool results are cut to make that room. At most an eighth "
+            "of `max_completion_length`."
         },
     )
     on_malformed_tool_call: str = field(
         default="observe",
         metadata={
             "help": "What follows a tool call that cannot be read: `observe`, a tool result that says what was wrong, "
-            "or `end`, the end of the rollout (in TRL, too, such a turn is the last)."
+            "or `end`, the end of the rollout, as in TRL."
         },
     )
     max_concurrent_tool_calls: int = field(
         default=64,
-        metadata={"help": "Tool calls that run at the same time, per process. 1 for tools that are not thread-safe."},
+        metadata={
+            "help": "Tool calls that run at the same time, per process. Use 1 for tools that are not thread-safe."
+        },
     )
     tool_timeout: float | None = field(
         default=60.0,
         metadata={
-            "help": "Seconds after which a tool call is given up, retries included; the policy reads an error. `None` "
-            "for no limit."
+            "help": "Seconds after which a tool call is abandoned, retries included; the policy then reads an error. "
+            "`None` is no limit."
         },
     )
     reuse_prefixes: bool = field(
         default=True,
         metadata={
-            "help": "Whether the transformers backend keeps the KV cache of a rollout between its turns, where the "
-            "model's cache can be cut back."
+            "help": "Whether the transformers backend keeps the KV cache of a rollout between its turns, if the "
+            "model's cache can be cropped."
         },
     )
 
@@ -214,8 +220,7 @@ class IGPOConfig(GRPOConfig):
         default=False,
         metadata={
             "help": "Write every training rollout with its beliefs, gains and advantages to "
-            "`output_dir/trajectories/` as JSON Lines, one file per process. Training that is resumed removes "
-            "the records of the steps that it does again."
+            "`output_dir/trajectories/` as JSON Lines, one file per process. Resumed training removes the records of the steps that it repeats."
         },
     )
 

@@ -45,8 +45,8 @@ def extract_answer(text: str, variant: Variant = "squad") -> str | None:
     Text of the last `<answer>…</answer>` block, stripped.
 
     `None` when there is no block, when it is empty, or when the answer tags are not a sequence of open-close pairs
-    (unclosed, reversed, nested). Reasoning is no answer: what stands up to the last `</think>`, or behind a `<think>`
-    that is never closed, is not read. Tags match in any case.
+    (unclosed, reversed, nested). Reasoning does not count as an answer: text up to the last `</think>`, or after a
+    `<think>` that is never closed, is not read. Tags match in any case.
 
     Args:
         text (`str`):
@@ -163,13 +163,13 @@ def answer_reward(
     Reward function in TRL's form: F1 of the answer in the last assistant turn, against the best alias.
 
     A completion that gives no answer gets `format_penalty`: no well-formed `<answer>` block in the last turn (see
-    [`extract_answer`]), a rollout cut off at a tool call or behind a tool result, or nothing at all. An `<answer>` in
+    [`extract_answer`]), a rollout cut off at a tool call or after a tool result, or nothing at all. An `<answer>` in
     an earlier turn or in a tool result never counts.
 
     The default penalty is the authors' (-2.0): far enough below a wrong answer (0) that, within a group, giving one
     always pays. While most rollouts are malformed it widens the group's std and so shrinks the difference between a
     right and a wrong answer; once the format is learned it no longer occurs. With `-1.0` that difference weighs
-    more; with `0.0` nothing but luck distinguishes a wrong answer from none.
+    more; with `0.0` a wrong answer is worth no more than none.
 
     Args:
         completions (sequence of `str` or of message lists):
@@ -177,7 +177,7 @@ def answer_reward(
         answers (sequence of `str` or of sequences of `str`):
             Gold answers of each completion: the data set's `answers` column.
         answer_column (`str`, *optional*, defaults to `"answers"`):
-            Name of the column that holds the answers, if another one. To set this and the following options for
+            Name of the column that holds the answers. To set this and the following options for
             training, see [`make_answer_reward`].
         format_penalty (`float`, *optional*, defaults to `-2.0`):
             Reward of a completion without a well-formed answer.
@@ -260,7 +260,7 @@ def _score(
 
 
 def last_assistant_text(completion: Completion) -> str:
-    """Text of the turn that ends the completion; empty if that is no assistant turn, or one that calls a tool."""
+    """Text of the turn that ends the completion; empty unless it is an assistant turn that calls no tool."""
     if isinstance(completion, str):
         return completion
     last = completion[-1] if len(completion) else {}

@@ -1,80 +1,326 @@
-"""The turns of a batch of rollouts, as tensors for the advantages and as records to read."""
+"""One generation batch, from its rollouts to its advantages: what the hooks of a training step hand to each other."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
-from .trajectory import Turn
-from .turns import turn_spans
+from .advantages import turn_advantages
+from .beliefs import CachedContexts
+from .beliefs.scorer import BeliefBatch, BeliefScorer
+from .checks import answers_of
+from .rewards import exact_match, extract_answer, f1_score, last_assistant_text
+from .rollout.kv_cache import PrefixCache
+from .rollout.loop import Rollout
+from .rollout.round_log import RoundLog
+from .turns import expand_to_tokens, gain_spans, information_gain, turn_spans
+
+SCORES = {"f1": f1_score, "exact_match": exact_match}
 
 
-class TurnBatch:
+@dataclass
+class Step:
     """
-    The turns of one process's B rollouts, read off the parent's output.
+    One generation batch of one rank: rollouts → outcomes → beliefs → gains → advantages → metrics and records.
 
-    Args:
-        output (`dict`): what TRL's `_generate_and_score_completions` returns.
-        called (list of list of tuple of `str`, *optional*): names of the tools that each turn of each rollout called.
+    [`IGPOTrainer`] makes one per batch and fills it in the order below. Attributes named `global_…` cover the N
+    rollouts of all ranks, in the order of ranks; all others cover the B rollouts of this rank. Axes: T completion
+    tokens, K turns.
 
     Attributes:
-        turn_index (`torch.Tensor` of shape (B, T)), starts (B, K), num_turns (B,): as of [`turn_spans`].
-        prompts, completions, sequences (list of list of `int`): token ids; the last are the first two together.
-        boundaries (list of list of `int`): context lengths before each turn.
-        gain, belief, advantages (`torch.Tensor` of shape (B, K) or `None`): set once scored; NaN where there is none.
-        gains, beliefs (`torch.Tensor` of shape (N, K) or `None`), counts (N,): gains, beliefs and turn counts of the
-            global batch of N rollouts, likewise.
+        rows (list of `dict`): rows of the data set.
+        training (`bool`): whether the batch is trained on.
+        num_generations (`int`): group size G.
+        answer_column (`str`): column of `rows` with the right answers.
+        info_gain (`str`), info_gain_every (`int`), info_gain_tools (list of `str`, *optional*): how gains are
+            measured, as in [`IGPOConfig`].
+        scores_every_turn (`bool`): whether to score the belief before every turn, even if no gain needs it.
+        optimizer_step (`int`): number of optimizer steps taken so far.
+        rank (`int`): index of this process.
+
+        kv_cache ([`PrefixCache`], *optional*): of the rollouts in progress; only while they are sampled.
+        belief_batch ([`BeliefBatch`], *optional*): beliefs scored so far; `None` if none are wanted.
+        captures_old_log_probs (`bool`): whether TRL's forward for the old log-probabilities is still to come, and
+            beliefs are to be scored against its KV cache.
+
+        round_log ([`RoundLog`]): counts of the rollout loop.
+        prompt_ids, completion_ids (list of list of `int`): token ids.
+        turn_index (`torch.Tensor` of shape (B, T)), starts (B, K), num_turns (B,): see [`turn_spans`].
+        completions (list): the completions as messages or text.
+
+        global_rewards (`torch.Tensor` of shape (N, reward functions)): NaN where a function does not apply.
+        global_outcome (`torch.Tensor` of shape (N,)): their weighted sum; NaN where none applies.
+
+        beliefs, gains (`torch.Tensor` of shape (B, K), *optional*): probability of the answer before each turn, and
+            the information gain of each turn; NaN where there is none.
+        global_beliefs, global_gains (`torch.Tensor` of shape (N, K)), global_num_turns (N,): the same, gathered.
+        global_advantages (`torch.Tensor` of shape (N, K), *optional*): what the turns are trained with.
     """
 
-    def __init__(self, output: dict[str, Any], called: Sequence[Sequence[tuple[str, ...]]] = ()):
+    rows: list[dict[str, Any]]
+    training: bool
+    num_generations: int = 1
+    answer_column: str = "answers"
+    info_gain: str = "prob_diff"
+    info_gain_every: int = 1
+    info_gain_tools: Sequence[str] | None = None
+    scores_every_turn: bool = True
+    optimizer_step: int = 0
+    rank: int = 0
+
+    kv_cache: PrefixCache | None = None
+    belief_batch: BeliefBatch | None = None
+    captures_old_log_probs: bool = False
+
+    round_log: RoundLog = field(default_factory=RoundLog)
+    prompt_ids: list[list[int]] = field(default_factory=list)
+    completion_ids: list[list[int]] = field(default_factory=list)
+    completions: Sequence[Any] = ()
+
+    beliefs: torch.Tensor | None = None
+    gains: torch.Tensor | None = None
+    global_beliefs: torch.Tensor | None = None
+    global_gains: torch.Tensor | None = None
+    global_advantages: torch.Tensor | None = None
+
+    @cached_property
+    def answers(self) -> list[tuple[str, ...]]:
+        """Right answers of each rollout; raises `ValueError` for a row that has none."""
+        return [answers_of(row, self.answer_column) for row in self.rows]
+
+    @cached_property
+    def predictions(self) -> list[str | None]:
+        """The answer that each rollout gave; `None` where it is missing or malformed."""
+        return [extract_answer(last_assistant_text(completion)) for completion in self.completions]
+
+    # ----------------------------------------------------------------------------------------------------- rollouts
+
+    def set_rollouts(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        sampled_masks: Sequence[Sequence[int]] | None,
+    ) -> None:
+        """
+        Take over the rollouts and find their turns.
+
+        Args:
+            prompt_ids, completion_ids (list of list of `int`): token ids.
+            sampled_masks (list of list of `int`, *optional*): 1 on sampled tokens, 0 on observations (TRL calls it
+                `tool_mask`); `None` if all were sampled.
+        """
+        self.prompt_ids = [list(ids) for ids in prompt_ids]
+        self.completion_ids = [list(ids) for ids in completion_ids]
+        masks = sampled_masks or [[1] * len(ids) for ids in self.completion_ids]
+        sampled_mask = pad_sequence([torch.tensor(mask, dtype=torch.long) for mask in masks], batch_first=True)
+        lengths = torch.tensor([len(ids) for ids in self.completion_ids])
+        self.turn_index, self.starts, self.num_turns = turn_spans(sampled_mask, lengths)
+
+    @classmethod
+    def from_output(cls, rows: list[dict[str, Any]], output: dict[str, Any], **fields: Any) -> "Step":
+        """The step of a batch that `GRPOTrainer._generate_and_score_completions` returned."""
+
+        def unpadded(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+            return [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
+
+        step = cls(rows, **fields)
         completion_mask = output["completion_mask"]
-        lengths = completion_mask.sum(dim=1)
         sampled_mask = output.get("tool_mask")
-        self.turn_index, self.starts, self.num_turns = turn_spans(
-            completion_mask if sampled_mask is None else sampled_mask, lengths
+        step.set_rollouts(
+            unpadded(output["prompt_ids"], output["prompt_mask"]),
+            unpadded(output["completion_ids"], completion_mask),
+            None if sampled_mask is None else unpadded(sampled_mask, completion_mask),
         )
-        self.prompts = [
-            ids[mask.bool()].tolist() for ids, mask in zip(output["prompt_ids"], output["prompt_mask"], strict=True)
-        ]
-        self.completions = [
-            ids[:length] for ids, length in zip(output["completion_ids"].tolist(), lengths.tolist(), strict=True)
-        ]
-        starts = self.starts.tolist()
-        self.positions = [row[:n] for row, n in zip(starts, self.num_turns.tolist(), strict=True)]
-        self.sequences = [prompt + ids for prompt, ids in zip(self.prompts, self.completions, strict=True)]
-        self.boundaries = [
-            [len(prompt) + start for start in row] for prompt, row in zip(self.prompts, self.positions, strict=True)
-        ]
-        self.called = called or [()] * len(self.sequences)
-        self.gain: torch.Tensor | None = None
-        self.belief: torch.Tensor | None = None
-        self.advantages: torch.Tensor | None = None
-        self.gains: torch.Tensor | None = None
-        self.beliefs: torch.Tensor | None = None
-        self.counts: torch.Tensor | None = None
+        return step
 
-    def turns_of(self, i: int, tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
-        """Decoded turns of rollout i with their beliefs and gains."""
-        ids, starts = self.completions[i], self.positions[i]
-        sampled = (self.turn_index[i][:, None] == torch.arange(len(starts), device=self.turn_index.device)).sum(dim=0)
-        turns = []
-        for k, (start, length) in enumerate(zip(starts, sampled.tolist(), strict=True)):
-            behind = starts[k + 1] if k + 1 < len(starts) else len(ids)
-            turns.append(
-                Turn(
-                    text=tokenizer.decode(ids[start : start + length]),
-                    observation=tokenizer.decode(ids[start + length : behind]) if behind > start + length else "",
-                    num_tokens=length,
-                    belief=number_or_none(self.belief[i, k].item()) if self.belief is not None else None,
-                    info_gain=number_or_none(self.gain[i, k].item())
-                    if self.gain is not None and k + 1 < len(starts)
-                    else None,
-                )
-            )
-        return turns
+    @property
+    def turn_starts(self) -> list[list[int]]:
+        """Completion position at which each turn of each rollout begins."""
+        return [row[:n] for row, n in zip(self.starts.tolist(), self.num_turns.tolist(), strict=True)]
 
+    @property
+    def tools_called(self) -> Sequence[Sequence[tuple[str, ...]]]:
+        """Names of the tools that each turn of each rollout called; empty where no loop of ours ran them."""
+        return self.round_log.tools_called or [()] * len(self.completion_ids)
 
-def number_or_none(value: float) -> float | None:
-    """JSON has no NaN."""
-    return None if value != value else value
+    @property
+    def sequences(self) -> list[list[int]]:
+        """Prompt and completion of each rollout."""
+        return [prompt + ids for prompt, ids in zip(self.prompt_ids, self.completion_ids, strict=True)]
+
+    # ----------------------------------------------------------------------------------------- outcomes and beliefs
+
+    def set_rewards(self, global_rewards: torch.Tensor, weights: torch.Tensor) -> None:
+        """Take over the gathered values of the reward functions, and add them up as TRL does."""
+        self.global_rewards = global_rewards
+        total = (global_rewards * weights.to(global_rewards.device)).nansum(dim=1)
+        self.global_outcome = total.masked_fill(global_rewards.isnan().all(dim=1), torch.nan)
+
+    def score_ended_rollouts(self, scorer: BeliefScorer, model: nn.Module, rollouts: Sequence[Rollout]) -> None:
+        """Score the beliefs of rollouts that have ended against the part of the KV cache that they leave."""
+        cache, batch = self.kv_cache, self.belief_batch
+        if cache is None or batch is None:
+            return
+        ended = [rollout for rollout in rollouts if rollout.index in cache]
+        if not ended or not scorer.can_use_cache(model, max(len(rollout.context_ids) for rollout in ended)):
+            return
+        scored = []
+        for rollout in ended:
+            sequence, starts = rollout.context_ids, rollout.turn_starts
+            row, padding, length = cache.cached_row(rollout.index, sequence)
+            turns = self.turns_to_score(len(starts), rollout.tools_called)
+            boundaries = [len(rollout.prompt_ids) + starts[turn] for turn in turns]
+            if boundaries := [boundary for boundary in boundaries if boundary <= length]:
+                scored.append((rollout.index, sequence, boundaries, row, padding))
+        if scored:
+            indices, sequences, boundaries_of, rows, paddings = map(list, zip(*scored, strict=True))
+            # `generate` counts positions from a row's first token.
+            contexts = CachedContexts(cache.cache, rows, paddings, [0] * len(rows))
+            scorer.score_cached(model, batch, contexts, indices, sequences, boundaries_of)
+
+    def score_captured_rows(
+        self, scorer: BeliefScorer, model: nn.Module, padding: Sequence[int], cache: Any, first: int, size: int
+    ) -> None:
+        """
+        Score the beliefs of rows of the batch against the KV cache of TRL's forward of them.
+
+        Args:
+            scorer ([`BeliefScorer`]), model (`nn.Module`): what scores, and what made the cache.
+            padding (list of `int`): left padding of every row of the batch.
+            cache (`DynamicCache`): with a row for each of the rows `first` … `first + size - 1`.
+        """
+        assert self.belief_batch is not None  # or nothing would be captured
+        rows = slice(first, first + size)
+        # TRL counts positions from a row's first slot.
+        contexts = CachedContexts(cache, range(size), padding[rows], padding[rows])
+        indices, sequences, boundaries = range(first, first + size), self.sequences[rows], self.boundaries[rows]
+        scorer.score_cached(model, self.belief_batch, contexts, indices, sequences, boundaries, in_step=True)
+
+    def score_beliefs(self, scorer: BeliefScorer, model: nn.Module) -> None:
+        """Beliefs and gains of the batch; what no cache has given yet takes a forward. Every rank must call this."""
+        assert self.belief_batch is not None
+        self.set_beliefs(scorer.score(model, self.belief_batch, self.sequences, self.boundaries))
+
+    def set_beliefs(self, log_beliefs: Sequence[torch.Tensor]) -> None:
+        """Take over the log-beliefs at each rollout's `boundaries`, in nats, and turn them into gains."""
+        # On the CPU: they are small, and not every accelerator has float64.
+        table = torch.full(self.starts.shape, torch.nan)
+        for i, turns in enumerate(self.scored_turns):
+            table[i, turns] = log_beliefs[i]
+        spans = [self.gain_spans(*rollout) for rollout in self._turns_and_tools]
+        self.beliefs, self.gains = table.exp(), information_gain(table, self.info_gain, spans=spans)
+
+    def gain_spans(self, num_turns: int, tools_called: Sequence[Any]) -> list[tuple[int, int]]:
+        """The spans of turns of a rollout over which gains are measured."""
+        return gain_spans(num_turns, tools_called, every=self.info_gain_every, tools=self.info_gain_tools)
+
+    def turns_to_score(self, num_turns: int, tools_called: Sequence[Any]) -> list[int]:
+        """The turns of a rollout before which the belief is needed."""
+        if self.scores_every_turn:
+            return list(range(num_turns))
+        spans = self.gain_spans(num_turns, tools_called)
+        # The first and the last belief are recorded wherever there is any.
+        return sorted({turn for span in spans for turn in span} | {0, num_turns - 1}) if spans else []
+
+    @property
+    def scored_turns(self) -> list[list[int]]:
+        """The turns before which the belief is needed, of each rollout."""
+        return [self.turns_to_score(*rollout) for rollout in self._turns_and_tools]
+
+    @property
+    def boundaries(self) -> list[list[int]]:
+        """Lengths of the contexts before these turns."""
+        return [
+            [len(prompt) + starts[k] for k in turns]
+            for prompt, starts, turns in zip(self.prompt_ids, self.turn_starts, self.scored_turns, strict=True)
+        ]
+
+    @property
+    def _turns_and_tools(self) -> Iterator[tuple[int, Sequence[Any]]]:
+        return zip(self.num_turns.tolist(), self.tools_called, strict=True)
+
+    def gather(self, accelerator: Any) -> None:
+        """Share turn counts, and beliefs and gains if there are any, over all ranks; every rank must call this."""
+        device = accelerator.device
+        self.global_num_turns = accelerator.gather(self.num_turns.to(device)).cpu()
+        if self.gains is None or self.beliefs is None:
+            return
+        # K differs between ranks: pad to the largest.
+        local = torch.stack([self.gains, self.beliefs], dim=-1).to(device)
+        shared = accelerator.gather(accelerator.pad_across_processes(local, dim=1, pad_index=torch.nan)).cpu()
+        self.global_gains, self.global_beliefs = shared[..., 0].contiguous(), shared[..., 1].contiguous()
+
+    # --------------------------------------------------------------------------------------------------- advantages
+
+    def set_advantages(self, **options: Any) -> None:
+        """Compute the advantages of all turns from the gathered gains and outcomes; options of [`turn_advantages`]."""
+        assert self.global_gains is not None  # `gather` comes first
+        self.global_advantages = turn_advantages(
+            self.global_gains,
+            self.global_outcome.cpu(),
+            self.global_num_turns,
+            self.num_generations,
+            beliefs=self.global_beliefs,
+            **options,
+        )
+
+    def token_advantages(self, like: torch.Tensor) -> torch.Tensor:
+        """Advantage of every sampled token and 0 elsewhere, (B, T), as wide as the completions `like` (B, T)."""
+        turn_index = pad(self.turn_index, (0, like.shape[1] - self.turn_index.shape[1]), value=-1).to(like.device)
+        advantages = self.local(self.global_advantages)[:, : self.starts.shape[1]]
+        return expand_to_tokens(advantages.to(like.device), turn_index)
+
+    def local(self, global_values: Any) -> Any:
+        """This rank's part of gathered values."""
+        size = len(self.completion_ids)
+        return global_values[self.rank * size :][:size]
+
+    # ------------------------------------------------------------------------------------------------------ metrics
+
+    def metrics(self, gather: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, float]:
+        """Metrics of the global batch, by name; every rank must call this, after `gather` and `set_advantages`."""
+        turns = self.global_num_turns.float()
+        metrics = {"rollout/turns/mean": turns.mean().item(), "rollout/turns/max": turns.max().item()}
+        if not self.training and self.answer_column in self.rows[0]:
+            # F1 and exact match whatever the reward functions are: what runs are compared by.
+            for name, score in SCORES.items():
+                local = [score(*pair) for pair in zip(self.predictions, self.answers, strict=True)]
+                metrics[name] = gather(torch.tensor(local, device=device)).mean().item()
+        if self.belief_batch is not None:
+            metrics |= {"belief/seconds": self.belief_batch.seconds, **self._belief_metrics()}
+        if self.global_advantages is not None:
+            metrics |= self._advantage_metrics(self.global_advantages)
+        return metrics
+
+    def _belief_metrics(self) -> dict[str, float]:
+        assert self.global_gains is not None and self.global_beliefs is not None
+        gains, first = self.global_gains[~self.global_gains.isnan()], self.global_beliefs[:, 0]
+        metrics = {}
+        if len(gains):
+            metrics["info_gain/mean"] = gains.mean().item()
+            metrics["info_gain/std"] = gains.std(correction=0).item()
+            metrics["info_gain/positive"] = (gains > 0).float().mean().item()
+        if not first.isnan().all():
+            last = self.global_beliefs.gather(1, (self.global_num_turns - 1)[:, None])
+            metrics["belief/prompt"] = first.nanmean().item()
+            metrics["belief/final"] = last.nanmean().item()
+        return metrics
+
+    def _advantage_metrics(self, advantages: torch.Tensor) -> dict[str, float]:
+        groups = self.global_outcome.cpu().view(-1, self.num_generations)
+        differs = groups.nan_to_num(-torch.inf).amax(dim=1) > groups.nan_to_num(torch.inf).amin(dim=1)
+        moves = (advantages != 0).view(len(groups), -1).any(dim=1)
+        return {
+            "collapse/outcome": 1 - differs.float().mean().item(),
+            "collapse/advantage": 1 - moves.float().mean().item(),
+            "advantages/abs_mean": advantages[self.is_turn(advantages)].abs().mean().item(),
+        }
+
+    def is_turn(self, values: torch.Tensor) -> torch.Tensor:
+        """Which entries of gathered values (N, K) belong to a turn."""
+        return torch.arange(values.shape[1]) < self.global_num_turns[:, None]

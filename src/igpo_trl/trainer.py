@@ -2,6 +2,7 @@
 
 import textwrap
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,52 +10,42 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import AutoProcessor, PreTrainedTokenizerBase, TrainerCallback
+from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
-from .advantages import turn_advantages
-from .belief_trainer import BeliefTrainer
-from .checks import (
-    answers_of,
-    check_answers,
-    check_conversational,
-    check_processing_class,
-    check_tool_names,
-    check_trl_version,
-    environment_rewards,
-    named_datasets,
+from .beliefs.scorer import KVCapture
+from .checks import check_before_loading, check_tool_names, check_trl_version, environment_rewards
+from .components import (
+    can_reuse_prefixes,
+    context_length,
+    declare_output_head,
+    limit_generation,
+    make_belief_scorer,
+    make_rollout_loop,
 )
 from .config import IGPOConfig
-from .rewards import exact_match, extract_answer, f1_score, last_assistant_text, make_answer_reward
-from .rollout.observations import ObservationEncoder
-from .step import TurnBatch, number_or_none
-from .trajectory import Trajectory, drop_later, write_jsonl
-from .turns import expand_to_tokens
+from .records import completion_columns, trajectories_of
+from .rewards import make_answer_reward
+from .rollout.kv_cache import PrefixCache, replaced_generate
+from .rollout.loop import Rollout, SampledTurns
+from .rollout.tool_calls import parser_errors_as_value_errors
+from .step import Step
+from .trajectory import drop_later, write_jsonl
 
 
-class _ForgetLaterRollouts(TrainerCallback):
-    """Removes records of rollouts that were sampled after the checkpoint that training goes on from."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step > 0:
-            if state.is_world_process_zero:
-                for path in Path(args.output_dir, "trajectories").glob("*.jsonl"):
-                    drop_later(path, state.global_step)
-            PartialState().wait_for_everyone()
-
-
-class IGPOTrainer(BeliefTrainer):
+class IGPOTrainer(GRPOTrainer):
     """
     Trainer for Information Gain-based Policy Optimization (IGPO, arXiv 2510.14967).
 
     What changes with respect to `trl.GRPOTrainer`, and nothing else does:
 
-    - After a rollout, the policy's teacher-forced belief in the right answer is scored before every turn; the rise
-      over a turn is that turn's reward, and the sum of the reward functions that of the last turn.
-    - `advantages` are (B, T) instead of (B,): each sampled token gets the advantage of its turn. Statistics are those
-      of the whole group, also where it lies across processes.
+    - The policy's teacher-forced belief in the right answer is scored before every turn of a rollout; the rise over a
+      turn is that turn's reward, and the sum of the reward functions is the reward of the last turn.
+    - `advantages` are (B, T) instead of (B,): each sampled token gets the advantage of its turn. Statistics cover the
+      whole group, even if it lies across processes.
     - The rounds of a rollout: all tool calls of all rollouts at once, limits with names, the KV cache kept between
-      turns, processes in step ([`igpo_trl.rollout.loop`]).
-    - `reward_funcs` may be left out: [`answer_reward`] then scores the F1 of the last turn's answer.
+      turns, processes in step ([`RolloutLoop`]).
+    - `reward_funcs` may be omitted: [`answer_reward`] then scores the F1 of the last turn's answer.
     - Metrics of gains, beliefs, turns and collapse; optional records of every rollout (`save_trajectories`).
 
     With `info_gain_weight=0` (and a mode other than `"critic"`) no belief is scored and the advantages are GRPO's,
@@ -63,6 +54,18 @@ class IGPOTrainer(BeliefTrainer):
     Evaluation reports `eval_f1` and `eval_exact_match` of the answers whatever the reward functions are, and with a
     dict of data sets `eval_<set>_f1` and so on, with their averages over the sets as `eval_f1` and so on. `evaluate`
     returns every metric, so that `metric_for_best_model` can name any of them.
+
+    The hooks of TRL that are overridden, in the order in which one step calls them. They share one [`Step`].
+
+    | hook | TRL | here | signature since |
+    |---|---|---|---|
+    | `_generate_and_score_completions` | generates, scores, returns the batch | makes the `Step`; afterwards beliefs → gains → advantages → metrics, records | before 1.8 |
+    | `_generate` | renders prompts, samples, parses, runs tools | keeps a KV cache meanwhile; finds the turns | 1.9 |
+    | `_generate_single_turn` | samples one turn of each row | limits its length, reuses the KV cache | 1.15 |
+    | `_tool_call_loop` | runs tools one rollout at a time | hands the rollouts to [`RolloutLoop`]; scores those that end | before 1.8 |
+    | `_get_per_token_logps_and_entropies` | log-probabilities of the completions | scores beliefs against the cache of the old log-probabilities' forward | 1.15 |
+    | `_calculate_rewards` | calls the reward functions, gathers | keeps the result as the outcome | before 1.8 |
+    | `evaluate`, `evaluation_loop` | evaluate one data set | return every metric; average over sets | before 1.8 |
 
     Args:
         model (`str` or `PreTrainedModel` or `PeftModel`): as in `GRPOTrainer`; text models only.
@@ -75,11 +78,11 @@ class IGPOTrainer(BeliefTrainer):
             `callbacks`, …).
 
     Raises:
-        `ImportError`: if TRL's minor version is another than the supported one.
+        `ImportError`: if TRL's minor version is not the supported one.
         `TypeError`, `ValueError`: before the model is loaded, if the processor is multi-modal, the chat template
             is missing or cannot call tools, the answers column is missing, or an answer is empty or not a string
             (the message names the row).
-    """
+    """  # noqa: E501
 
     _tag_names = ["trl", "igpo"]
     _name = "IGPO"
@@ -123,72 +126,218 @@ class IGPOTrainer(BeliefTrainer):
                 padding_side="left",
                 trust_remote_code=args.trust_remote_code,
             )
-        uses_tools = bool(kwargs.get("tools") or kwargs.get("environment_factory"))
-        if not uses_tools and kwargs.get("rollout_func") is None:
+        tools, environments = kwargs.get("tools"), kwargs.get("environment_factory")
+        if not tools and not environments and kwargs.get("rollout_func") is None:
             warnings.warn(
                 "Neither `tools` nor `environment_factory` is given: every rollout is a single turn, which has no "
                 "information gain, and training is plain GRPO. Pass `tools=[...]` to train an agent.",
                 UserWarning,
                 stacklevel=2,
             )
-        check_processing_class(processing_class, uses_tools)
-        if kwargs.get("environment_factory") is None:  # else the tools are known only once there is an environment
-            check_tool_names(args.info_gain_tools, kwargs.get("tools"))
-        if uses_tools and args.max_tool_response_tokens is not None:
-            ObservationEncoder(processing_class, max_tokens=args.max_tool_response_tokens)  # raises if that is too few
-        default_reward = reward_funcs is None and not environment_rewards(kwargs.get("environment_factory"))
-        if args.uses_beliefs or default_reward:
-            check_answers(train_dataset, args.answer_column, "train_dataset")
-        if train_dataset is not None and uses_tools:
-            check_conversational(train_dataset)
+        default_reward = reward_funcs is None and not environment_rewards(environments)
+        check_before_loading(
+            args, processing_class, train_dataset, eval_dataset, tools, environments, needs_answers=default_reward
+        )
         if default_reward:
             reward_funcs = make_answer_reward(args.answer_column, format_penalty=args.format_penalty)
-        if default_reward or args.belief_at_eval:
-            for name, dataset in named_datasets(eval_dataset):
-                check_answers(dataset, args.answer_column, name)
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
         )
-        self._declare_output_head()
+        # Nobody reports which tools the turns of a `rollout_func` call.
+        check_tool_names(args.info_gain_tools, [] if self.rollout_func is not None else self.tools)
+        self._current_step = Step([], training=False)  # the current generation batch
+        limit_generation(self)
+        self._belief_scorer = make_belief_scorer(self)
+        self._rollout_loop = make_rollout_loop(self) if self.tools else None
+        self._reuses_prefixes = can_reuse_prefixes(self)
+        declare_output_head(self)
         if args.save_trajectories:
-            self.add_callback(_ForgetLaterRollouts())
-        self._outcomes: torch.Tensor | None = None  # (global batch, reward functions) of the batch being scored
+            self.add_callback(_DropLaterRecords())
 
-    def _declare_output_head(self) -> None:
-        """
-        Tell ZeRO-3 that the model's own forward uses the weight of its output head.
+    # ----------------------------------------------------------------------------------- one step, from top to bottom
 
-        TRL's loss reads that weight without calling the head. DeepSpeed notices by itself, but not while the weight is
-        being prefetched, which it is as soon as another forward, such as a belief pass, has gone before: the backward
-        then finds it given up.
-        """
-        if not self._dist.is_zero3:
-            return
-        import deepspeed
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        args, training = self.args, self.model.training
+        step = self._current_step = Step(
+            inputs,
+            training,
+            num_generations=self.num_generations,
+            answer_column=args.answer_column,
+            info_gain=args.info_gain,
+            info_gain_every=args.info_gain_every,
+            info_gain_tools=args.info_gain_tools,
+            scores_every_turn=args.normalization == "critic" or not training,
+            optimizer_step=self.state.global_step,
+            rank=self.accelerator.process_index,
+        )
+        if args.uses_beliefs if training else args.belief_at_eval:
+            step.belief_batch = self._belief_scorer.begin(step.answers)
+            # The parent's own condition for that forward, which has no name there.
+            computes_old_log_probs = args.gradient_accumulation_steps % (
+                args.steps_per_generation * self.num_iterations
+            ) != 0 or (self.use_vllm and self.vllm_importance_sampling_correction)
+            step.captures_old_log_probs = computes_old_log_probs and not (
+                self._reuses_prefixes and not self.is_sharded
+            )
 
-        model: Any = self.model
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        head = model.get_output_embeddings()
-        for parameter in (head.weight, head.bias):
-            if parameter is not None:
-                deepspeed.zero.register_external_parameter(model, parameter)
+        output = super()._generate_and_score_completions(inputs)  # calls the hooks below
+
+        if step.belief_batch is not None:
+            with self.accelerator.autocast():
+                step.score_beliefs(self._belief_scorer, self.model)
+        step.gather(self.accelerator)
+        metrics = self._metrics["train" if training else "eval"]
+        if training and step.belief_batch is not None:
+            gain_weight, outcome_weight = args.weights_at(self.state.global_step / max(1, self.state.max_steps))
+            step.set_advantages(
+                normalization=args.normalization,
+                gamma=args.gamma,
+                scale=args.scale_rewards,
+                info_gain_weight=gain_weight,
+                outcome_weight=outcome_weight,
+                std_floor=args.std_floor,
+                gae_lambda=args.gae_lambda,
+            )
+            output["advantages"] = step.token_advantages(output["completion_ids"])
+            self._replace_logged_advantages(step)
+            if args.info_gain_weight_end is not None:
+                metrics["info_gain_weight"].append(gain_weight)
+            if args.outcome_weight_end is not None:
+                metrics["outcome_weight"].append(outcome_weight)
+        for name, value in step.metrics(self.accelerator.gather, self.accelerator.device).items():
+            metrics[name].append(value)
+        if self.log_completions:
+            for name, column in completion_columns(step).items():
+                self._logs["extra"][name].extend(column)
+        if training and args.save_trajectories:
+            rollout_advantages = output["advantages"] if step.belief_batch is None else None
+            records = trajectories_of(step, self._tokenizer, self.reward_func_names, rollout_advantages)
+            write_jsonl(Path(args.output_dir, "trajectories", f"rank{step.rank}.jsonl"), records, append=True)
+        return output
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        step = self._current_step
+        step.kv_cache = PrefixCache() if self._reuses_prefixes else None
+        try:
+            with parser_errors_as_value_errors(self._tokenizer):
+                result = super()._generate(prompts)
+        finally:
+            step.kv_cache = None  # its memory is needed for training
+        prompt_ids, completion_ids, sampled_masks, *_ = result
+        step.set_rollouts(prompt_ids, completion_ids, sampled_masks)
+        if self.tools and self.rollout_func is None:
+            metrics = self._metrics["train" if self.model.training else "eval"]
+            for name, value in step.round_log.metrics(self.accelerator).items():
+                metrics[name].append(value)
+        return result
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images: Any,
+        multimodal_fields: Any,
+        *args: Any,
+        rollouts: Sequence[int] | None = None,
+        max_new_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the parent's; `rollouts` are the indices of the rollouts that continue, all of them in the first turn."""
+        self._refuse_images(images)
+        if self.use_vllm or self.use_transformers_continuous_batching:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        if max_new_tokens is None:
+            longest = context_length(self)
+            max_new_tokens = max(longest - len(ids) for ids in prompt_ids)
+            if max_new_tokens < 1:
+                raise ValueError(
+                    f"A prompt has {max(map(len, prompt_ids))} tokens, which leaves no room in the model's context of "
+                    f"{longest} tokens. Shorten the prompts, or use a model with a longer context."
+                )
+        rollouts = range(len(prompt_ids)) if rollouts is None else rollouts
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        with replaced_generate(model, self._current_step.kv_cache, rollouts, max_new_tokens):
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+
+    def sample_turns(
+        self, contexts: list[list[int]], rollouts: list[int], max_new_tokens: int
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """What [`RolloutLoop`] samples with."""
+        return self._generate_single_turn(
+            contexts, None, {}, num_generations=1, rollouts=rollouts, max_new_tokens=max_new_tokens
+        )
+
+    def _tool_call_loop(
+        self,
+        prompts: Any,
+        prompt_ids: Any,
+        completion_ids: Any,
+        completions: Any,
+        logprobs: Any,
+        images: Any,
+        multimodal_fields: Any,
+    ) -> Any:
+        self._refuse_images(images)
+        assert self._rollout_loop is not None  # the parent comes here only if there are tools
+        rollouts = [
+            Rollout(
+                index=i,
+                prompt_ids=list(ids),
+                tools={**self._sync_tool_dicts[i], **self._async_tool_dicts[i]},
+                environment=self.environments[i] if self.environments else None,
+                logprobs=None if logprobs is None else [],
+            )
+            for i, ids in enumerate(prompt_ids)
+        ]
+        first_turns = SampledTurns(completion_ids, logprobs, [messages[0] for messages in completions])
+        log = self._current_step.round_log = self._rollout_loop.run(rollouts, first_turns, self._score_ended_rollouts)
+        return (
+            [rollout.sampled_mask for rollout in rollouts],
+            [rollout.messages for rollout in rollouts],
+            [rollout.completion_ids for rollout in rollouts],
+            None if logprobs is None else [rollout.logprobs for rollout in rollouts],
+            log.num_calls,
+            sum(log.errors.values()),
+            [[] for _ in rollouts],
+        )
+
+    def _score_ended_rollouts(self, rollouts: Sequence[Rollout]) -> None:
+        # Sharded models score later: their ranks must make equally many forwards, and rollouts end when they like.
+        if not self.is_sharded:
+            with self.accelerator.autocast():
+                self._current_step.score_ended_rollouts(self._belief_scorer, self.model, rollouts)
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        step = self._current_step
+        if step.captures_old_log_probs:
+            step.captures_old_log_probs = False  # the forwards that follow are those of the reference and of the loss
+            usable = self._belief_scorer.can_use_cache(self.model, input_ids.shape[1], counts_padding=True)
+            if not self.max_over_ranks(int(not usable)):  # all ranks or none, because they are in step
+                # The same forward, by the parent; its keys and values are kept until its rows are scored.
+                padding = attention_mask.argmax(dim=1).tolist()
+                model = KVCapture(model, lambda *rows: self._score_captured_rows(padding, *rows))
+        return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
+
+    def _score_captured_rows(self, padding: list[int], cache: Any, first: int, size: int) -> None:
+        with self.accelerator.autocast():
+            self._current_step.score_captured_rows(self._belief_scorer, self.model, padding, cache, first, size)
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> torch.Tensor:
-        self._outcomes = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if not self.model.training and self.args.answer_column in inputs[0]:
-            self._score_answers(inputs, completions)
-        return self._outcomes
+        global_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._current_step.completions = completions
+        self._current_step.set_rewards(global_rewards, self.reward_weights)
+        return global_rewards
 
-    def _score_answers(self, inputs: list[dict[str, Any]], completions: list[Any]) -> None:
-        """F1 and exact match of the answers, whatever the reward functions are: what runs are compared by."""
-        predictions = [extract_answer(last_assistant_text(completion)) for completion in completions]
-        truths = [answers_of(row, self.args.answer_column) for row in inputs]
-        for name, score in (("f1", f1_score), ("exact_match", exact_match)):
-            local = [score(prediction, truth) for prediction, truth in zip(predictions, truths, strict=True)]
-            values = self.accelerator.gather(torch.tensor(local, device=self.accelerator.device))
-            self._metrics["eval"][name].append(values.mean().item())
+    def _replace_logged_advantages(self, step: Step) -> None:
+        """The parent has already logged its scalar advantages: log the means of those that are used."""
+        assert step.global_advantages is not None
+        means = (step.global_advantages.sum(dim=1) / step.global_num_turns).tolist()
+        logged = list(self._logs["advantages"])[: -len(means)] + means
+        self._logs["advantages"].clear()
+        self._logs["advantages"].extend(logged)
 
     # --------------------------------------------------------------------------------------------------- evaluation
 
@@ -218,119 +367,28 @@ class IGPOTrainer(BeliefTrainer):
         self._metrics["eval"].clear()
         return output
 
-    # --------------------------------------------------------------------------------------------------- advantages
+    # ------------------------------------------------------------------------------------------------------- ranks
 
-    def _finish_batch(self, inputs: list[dict[str, Any]], output: dict[str, Any], batch: TurnBatch) -> None:
-        training = self.model.training
-        if training and batch.gains is not None:
-            output["advantages"] = self._turn_level_advantages(batch)
-        elif self.log_completions:
-            self._log_turns(None)
-        if training and self.args.save_trajectories:
-            self._save_trajectories(inputs, output, batch)
+    @property
+    def is_sharded(self) -> bool:
+        """Whether every process has to take part in every forward."""
+        return bool(self._dist.is_zero3 or self._dist.is_fsdp)
 
-    def _turn_level_advantages(self, batch: TurnBatch) -> torch.Tensor:
-        """Advantages (B, T) of this process's rollouts, from the whole batch's gains and outcomes."""
-        args, gain, belief, num_turns = self.args, batch.gains, batch.beliefs, batch.counts
-        assert gain is not None and belief is not None and num_turns is not None  # or there would be nothing to do
-        outcome = self._outcome().cpu()
-        gain_weight, outcome_weight = args.weights_at(self.state.global_step / max(1, self.state.max_steps))
-        advantages = turn_advantages(
-            gain,
-            outcome,
-            num_turns,
-            self.num_generations,
-            normalization=args.normalization,
-            gamma=args.gamma,
-            scale=args.scale_rewards,
-            info_gain_weight=gain_weight,
-            outcome_weight=outcome_weight,
-            std_floor=args.std_floor,
-            beliefs=belief,
-            gae_lambda=args.gae_lambda,
-        )
-        self._log_advantages(gain, belief, outcome, num_turns, advantages, (gain_weight, outcome_weight))
-        count, width = batch.starts.shape
-        batch.advantages = advantages[self.accelerator.process_index * count :][:count, :width]
-        return expand_to_tokens(batch.advantages.to(batch.turn_index.device), batch.turn_index)
+    def max_over_ranks(self, number: int) -> int:
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
-    def _outcome(self) -> torch.Tensor:
-        """Weighted sum of the reward functions for the global batch; NaN where none applies, as in TRL."""
-        rewards = self._outcomes
-        assert rewards is not None  # set by `_calculate_rewards`, which the parent has called
-        total = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
-        return total.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+    @staticmethod
+    def _refuse_images(images: Any) -> None:
+        if images:
+            raise ValueError("IGPOTrainer supports text only, got prompts with images.")
 
-    def _log_advantages(
-        self,
-        gain: torch.Tensor,
-        belief: torch.Tensor,
-        outcome: torch.Tensor,
-        num_turns: torch.Tensor,
-        advantages: torch.Tensor,
-        weights: tuple[float, float],
-    ) -> None:
-        """Log metrics of the global batch, and replace TRL's scalar advantages by those that are used."""
-        metrics = self._metrics["train"]
-        last = (num_turns - 1)[:, None]
-        turn = torch.arange(gain.shape[1], device=gain.device)
-        groups = outcome.view(-1, self.num_generations)
-        spread = groups.nan_to_num(-torch.inf).amax(dim=1) > groups.nan_to_num(torch.inf).amin(dim=1)
-        moved = (advantages != 0).view(len(groups), -1).any(dim=1)
-        metrics["collapse/outcome"].append(1 - spread.float().mean().item())
-        metrics["collapse/advantage"].append(1 - moved.float().mean().item())
-        is_turn = turn <= last
-        metrics["advantages/abs_mean"].append(advantages[is_turn].abs().mean().item())
-        for name, weight in zip(("info_gain_weight", "outcome_weight"), weights, strict=True):
-            if getattr(self.args, f"{name}_end") is not None:
-                metrics[name].append(weight)
 
-        rollout_mean = (advantages.sum(dim=1) / num_turns).tolist()
-        logged = list(self._logs["advantages"])[: -len(rollout_mean)] + rollout_mean
-        self._logs["advantages"].clear()
-        self._logs["advantages"].extend(logged)
-        if self.log_completions:
-            beyond = ~is_turn
-            self._log_turns(
-                {
-                    "belief": belief,
-                    "info_gain": gain,
-                    "turn_advantage": advantages.masked_fill(beyond, torch.nan),
-                }
-            )
+class _DropLaterRecords(TrainerCallback):
+    """Removes records of rollouts that were sampled after the checkpoint from which training resumes."""
 
-    def _log_turns(self, values: dict[str, torch.Tensor] | None) -> None:
-        """Columns of the completions table, one text per rollout; empty where nothing was scored (evaluation)."""
-        num_rollouts = len(self._outcome())
-        for name in ("belief", "info_gain", "turn_advantage"):
-            texts = [""] * num_rollouts
-            if values is not None:
-                texts = [" ".join(f"{x:+.3f}" for x in row if x == x) for row in values[name].tolist()]
-            self._logs["extra"][name].extend(texts)
-
-    def _save_trajectories(self, inputs: list[dict[str, Any]], output: dict[str, Any], batch: TurnBatch) -> None:
-        first = self.accelerator.process_index * len(inputs)
-        outcome = self._outcome()[first : first + len(inputs)].tolist()
-        rewards = self._outcomes[first : first + len(inputs)].tolist()  # type: ignore[index]
-        stops = self._log_of_rounds.stops if self._log_of_rounds else []
-        trajectories = []
-        for i, row in enumerate(inputs):
-            advantages = batch.advantages[i].tolist() if batch.advantages is not None else None
-            scalar = None if advantages is not None else float(output["advantages"][i])
-            turns = batch.turns_of(i, self._tokenizer)
-            for k, turn in enumerate(turns):
-                turn.advantage = scalar if advantages is None else advantages[k]
-            trajectories.append(
-                Trajectory(
-                    prompt=self._tokenizer.decode(batch.prompts[i]),
-                    turns=turns,
-                    answers=list(answers_of(row, self.args.answer_column)) if self.args.answer_column in row else [],
-                    outcome=number_or_none(outcome[i]),
-                    rewards={n: number_or_none(r) for n, r in zip(self.reward_func_names, rewards[i], strict=True)},
-                    step=self.state.global_step,
-                    group=(first + i) // self.num_generations,
-                    stop_reason=stops[i] if stops else None,
-                )
-            )
-        folder = Path(self.args.output_dir) / "trajectories"
-        write_jsonl(folder / f"rank{self.accelerator.process_index}.jsonl", trajectories, append=True)
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 0:
+            if state.is_world_process_zero:
+                for path in Path(args.output_dir, "trajectories").glob("*.jsonl"):
+                    drop_later(path, state.global_step)
+            PartialState().wait_for_everyone()

@@ -11,6 +11,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from .files import replace_when_complete
+
 
 class StopReason(StrEnum):
     """Why a rollout ended."""
@@ -22,7 +24,7 @@ class StopReason(StrEnum):
     TURN_LENGTH_LIMIT = "turn_length_limit"
     """`max_turn_length` cut a turn off before any call was complete."""
     LENGTH_LIMIT = "length_limit"
-    """`max_completion_length` was reached, or left no room for an observation and a turn behind it."""
+    """`max_completion_length` was reached, or left no room for an observation and another turn."""
     CONTEXT_LIMIT = "context_limit"
     """The same with the model's context."""
     MALFORMED = "malformed"
@@ -66,7 +68,7 @@ class Trajectory:
         rewards (`dict[str, float | None]`): each reward function's value.
         step (`int`): optimizer step at which it was sampled.
         group (`int`): number of its group within the batch.
-        stop_reason (`str` or `None`): why it ended, a [`StopReason`]; `None` where it is not known.
+        stop_reason (`str` or `None`): why it ended, a [`StopReason`]; `None` if unknown.
         info (`dict`): anything else, JSON-serialisable.
     """
 
@@ -107,21 +109,19 @@ def write_jsonl(path: str | Path, trajectories: Iterable[Trajectory], append: bo
 
 def drop_later(path: str | Path, step: int) -> None:
     """
-    Removes the trajectories of a step and all later ones from a file, and lines that are none.
+    Remove the trajectories of a step and of all later ones from a file, and lines that are not trajectories.
 
-    Training that goes on from a checkpoint samples those steps again. The last line is cut off where the process was
-    killed while it wrote.
+    Training that resumes from a checkpoint samples those steps again. A last line that a killed process left
+    incomplete is removed as well.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with path.open(encoding="utf-8") as file, temporary.open("w", encoding="utf-8") as kept:
-        for line in file:
-            try:
-                if json.loads(line)["step"] < step:
-                    kept.write(line)
-            except (ValueError, KeyError, TypeError):
-                continue
-    temporary.replace(path)
+    with replace_when_complete(path) as temporary:
+        with Path(path).open(encoding="utf-8") as file, temporary.open("w", encoding="utf-8") as earlier:
+            for line in file:
+                try:
+                    if json.loads(line)["step"] < step:
+                        earlier.write(line)
+                except (ValueError, KeyError, TypeError):
+                    continue
 
 
 def read_jsonl(path: str | Path) -> Iterator[Trajectory]:

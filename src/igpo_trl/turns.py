@@ -18,14 +18,14 @@ def turn_spans(sampled_mask: torch.Tensor, lengths: torch.Tensor) -> tuple[torch
     Find the turns of every rollout.
 
     A completion that ends in an observation (the length limit left no room to sample after it) has one last, empty
-    turn behind that observation: the turn before it was executed and keeps its information gain, and the missing
+    turn after that observation: the turn before it was executed and keeps its information gain, and the missing
     answer is charged to the empty one.
 
     Args:
         sampled_mask (`torch.Tensor` of shape (B, T)):
             1 on tokens sampled from the policy, 0 on observations (TRL's `tool_mask`). Read up to `lengths` only.
         lengths (`torch.Tensor` of shape (B,)):
-            Number of completion tokens of each rollout; what stands behind them is padding.
+            Number of completion tokens of each rollout; the rest is padding.
 
     Returns:
         `tuple` of `torch.Tensor`:
@@ -62,26 +62,85 @@ def turn_spans(sampled_mask: torch.Tensor, lengths: torch.Tensor) -> tuple[torch
 
 
 def gain_spans(
-    num_turns: int, called: Sequence[Collection[str]] = (), *, every: int = 1, tools: Collection[str] | None = None
+    num_turns: int,
+    tools_called: Sequence[Collection[str]] = (),
+    *,
+    every: int = 1,
+    tools: Collection[str] | None = None,
 ) -> list[tuple[int, int]]:
     """
-    The spans of turns that an information gain is measured over, in one rollout.
+    The spans of turns over which an information gain is measured, in one rollout.
 
-    Span (a, b) is turns a … b - 1: its gain is the belief before turn b over that before turn a, and is the reward of
-    turn b - 1. The last turn has none. With γ = 1 all turns of a span are credited alike, for each of them is followed
-    by that reward.
+    Span (a, b) covers turns a … b - 1: its gain is the belief before turn b minus that before turn a, and it is the
+    reward of turn b - 1. The last turn has none. With γ = 1 every turn of a span gets the same credit, because that
+    reward follows each of them.
 
     Args:
-        num_turns (`int`): turns of the rollout.
-        called (list of collection of `str`, *optional*): names of the tools that each turn called.
-        every (`int`, *optional*, defaults to `1`): turns of a span; the last one may be shorter.
-        tools (collection of `str`, *optional*): leave out spans in which none of these was called.
+        num_turns (`int`): number of turns of the rollout.
+        tools_called (list of collection of `str`, *optional*): names of the tools that each turn called.
+        every (`int`, *optional*, defaults to `1`): turns per span; the last span may be shorter.
+        tools (collection of `str`, *optional*): drop spans in which none of these was called.
+
+    Returns:
+        list of `tuple[int, int]`: the spans in order; empty for a rollout of one turn.
     """
     ends = [0, *range(every, num_turns - 1, every), num_turns - 1]
     spans = [(a, b) for a, b in pairwise(ends) if a < b]
     if tools is None:
         return spans
-    return [(a, b) for a, b in spans if any(name in tools for names in called[a:b] for name in names)]
+    return [(a, b) for a, b in spans if any(name in tools for names in tools_called[a:b] for name in names)]
+
+
+def information_gain(
+    log_beliefs: torch.Tensor,
+    info_gain: str = "prob_diff",
+    *,
+    spans: Sequence[Sequence[tuple[int, int]]] | None = None,
+) -> torch.Tensor:
+    r"""
+    Information gain of every turn (IGPO, arXiv 2510.14967): how much it raised the belief in the right answer.
+
+    With $b_k$ the log-belief before turn k, in nats,
+
+    $$g_k = \exp b_{k+1} - \exp b_k \quad (\texttt{prob\_diff}), \qquad g_k = b_{k+1} - b_k \quad
+    (\texttt{log\_prob\_diff}).$$
+
+    The last turn has no gain: its reward is the outcome. Without `spans`, the `prob_diff` gains of a rollout add up to
+    the probability before its last turn minus that of the prompt.
+
+    Args:
+        log_beliefs (`torch.Tensor` of shape (B, K)):
+            Mean log-probability of the answer's tokens before each turn, NaN beyond the last turn and wherever the
+            belief was not scored.
+        info_gain (`str`, *optional*, defaults to `"prob_diff"`):
+            `"prob_diff"`, the difference of probabilities (preprint), or `"log_prob_diff"`, that of log-probabilities
+            (published version, Eq. 4).
+        spans (list of list of `tuple[int, int]`, *optional*):
+            For each rollout the spans of turns to measure (see [`gain_spans`]): the gain of span (a, b) is
+            the belief before turn b minus that before turn a, and stands at turn b - 1. By default every turn.
+
+    Returns:
+        `torch.Tensor` of shape (B, K): gains, NaN where there is none; a rollout of one turn has none at all.
+
+    Raises:
+        `ValueError`: if `log_beliefs` is not a matrix, `spans` has another number of rollouts, or `info_gain` is
+            unknown.
+    """
+    if info_gain not in ("prob_diff", "log_prob_diff"):
+        raise ValueError(f"`info_gain` must be prob_diff or log_prob_diff, got {info_gain!r}.")
+    if log_beliefs.dim() != 2 or (spans is not None and len(spans) != len(log_beliefs)):
+        raise ValueError(
+            f"`log_beliefs` must be (B, K) and `spans` have one list per rollout, got {tuple(log_beliefs.shape)} and "
+            f"{None if spans is None else len(spans)} lists."
+        )
+    belief = log_beliefs.exp() if info_gain == "prob_diff" else log_beliefs
+    gain = torch.full_like(belief, torch.nan)
+    if spans is None:
+        gain[:, :-1] = belief[:, 1:] - belief[:, :-1]
+    elif places := [(i, a, b) for i, of_rollout in enumerate(spans) for a, b in of_rollout]:
+        rollout, first, end = torch.tensor(places, device=belief.device).T
+        gain[rollout, end - 1] = belief[rollout, end] - belief[rollout, first]
+    return gain
 
 
 def expand_to_tokens(turn_values: torch.Tensor, turn_index: torch.Tensor) -> torch.Tensor:

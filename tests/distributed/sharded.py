@@ -99,8 +99,8 @@ class Trainer(IGPOTrainer):
                 self.records[-1]["log_probs"][row].append(log_probs)
         return output
 
-    def _score_rows(self, *args: Any) -> None:
-        super()._score_rows(*args)
+    def _score_captured_rows(self, *args: Any) -> None:
+        super()._score_captured_rows(*args)
         self.held += 1
 
     def _next_turns(self, prompt_ids: list[list[int]]) -> tuple[list[int | None], list[list[int]]]:

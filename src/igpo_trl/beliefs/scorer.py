@@ -1,102 +1,123 @@
 """
-When beliefs are scored, and against whose keys and values.
+When beliefs are scored, and against which KV cache.
 
-Scoring needs the keys and values of a rollout and then runs the probes alone, so it is done where those are there
-anyway: against the KV cache of the rollout itself, when a rollout leaves its batch; against those of the forward that
-gives the old per-token log-probabilities, where TRL needs these; and only for what is then left, against those of a
-forward of its own. A score is kept by its context and probe, so nothing is scored twice, and a wrong guess about what
-will be asked for costs time, never a wrong value.
+Scoring needs the keys and values of a rollout and then runs the probes alone, so it happens where these are already
+available:
+
+    rollout loop         its own KV cache, when it ends              score_cached
+    old log-probs        the cache of TRL's forward ([`KVCapture`])  score_cached
+    end of the step      a forward of its own, for what is left      score
+
+Scores are memoized by context and probe, so nothing is scored twice, and a wrong guess about which beliefs will be
+needed costs time but never changes a value.
 """
 
 import logging
+import time
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from ..config import IGPOConfig
-from ..turns import gain_spans
-from . import (
-    HeldContexts,
-    build_probes,
+from .models import branching_obstacle
+from .probes import DEFAULT_TEMPLATE, AnswerProbe, build_probes
+from .scoring import (
+    AliasReduction,
+    CachedContexts,
+    Method,
+    cached_obstacle,
     check_beliefs,
-    held_obstacle,
-    packed_obstacle,
     reduce_aliases,
+    rounding_error,
     score_beliefs,
 )
-from .scoring import AliasReduction, rounding
 
 logger = logging.getLogger(__name__)
 
-Aliases = tuple[str, ...]
 
-
-class BeliefPass:
+@dataclass
+class BeliefBatch:
     """
-    The belief passes of one trainer.
+    What is known of the beliefs of one generation batch while it is being made.
+
+    Attributes:
+        probes (list of list of [`AnswerProbe`]): of each rollout, one per alias of the answer.
+        memo (`dict`): scores so far, by context and probe.
+        seconds (`float`): time spent on scoring.
+    """
+
+    probes: list[list[AnswerProbe]]
+    memo: dict[Hashable, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class BeliefScorer:
+    """
+    Scores the beliefs of generation batches.
 
     Args:
-        args ([`IGPOConfig`]): configuration.
-        tokenizer: makes the probes' tokens.
-        template (`str`): text with the answer's slot, fitted to the generation prompt.
-        most_of_all_processes (`Callable`): the maximum over processes of a number.
+        tokenizer (`PreTrainedTokenizerBase`): makes the probes' tokens.
+        template (`str`, *optional*): text with the answer's slot, fitted to the generation prompt.
+        method (`str`, *optional*, defaults to `"auto"`): as in [`score_beliefs`]; `"auto"` is settled on the first
+            batch, by comparing packed scores with plain forwards.
+        alias_reduction (`str`, *optional*, defaults to `"max"`): how the beliefs in several aliases become one.
+        max_answer_tokens (`int`, *optional*): longest answer scored.
+        tokens_per_batch (`int`, *optional*, defaults to `16384`): tokens per forward.
+        max_over_ranks (`Callable`, *optional*): the maximum of a number over all ranks.
     """
 
     def __init__(
         self,
-        args: IGPOConfig,
         tokenizer: PreTrainedTokenizerBase,
-        template: str,
-        most_of_all_processes: Callable[[int], int],
+        template: str = DEFAULT_TEMPLATE,
+        *,
+        method: Method = "auto",
+        alias_reduction: AliasReduction = "max",
+        max_answer_tokens: int | None = None,
+        tokens_per_batch: int = 16_384,
+        max_over_ranks: Callable[[int], int] = int,
     ):
-        self._args = args
-        self._tokenizer = tokenizer
-        self._template = template
-        self._most_of_all_processes = most_of_all_processes
-        self._method: Any = None  # until "auto" has been compared with plain forwards, on the first batch
-        self._trusts_held = True
-        self._checked_held = args.belief_method == "packed"
-        self._answers: Sequence[Aliases] = ()
-        self._every_turn = False
-        self._probes_of: dict[Aliases, list[Any]] = {}
-        self._memo: dict[Hashable, float] = {}
+        self.tokenizer = tokenizer
+        self.template = template
+        self.method = method
+        self.alias_reduction = alias_reduction
+        self.max_answer_tokens = max_answer_tokens
+        self.tokens_per_batch = tokens_per_batch
+        self.max_over_ranks = max_over_ranks
+        self.trusts_cache = True  # until scores against a cache differ from those of plain forwards
+        self._settled_method: Method | None = None if method == "auto" else method
+        self._compared_cache = method == "packed"
 
-    def begin(self, answers: Sequence[Aliases], *, every_turn: bool = False) -> None:
-        """
-        Start a batch.
-
-        Args:
-            answers: the aliases of each rollout's answer; empty if nothing is to be scored.
-            every_turn: whether to score the belief before every turn, whether or not a gain needs it.
-        """
-        self._answers, self._memo, self._every_turn = answers, {}, every_turn
-        self._probes_of = {
-            aliases: build_probes(self._tokenizer, aliases, self._template, self._args.max_answer_tokens)
+    def begin(self, answers: Sequence[tuple[str, ...]]) -> BeliefBatch:
+        """Start a batch; `answers` holds the aliases of each rollout's answer."""
+        probes = {
+            aliases: build_probes(self.tokenizer, aliases, self.template, self.max_answer_tokens)
             for aliases in set(answers)
         }
+        return BeliefBatch([probes[aliases] for aliases in answers])
 
-    def turns_to_score(self, num_turns: int, called: Sequence[Any]) -> list[int]:
-        """The turns of a rollout before which the belief is needed."""
-        args = self._args
-        if self._every_turn or args.normalization == "critic":
-            return list(range(num_turns))
-        spans = gain_spans(num_turns, called, every=args.info_gain_every, tools=args.info_gain_tools)
-        # The first and the last belief are shown wherever there is any.
-        return sorted({turn for span in spans for turn in span} | {0, num_turns - 1}) if spans else []
+    def can_use_cache(self, model: nn.Module, longest: int, *, counts_padding: bool = False) -> bool:
+        """
+        Whether beliefs may be scored against the cache of another forward of this model.
 
-    def can_use_held(self, model: nn.Module, longest: int, offset: bool = False) -> bool:
-        """Whether the keys and values of another forward of this model may be used, and there is a use for them."""
-        if not self._answers or not self._trusts_held or "per_turn" in (self._method, self._args.belief_method):
+        Args:
+            model (`nn.Module`): what that forward is of, in the mode it runs in.
+            longest (`int`): tokens of the longest context.
+            counts_padding (`bool`, *optional*, defaults to `False`): whether that forward counts left padding as
+                positions.
+        """
+        if not self.trusts_cache or self._settled_method == "per_turn":
             return False
-        return packed_obstacle(model, longest) is None and held_obstacle(model, offset) is None
+        return branching_obstacle(model, longest) is None and cached_obstacle(model, counts_padding) is None
 
-    def score_held(
+    def score_cached(
         self,
         model: nn.Module,
-        held: HeldContexts,
+        batch: BeliefBatch,
+        contexts: CachedContexts,
         rollouts: Sequence[int],
         sequences: Sequence[Sequence[int]],
         boundaries: Sequence[Sequence[int]],
@@ -104,99 +125,120 @@ class BeliefPass:
         in_step: bool = False,
     ) -> None:
         """
-        Score these rollouts against keys and values that are there.
+        Score rollouts against keys and values that another forward left, into the batch's memo.
 
         Args:
-            model: what they were made by, with the weights that it had.
-            held: keys and values, in the order of `rollouts`.
-            rollouts: numbers of the rollouts in this process's batch.
+            model (`nn.Module`): what made the keys and values, with the weights that it had.
+            batch ([`BeliefBatch`]): of these rollouts.
+            contexts ([`CachedContexts`]): keys and values, in the order of `rollouts`.
+            rollouts (list of `int`): indices within this rank's batch.
             sequences, boundaries: as for [`score_beliefs`].
-            in_step: whether every process calls this, as often, and must make the same number of forwards.
+            in_step (`bool`, *optional*, defaults to `False`): whether every rank calls this equally often and must
+                make the same number of forwards.
         """
+        started = time.perf_counter()
         score_beliefs(
             model,
             sequences,
             boundaries,
-            [self._probes_of[self._answers[i]] for i in rollouts],
-            tokens_per_batch=self._args.belief_tokens_per_batch,
-            synchronize=self._most_of_all_processes if in_step else None,
-            held=held,
-            memo=self._memo,
+            [batch.probes[i] for i in rollouts],
+            tokens_per_batch=self.tokens_per_batch,
+            synchronize=self.max_over_ranks if in_step else None,
+            cached=contexts,
+            memo=batch.memo,
         )
+        batch.seconds += time.perf_counter() - started
 
     def score(
-        self, model: nn.Module, sequences: Sequence[Sequence[int]], boundaries: Sequence[Sequence[int]]
+        self,
+        model: nn.Module,
+        batch: BeliefBatch,
+        sequences: Sequence[Sequence[int]],
+        boundaries: Sequence[Sequence[int]],
     ) -> list[torch.Tensor]:
-        """Log-beliefs of each rollout of the batch at its boundaries, a tensor for each; every process calls this."""
-        args = self._args
-        rollouts = (sequences, boundaries, [self._probes_of[aliases] for aliases in self._answers])
-        if self._method is None:
-            refused = args.belief_method == "auto" and check_beliefs(
-                model, *rollouts, synchronize=self._most_of_all_processes
-            )
-            self._method = "per_turn" if refused else args.belief_method
-        found, memo = len(self._memo), self._memo
-        if not self._checked_held and self._most_of_all_processes(found):
-            memo = {}  # scored anew this once, and compared
+        """
+        Log-beliefs of all rollouts of the batch; every rank must call this.
+
+        Args:
+            model (`nn.Module`): the policy.
+            batch ([`BeliefBatch`]): as [`BeliefScorer.begin`] made it; what its memo holds is not run again.
+            sequences, boundaries: as for [`score_beliefs`].
+
+        Returns:
+            list of `torch.Tensor`: per rollout (boundaries,), in nats, reduced over aliases.
+        """
+        started = time.perf_counter()
+        if self._settled_method is None:
+            refused = check_beliefs(model, sequences, boundaries, batch.probes, synchronize=self.max_over_ranks)
+            self._settled_method = "per_turn" if refused else "auto"
+        memo = batch.memo
+        compares = not self._compared_cache and self.max_over_ranks(len(memo)) > 0
+        if compares:
+            memo = {}  # this once all beliefs are scored anew, and compared
         log_probs = score_beliefs(
             model,
-            *rollouts,
-            method=self._method,
-            tokens_per_batch=args.belief_tokens_per_batch,
-            synchronize=self._most_of_all_processes,
+            sequences,
+            boundaries,
+            batch.probes,
+            method=self._settled_method,
+            tokens_per_batch=self.tokens_per_batch,
+            synchronize=self.max_over_ranks,
             memo=memo,
         )
-        if memo is not self._memo:
-            self._compare(model, memo)
-        self._memo = {}
-        return [
-            reduce_aliases(values, cast(AliasReduction, args.alias_reduction)) if len(values) else values.new_zeros(0)
+        if compares:
+            self._compare(model, batch.memo, memo)
+        beliefs = [
+            reduce_aliases(values, self.alias_reduction) if len(values) else values.new_zeros(0)
             for values in log_probs
         ]
+        batch.seconds += time.perf_counter() - started
+        return beliefs
 
-    def _compare(self, model: nn.Module, anew: dict[Hashable, float]) -> None:
-        """Whether scores against keys and values of other forwards are those that a forward of its own gives."""
-        self._checked_held = True
-        apart = max(
-            (abs(value - anew[key]) / max(1.0, abs(anew[key])) for key, value in self._memo.items() if key in anew),
+    def _compare(self, model: nn.Module, cached: dict[Hashable, float], plain: dict[Hashable, float]) -> None:
+        """Stop using caches of other forwards if scores against them differ from those of plain forwards."""
+        self._compared_cache = True
+        difference = max(
+            (abs(value - plain[key]) / max(1.0, abs(plain[key])) for key, value in cached.items() if key in plain),
             default=0.0,
         )
-        wrong = not apart <= (allowed := rounding(model))  # NaN is
-        if self._most_of_all_processes(int(wrong)):
-            self._trusts_held = False
+        allowed = rounding_error(model)
+        differs = not difference <= allowed  # true for NaN
+        if self.max_over_ranks(int(differs)):
+            self.trusts_cache = False
             logger.warning(
-                "Beliefs are scored by forwards of their own: against the keys and values of the rollout they are "
-                "%.2g nats apart%s, where rounding explains %.2g. Please report this model.",
-                apart,
-                "" if wrong else " here, and more on another process",
+                "Beliefs are scored by forwards of their own: against the KV cache of the rollout they differ by "
+                "%.2g nats%s, where rounding explains %.2g. Please report this model.",
+                difference,
+                "" if differs else " on this rank, and by more on another",
                 allowed,
             )
 
 
 class _Cache(DynamicCache):
-    """A class of its own: FSDP2 takes what it knows as a container apart and hands the model a copy."""
+    """A subclass, because FSDP2 takes containers that it knows apart and hands the model a copy."""
 
 
-class KeepsKeysAndValues:
+class KVCapture:
     """
-    A model that shows the keys and values of each forward; everything else is the model's own.
+    A model that passes on the KV cache of each of its forwards; everything else is the model's own.
 
     Args:
-        model: what is called.
-        show (`Callable`): gets the cache of a forward, the number of rows before it, and the number of its own.
+        model (`nn.Module`): what is called.
+        on_forward (`Callable`): called after each forward with its cache, the index of its first row and its number
+            of rows.
     """
 
-    def __init__(self, model: Any, show: Callable[[DynamicCache, int, int], None]):
+    def __init__(self, model: Any, on_forward: Callable[[DynamicCache, int, int], None]):
         self._model = model
-        self._show = show
-        self._rows = 0
+        self._on_forward = on_forward
+        self._num_rows = 0
 
     def __call__(self, input_ids: torch.Tensor, **inputs: Any) -> Any:
-        cache = _Cache()  # without a config: layers with a window would drop tokens
+        cache = _Cache()  # without a config, because layers with a window would drop tokens
         output = self._model(input_ids=input_ids, past_key_values=cache, **inputs)
-        if cache.get_seq_length() == input_ids.shape[1]:  # else the model kept none without being asked for it
-            self._show(cache, self._rows, len(input_ids))
-        self._rows += len(input_ids)
+        if cache.get_seq_length() == input_ids.shape[1]:  # some models fill no cache unless they are asked to
+            self._on_forward(cache, self._num_rows, len(input_ids))
+        self._num_rows += len(input_ids)
         return output
 
     def __getattr__(self, name: str) -> Any:

@@ -9,9 +9,9 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..records import trajectories_of
 from ..rewards import Variant, exact_match, extract_answer, f1_score, last_assistant_text, make_answer_reward
 from ..rollout.tool_results import ToolErrorKind
-from ..step import TurnBatch
 from ..trainer import IGPOTrainer
 from ..trajectory import Trajectory
 from .questions import Row
@@ -20,17 +20,6 @@ from .settings import EvaluationSettings, make_arguments
 
 class EvaluationTrainer(IGPOTrainer):
     """The trainer, in evaluation mode, with its rollouts as records."""
-
-    _completions: Sequence[Any] = ()
-    _batch: TurnBatch
-
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
-        self._completions = completions
-        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-
-    def _finish_batch(self, inputs: list[Row], output: dict[str, Any], batch: TurnBatch) -> None:
-        self._batch = batch
-        super()._finish_batch(inputs, output, batch)
 
     def rollouts(self, rows: Sequence[Row], settings: EvaluationSettings) -> list[Trajectory]:
         """
@@ -45,31 +34,37 @@ class EvaluationTrainer(IGPOTrainer):
             )
         self._metrics["eval"].clear()
         self._refuse_failed_searches()
-        stops = self._log_of_rounds.stops if self._log_of_rounds else [None] * len(rows)
+        records = trajectories_of(self._current_step, self._tokenizer)
         return [
-            self._record(row, i, self._batch, stop, settings.variant)
-            for i, (row, stop) in enumerate(zip(rows, stops, strict=True))
+            self._complete(record, i, row, settings.variant)
+            for i, (record, row) in enumerate(zip(records, rows, strict=True))
         ]
 
     def _refuse_failed_searches(self) -> None:
-        errors = self._log_of_rounds.errors if self._log_of_rounds else {}
-        failed = sum(errors.get(kind, 0) for kind in (ToolErrorKind.RAISED, ToolErrorKind.TIMEOUT))
-        if not self._most_of_all_processes(failed):
+        errors = self._current_step.round_log.errors
+        failed = sum(errors[kind] for kind in (ToolErrorKind.RAISED, ToolErrorKind.TIMEOUT))
+        if not self.max_over_ranks(failed):
             return
-        told = [message["content"] for messages in self._completions for message in messages if _failed(message)]
+        told = [
+            message["content"]
+            for messages in self._current_step.completions
+            for message in messages
+            if _failed(message)
+        ]
         told.sort(key=lambda text: not text.startswith(("Error: search failed", "Error: search gave no result")))
         raise ConnectionError(
             f"searches have failed ({told[0] if failed else 'on another process'}). Nothing of this batch is kept; "
             "mend the search service, and give the same command again to go on."
         )
 
-    def _record(self, row: Row, i: int, batch: TurnBatch, stop: str | None, variant: Variant) -> Trajectory:
-        messages = self._completions[i]
+    def _complete(self, record: Trajectory, i: int, row: Row, variant: Variant) -> Trajectory:
+        """The record of rollout i with its scores and what identifies it."""
+        messages = self._current_step.completions[i]
         response = last_assistant_text(messages)
         prediction = extract_answer(response, variant)
         f1, em = (score(prediction, row["answers"], variant) for score in (f1_score, exact_match))
-        turns = batch.turns_of(i, self._tokenizer)
-        info = {
+        record.answers, record.outcome, record.rewards = row["answers"], f1, {"f1": f1, "exact_match": em}
+        record.info = {
             "dataset": row["dataset"],
             "id": row["id"],
             "sample": row["sample"],
@@ -81,17 +76,10 @@ class EvaluationTrainer(IGPOTrainer):
             "em": em,
             "searches": sum(message.get("role") == "tool" for message in messages),
             "failed_calls": sum(map(_failed, messages)),
-            "tokens_observed": len(batch.completions[i]) - sum(turn.num_tokens for turn in turns),
+            "tokens_observed": len(self._current_step.completion_ids[i])
+            - sum(turn.num_tokens for turn in record.turns),
         }
-        return Trajectory(
-            prompt=self._tokenizer.decode(batch.prompts[i]),
-            turns=turns,
-            answers=row["answers"],
-            outcome=f1,
-            rewards={"f1": f1, "exact_match": em},
-            stop_reason=stop,
-            info=info,
-        )
+        return record
 
 
 def _failed(message: dict[str, Any]) -> bool:

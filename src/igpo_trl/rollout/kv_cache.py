@@ -8,7 +8,9 @@ W − L to W − N. The batch stays a plain left-padded one, exactly that which 
 and a row with fewer than N new tokens runs some cached ones again where it would else run padding.
 """
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -89,13 +91,13 @@ class PrefixCache:
     def __contains__(self, rollout: int) -> bool:
         return rollout in self._row_of
 
-    def held(self, rollout: int, tokens: Sequence[int]) -> tuple[int, int, int]:
+    def cached_row(self, rollout: int, tokens: Sequence[int]) -> tuple[int, int, int]:
         """The cache's row of a rollout, its left padding, and how many of these first tokens it holds."""
         row = self._row_of[rollout]
         return row, int(self._padding[row]), self._shared(rollout, torch.tensor(tokens))
 
     @property
-    def keys_and_values(self) -> Any:
+    def cache(self) -> Any:
         """The cache itself, a `DynamicCache` with a row for each rollout."""
         return self._cache
 
@@ -123,3 +125,38 @@ class PrefixCache:
             layer.keys = layer.keys[rows[:, None], :, columns].transpose(1, 2).contiguous()
             layer.values = layer.values[rows[:, None], :, columns].transpose(1, 2).contiguous()
         return self._cache
+
+
+@contextmanager
+def replaced_generate(
+    model: Any, cache: PrefixCache | None, rollouts: Sequence[int], max_new_tokens: int
+) -> Iterator[None]:
+    """
+    Make the model's `generate` respect a limit and reuse a KV cache, for callers that have no argument for either.
+
+    Args:
+        model (`PreTrainedModel`): whose `generate` is replaced while the context lasts.
+        cache ([`PrefixCache`], *optional*): of the rollouts.
+        rollouts (list of `int`): the rollout that each row continues; the cache is left alone if rows do not match.
+        max_new_tokens (`int`): upper bound of the new tokens.
+    """
+    generate, instance_attribute = model.generate, vars(model).get("generate")  # FSDP2 sets one on the instance
+
+    def generate_with_cache(input_ids: Any, attention_mask: Any, generation_config: Any, **options: Any) -> Any:
+        config = copy.copy(generation_config)
+        if config.max_new_tokens is not None:
+            config.max_new_tokens = min(config.max_new_tokens, max_new_tokens)
+        options["generation_config"] = config
+        if cache is None or len(rollouts) != len(input_ids):
+            return generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+        text_config = model.config.get_text_config()
+        return cache.generate(generate, text_config, input_ids, attention_mask, rollouts, **options)
+
+    model.generate = generate_with_cache
+    try:
+        yield
+    finally:
+        if instance_attribute is None:
+            del model.generate
+        else:
+            model.generate = instance_attribute

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from ..beliefs import build_probes, score_beliefs
+from ..beliefs import build_probes, reduce_aliases, score_beliefs
+from ..records import trajectories_of
 from ..rewards import exact_match, extract_answer, f1_score
-from ..trajectory import Trajectory, Turn
-from ..turns import turn_spans
+from ..step import Step
+from ..trajectory import Trajectory
 from .model import ANSWER_TEMPLATE
 
 
@@ -85,39 +86,18 @@ def to_trajectories(
     trainer: Any, inputs: list[dict[str, Any]], output: dict[str, Any], *, beliefs: bool = False
 ) -> list[Trajectory]:
     """Records of a scored batch, see [`roll_out`]."""
-    tokenizer = trainer.processing_class
-    lengths = output["completion_mask"].sum(dim=1)
-    turn_index, starts, num_turns = turn_spans(output["tool_mask"], lengths)
-    prompts = [ids[m.bool()].tolist() for ids, m in zip(output["prompt_ids"], output["prompt_mask"], strict=True)]
-    completions = [ids[:n].tolist() for ids, n in zip(output["completion_ids"], lengths, strict=True)]
-    bounds = [[*row[:n].tolist(), len(ids)] for row, n, ids in zip(starts, num_turns, completions, strict=True)]
-    belief: list[list[float | None]] = [[None] * (len(row) - 1) for row in bounds]
+    step = Step.from_output(inputs, output, training=False)
     if beliefs:
-        scores = score_beliefs(
-            trainer.model,
-            [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)],
-            [[len(prompt) + start for start in row[:-1]] for prompt, row in zip(prompts, bounds, strict=True)],
-            [build_probes(tokenizer, row["answers"], ANSWER_TEMPLATE) for row in inputs],
-            batch_size=len(inputs),
-        )
-        belief = [row.amax(dim=1).exp().tolist() for row in scores]
-    records = []
-    for i, row in enumerate(inputs):
-        turns = []
-        for k, (start, stop) in enumerate(zip(bounds[i], bounds[i][1:], strict=False)):
-            sampled = int((turn_index[i] == k).sum())
-            text, seen = (
-                tokenizer.decode(completions[i][a:b]) for a, b in ((start, start + sampled), (start + sampled, stop))
-            )
-            gain = None
-            if belief[i][k] is not None and k + 1 < len(belief[i]):
-                gain = belief[i][k + 1] - belief[i][k]  # type: ignore[operator]
-            turns.append(Turn(text, seen, sampled, belief[i][k], gain))
-        prediction = extract_answer(turns[-1].text)
+        probes = [build_probes(trainer.processing_class, row["answers"], ANSWER_TEMPLATE) for row in inputs]
+        log_probs = score_beliefs(trainer.model, step.sequences, step.boundaries, probes, batch_size=len(inputs))
+        step.set_beliefs([reduce_aliases(rollout) for rollout in log_probs])
+    records = trajectories_of(step, trainer.processing_class)
+    for record, row in zip(records, inputs, strict=True):
+        prediction = extract_answer(record.turns[-1].text)
         em, f1 = (score(prediction, row["answers"]) for score in (exact_match, f1_score))
-        info = {"id": row["id"], "hops": row["hops"], "searches": len(turns) - 1, "prediction": prediction}
-        text = tokenizer.decode(prompts[i])
-        records.append(Trajectory(text, turns, row["answers"], f1, {"f1": f1}, info=info | {"em": em, "f1": f1}))
+        record.outcome, record.rewards = f1, {"f1": f1}
+        info = {"id": row["id"], "hops": row["hops"], "searches": len(record.turns) - 1, "prediction": prediction}
+        record.info = info | {"em": em, "f1": f1}
     return records
 
 

@@ -1,0 +1,125 @@
+"""What [`IGPOTrainer`] is composed of, made once from its configuration after the model is loaded."""
+
+import logging
+import sys
+from typing import Any, cast
+
+from .beliefs.probes import fit_template
+from .beliefs.scorer import BeliefScorer
+from .beliefs.scoring import AliasReduction, Method
+from .rollout.kv_cache import reuse_obstacle
+from .rollout.loop import RolloutLimits, RolloutLoop
+from .rollout.observations import ObservationEncoder
+from .rollout.tool_runner import ToolRunner
+
+logger = logging.getLogger(__name__)
+
+
+def make_belief_scorer(trainer: Any) -> BeliefScorer:
+    """The scorer of beliefs in the trainer's answers, after its own generation prompt."""
+    args, processing_class, prompt = trainer.args, trainer.processing_class, ""
+    if processing_class.chat_template is not None:
+        prompt = processing_class.apply_chat_template(
+            [{"role": "user", "content": ""}],
+            add_generation_prompt=True,
+            tokenize=False,
+            chat_template=trainer.chat_template,
+            **trainer.chat_template_kwargs,
+        )
+    return BeliefScorer(
+        trainer._tokenizer,
+        fit_template(args.answer_template, prompt),
+        method=cast(Method, args.belief_method),
+        alias_reduction=cast(AliasReduction, args.alias_reduction),
+        max_answer_tokens=args.max_answer_tokens,
+        tokens_per_batch=args.belief_tokens_per_batch,
+        max_over_ranks=trainer.max_over_ranks,
+    )
+
+
+def make_rollout_loop(trainer: Any) -> RolloutLoop:
+    """The loop of a trainer with tools."""
+    args = trainer.args
+    # A forced answer is one more turn: the calls of the last ordinary turn run for it.
+    max_rounds = (args.max_turns or sys.maxsize - 1) - 1 + bool(args.forced_answer)
+    return RolloutLoop(
+        trainer._tokenizer,
+        RolloutLimits(
+            max_completion_length=trainer.max_completion_length,
+            max_turn_length=max_turn_length(trainer),
+            context_length=context_length(trainer),
+            max_rounds=min(trainer.max_tool_calling_iterations, max_rounds),
+            forced_answer_prompt=args.forced_answer_prompt if args.forced_answer else None,
+            forced_answer_length=args.forced_answer_length,
+            on_malformed_tool_call=args.on_malformed_tool_call,
+        ),
+        ObservationEncoder(
+            trainer._tokenizer, trainer.chat_template, trainer.chat_template_kwargs, args.max_tool_response_tokens
+        ),
+        ToolRunner(
+            max_concurrent=args.max_concurrent_tool_calls,
+            timeout=args.tool_timeout,
+            loop=getattr(trainer, "async_loop", None),
+        ),
+        sample=trainer.sample_turns,
+        any_rank=lambda flag: trainer.max_over_ranks(int(flag)) > 0,
+        end_token_ids=trainer.eos_token_ids,
+        # Sharded models and vLLM servers make every process take part in every generation.
+        idle_ranks_sample=trainer.is_sharded or trainer.use_vllm,
+    )
+
+
+def max_turn_length(trainer: Any) -> int:
+    """Longest turn, in tokens."""
+    return min(trainer.args.max_turn_length or sys.maxsize, trainer.max_completion_length)
+
+
+def context_length(trainer: Any) -> int:
+    """Longest context of the model, in tokens."""
+    if trainer.use_vllm and trainer.vllm_mode == "colocate":
+        return int(trainer.vllm_generation.llm.llm_engine.model_config.max_model_len)
+    configured = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    served = trainer.args.vllm_max_model_length if trainer.use_vllm else None
+    return min(configured, served or sys.maxsize)
+
+
+def limit_generation(trainer: Any) -> None:
+    """Make the backend stop a turn at its longest length."""
+    longest = max_turn_length(trainer)
+    if trainer.use_vllm:
+        trainer.vllm_generation.max_completion_length = longest
+        return
+    config = trainer.generation_config
+    config.max_new_tokens = min(config.max_new_tokens or longest, longest)
+    trainer.generation_kwargs["max_new_tokens"] = config.max_new_tokens
+
+
+def can_reuse_prefixes(trainer: Any) -> bool:
+    """Whether the KV cache can be kept between turns; logs why not."""
+    if not trainer.tools or not trainer.args.reuse_prefixes or trainer.rollout_func is not None:
+        return False
+    if trainer.use_vllm or trainer.use_transformers_continuous_batching:
+        return False  # these backends have prefix caches of their own
+    obstacle = reuse_obstacle(trainer.accelerator.unwrap_model(trainer.model), trainer.generation_config)
+    if obstacle:
+        logger.warning("The KV cache is not kept between turns: %s. Every turn runs its whole context.", obstacle)
+    return obstacle is None
+
+
+def declare_output_head(trainer: Any) -> None:
+    """
+    Tell ZeRO-3 that the model's own forward uses the weight of its output head.
+
+    TRL's loss reads that weight without calling the head. DeepSpeed notices by itself, except while the weight is
+    being prefetched, which it is as soon as another forward, such as a belief pass, came before: the backward pass
+    then finds the weight released.
+    """
+    if not trainer._dist.is_zero3:
+        return
+    import deepspeed
+
+    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    head = model.get_output_embeddings()
+    for parameter in (head.weight, head.bias):
+        if parameter is not None:
+            deepspeed.zero.register_external_parameter(model, parameter)

@@ -1,0 +1,84 @@
+"""Records of a generation batch: one trajectory per rollout, for training, evaluation and the sandbox alike."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .step import Step
+from .trajectory import Trajectory, Turn
+
+
+def trajectories_of(
+    step: Step,
+    tokenizer: PreTrainedTokenizerBase,
+    reward_names: Sequence[str] = (),
+    rollout_advantages: torch.Tensor | None = None,
+) -> list[Trajectory]:
+    """
+    The record of each rollout of this rank.
+
+    Args:
+        step ([`Step`]): the batch, as far as it has come: beliefs, gains and advantages are recorded if there are any.
+        tokenizer (`PreTrainedTokenizerBase`): decodes prompts, turns and observations.
+        reward_names (list of `str`, *optional*): of the reward functions; without them no outcome is recorded.
+        rollout_advantages (`torch.Tensor` of shape (B,), *optional*): GRPO's, recorded where turns have none.
+    """
+    size, has_answers = len(step.rows), step.answer_column in step.rows[0]
+    turn_advantages = None if step.global_advantages is None else step.local(step.global_advantages).tolist()
+    outcomes = step.local(step.global_outcome).tolist() if reward_names else [None] * size
+    rewards = step.local(step.global_rewards).tolist() if reward_names else [()] * size
+    trajectories = []
+    for i in range(size):
+        turns = turns_of(step, i, tokenizer)
+        for k, turn in enumerate(turns):
+            if turn_advantages is not None:
+                turn.advantage = turn_advantages[i][k]
+            elif rollout_advantages is not None:
+                turn.advantage = float(rollout_advantages[i])
+        trajectories.append(
+            Trajectory(
+                prompt=tokenizer.decode(step.prompt_ids[i]),
+                turns=turns,
+                answers=list(step.answers[i]) if has_answers else [],
+                outcome=_number_or_none(outcomes[i]),
+                rewards={name: _number_or_none(x) for name, x in zip(reward_names, rewards[i], strict=True)},
+                step=step.optimizer_step,
+                group=(step.rank * size + i) // step.num_generations if step.training else 0,
+                stop_reason=step.round_log.stops[i] if step.round_log.stops else None,
+            )
+        )
+    return trajectories
+
+
+def turns_of(step: Step, i: int, tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
+    """Decoded turns of rollout i with their beliefs and gains."""
+    ids, starts = step.completion_ids[i], step.turn_starts[i]
+    turns = []
+    for k, (start, end) in enumerate(zip(starts, [*starts[1:], len(ids)], strict=True)):
+        length = int((step.turn_index[i] == k).sum())
+        turns.append(
+            Turn(
+                text=tokenizer.decode(ids[start : start + length]),
+                observation=tokenizer.decode(ids[start + length : end]) if end > start + length else "",
+                num_tokens=length,
+                belief=None if step.beliefs is None else _number_or_none(step.beliefs[i, k].item()),
+                info_gain=None if step.gains is None else _number_or_none(step.gains[i, k].item()),
+            )
+        )
+    return turns
+
+
+def completion_columns(step: Step) -> dict[str, list[str]]:
+    """Columns for TRL's table of completions: values of each rollout's turns as text, empty where there are none."""
+    columns = dict.fromkeys(("belief", "info_gain", "turn_advantage"), [""] * len(step.global_outcome))
+    if step.global_advantages is None or step.global_beliefs is None or step.global_gains is None:
+        return columns
+    advantages = step.global_advantages.masked_fill(~step.is_turn(step.global_advantages), torch.nan)
+    tables = zip(columns, (step.global_beliefs, step.global_gains, advantages), strict=True)
+    return {name: [" ".join(f"{x:+.3f}" for x in row if x == x) for row in table.tolist()] for name, table in tables}
+
+
+def _number_or_none(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return None if value is None or value != value else value
