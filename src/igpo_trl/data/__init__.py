@@ -3,11 +3,13 @@
 from .prompts import NO_THINK_SYSTEM_PROMPT, SYSTEM_PROMPTS, THINK_SYSTEM_PROMPT, resolve_system_prompt
 from .questions import hold_out, load_questions
 from .sets import QUESTION_SETS, find_sources
-from .validation import check_questions
+from .validation import Finding, QuestionReport, check_questions
 
 __all__ = [
+    "Finding",
     "NO_THINK_SYSTEM_PROMPT",
     "QUESTION_SETS",
+    "QuestionReport",
     "SYSTEM_PROMPTS",
     "THINK_SYSTEM_PROMPT",
     "check_questions",
