@@ -1,9 +1,9 @@
 """
-Train a search agent with IGPO: a language model that searches a corpus of passages and answers questions.
+Trains a search agent with IGPO: a language model that searches a corpus of passages and answers questions.
 
     accelerate launch train.py --config configs/hotpotqa_cpu.yaml
 
-`--help` lists all arguments. Where this file is not at hand, `igpo train` is the same, on several GPUs
+`--help` lists all arguments. `igpo train` does the same without this file; on several GPUs use
 `accelerate launch -m igpo_trl train`.
 """
 

@@ -1,8 +1,9 @@
-"""Time of `turn_advantages` on one core.
+"""
+Time of `turn_advantages` on one core.
 
     python benchmarks/advantages.py [--rollouts 4096] [--turns 200] [--group 8]
 
-GRPO's own normalisation stands beside it: one number per rollout instead of one per turn.
+For comparison, it also times GRPO's normalisation, which has one number per rollout instead of one per turn.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def milliseconds(function: Callable[[], object], repeats: int) -> float:
-    """Median over the repeats, after one warm-up."""
+    """Median time of the repeats, after one warm-up."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()

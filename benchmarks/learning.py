@@ -1,8 +1,9 @@
-"""Does it learn better than GRPO? Trains every method in the sandbox, on new seeds, and compares them in pairs.
+"""
+Does IGPO learn better than GRPO? Trains every method in the sandbox on several seeds, and compares them in pairs.
 
-Every seed has its own warm start, training questions, curve questions and test questions; within a seed all methods
-share them. The KL weight of each method is picked first, by the area under the curve on tuning seeds that are used for
-nothing else. A killed run resumes from its results file.
+Every seed has its own warm start, training questions, curve questions and test questions, which all methods share. The
+KL weight of each method is selected first, by the area under the learning curve on tuning seeds that are used for
+nothing else. A run that was killed resumes from its results file.
 
     python benchmarks/learning.py --seeds 5
 """
@@ -18,6 +19,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from igpo_trl.files import read_json_lines
+
 METHODS = ("grpo", "grpo_batch", "igpo_separate", "igpo_critic")
 MEASURES = {
     "greedy_em": "greedy EM",
@@ -25,16 +28,16 @@ MEASURES = {
     "sampled_em": "sampled EM",
     "sampled_f1": "sampled F1",
 }
-# Seeds of world streams: a stream's number is the seed's block plus its purpose.
+# Streams of worlds: the number of a stream is the first number of the seed's block plus one of these.
 TRAIN, CURVE, TEST = 1, 2, 3
 FIRST_TUNING_SEED = 900
-# Rows of the results file that were made with other options are not taken up
-SAME: dict[str, Any] = {"steps": 120, "test_questions": 512, "warm": {}}
+# Options that a row of the results file must share with this run, and their defaults. Other rows are ignored.
+SHARED_OPTIONS: dict[str, Any] = {"steps": 120, "test_questions": 512, "warm": {}}
 Job = tuple[str, float, int]  # method, KL weight, seed
 
 
 def run_job(job: Job, steps: int, test_questions: int, warm: dict[str, Any]) -> dict[str, Any]:
-    """Warm start (cached), train, test; one line of the results file."""
+    """Makes the warm start (cached), trains and tests. Returns a row of the results file."""
     method, beta, seed = job
     warnings.simplefilter("ignore", FutureWarning)
     import torch
@@ -44,8 +47,8 @@ def run_job(job: Job, steps: int, test_questions: int, warm: dict[str, Any]) -> 
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    from igpo_trl.sandbox.evaluate import Scores, rollouts
-    from igpo_trl.sandbox.train import Budget, make_trainer, train
+    from igpo_trl.sandbox.evaluate import Scores, roll_out
+    from igpo_trl.sandbox.train import Budget, make_trainer, train_with_curve
     from igpo_trl.sandbox.warm_start import WarmStartConfig, warm_start
     from igpo_trl.sandbox.world import make_dataset
 
@@ -57,10 +60,10 @@ def run_job(job: Job, steps: int, test_questions: int, warm: dict[str, Any]) -> 
             method, model, Path(folder), beta=beta, budget=budget, seed=seed, data_seed=block + TRAIN
         )
         questions = list(make_dataset(block + TEST, test_questions))
-        base = Scores.of(rollouts(trainer, questions, sample=True, seed=seed))
-        run = train(trainer, budget, block + CURVE, f"seed {seed} {method} KL {beta:g}")
-        greedy = Scores.of(rollouts(trainer, questions))
-        sampled = Scores.of(rollouts(trainer, questions, sample=True, seed=seed))
+        base = Scores.of(roll_out(trainer, questions, sample=True, seed=seed))
+        run = train_with_curve(trainer, budget, block + CURVE, f"seed {seed} {method} KL {beta:g}")
+        greedy = Scores.of(roll_out(trainer, questions))
+        sampled = Scores.of(roll_out(trainer, questions, sample=True, seed=seed))
     return {
         "method": method, "beta": beta, "seed": seed, "steps": steps, "test_questions": test_questions,
         "warm": warm, "base_em": base.em,
@@ -72,21 +75,20 @@ def run_job(job: Job, steps: int, test_questions: int, warm: dict[str, Any]) -> 
 
 
 def run_all(jobs: list[Job], results: Path, workers: int, **options: Any) -> list[dict[str, Any]]:
-    """Results of the jobs, those that the file holds already and then the others, each written as it comes."""
-    done = {}
+    """Results of all jobs. Jobs that the file lacks are run, and each result is written when it is ready."""
+    completed = {}
     if results.exists():
-        for line in results.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            if all(row.get(name, default) == options[name] for name, default in SAME.items()):
-                done[row["method"], row["beta"], row["seed"]] = row
-    todo = [job for job in jobs if job not in done]
+        for _, row in read_json_lines(results):
+            if all(row.get(name, default) == options[name] for name, default in SHARED_OPTIONS.items()):
+                completed[row["method"], row["beta"], row["seed"]] = row
+    todo = [job for job in jobs if job not in completed]
     print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them in {results}", flush=True)
     prepare(sorted({seed for _, _, seed in todo}), workers, options["warm"])
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(run_job, job, **options) for job in todo]
         for future in as_completed(futures):
             row = future.result()
-            done[row["method"], row["beta"], row["seed"]] = row
+            completed[row["method"], row["beta"], row["seed"]] = row
             with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(
@@ -94,7 +96,7 @@ def run_all(jobs: list[Job], results: Path, workers: int, **options: Any) -> lis
                 f"{row['greedy_em']:.3f}, area {row['area']:.3f}, {row['seconds']:.0f} s",
                 flush=True,
             )
-    return [done[job] for job in jobs]
+    return [completed[job] for job in jobs]
 
 
 def spread(values: list[float]) -> str:
@@ -103,7 +105,7 @@ def spread(values: list[float]) -> str:
 
 
 def paired(values: list[float], baseline: list[float]) -> str:
-    """Mean difference, its 95 % interval (Student's t over seeds), and in how many seeds it is positive."""
+    """Mean difference, its 95 % interval (Student's t over seeds), and the share of seeds in which it is positive."""
     # Two-sided 95 % quantiles for 1 to 10 degrees of freedom
     quantiles = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
     differences = [a - b for a, b in zip(values, baseline, strict=True)]
@@ -113,7 +115,7 @@ def paired(values: list[float], baseline: list[float]) -> str:
 
 
 def report(rows: list[dict[str, Any]], betas: dict[str, float], methods: list[str], seeds: list[int]) -> str:
-    """The markdown tables: means, and paired differences to GRPO and to GRPO with batch scaling."""
+    """The Markdown tables: means, and paired differences to GRPO and to GRPO with batch scaling."""
     values = {
         (method, measure): [
             row[measure] for seed in seeds for row in rows if (row["method"], row["seed"]) == (method, seed)
@@ -154,8 +156,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="number of test seeds")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--tuning-seeds", type=int, default=1, help="number of seeds on which the KL weight is picked")
-    parser.add_argument("--betas", type=float, nargs="+", default=[0.0, 0.1], help="KL weights to pick from")
+    parser.add_argument("--tuning-seeds", type=int, default=1, help="number of seeds for selecting the KL weight")
+    parser.add_argument("--betas", type=float, nargs="+", default=[0.0, 0.1], help="KL weights to select from")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--test-questions", type=int, default=512)
@@ -183,7 +185,7 @@ def main() -> None:
 
 
 def prepare(seeds: list[int], workers: int, warm: dict[str, Any]) -> None:
-    """Train the warm starts that are not cached yet, so that no two runs train the same one."""
+    """Trains the warm starts that are not cached yet, so that no two runs train the same one."""
     if not seeds:
         return
     print(f"Warm starts of the seeds {', '.join(map(str, seeds))}, unless they are cached", flush=True)

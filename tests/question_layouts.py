@@ -1,4 +1,4 @@
-"""One or two rows of each question set, in the columns in which it is published, and what they must become."""
+"""One or two rows of each question set with its published columns, and the expected results."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The command line: what it parses, what it passes on, what it prints."""
+"""The command line: arguments, the calls that it makes, and its output."""
 
 import subprocess
 import sys
@@ -52,7 +52,7 @@ def test_module_is_the_command_and_starts_fast():
     started = time.perf_counter()
     result = subprocess.run([sys.executable, "-m", "igpo_trl", "--help"], capture_output=True, text=True, check=True)
     assert "Usage: igpo " in result.stdout
-    # Half a second where nothing else runs; importing torch and TRL would take ten times as long.
+    # It takes half a second on an idle machine. Importing torch and TRL would take ten times as long.
     assert time.perf_counter() - started < 5
 
 
@@ -72,7 +72,7 @@ def test_demo_passes_its_options_on(run, monkeypatch):
 def test_tiny_model_has_the_defaults_of_the_function(run, monkeypatch, tmp_path):
     import inspect
 
-    from igpo_trl import tiny_model
+    from igpo_trl.sandbox import tiny_model
 
     signature = inspect.signature(tiny_model.make_tiny_model)
     calls = []
@@ -92,7 +92,7 @@ def test_tiny_model_has_the_defaults_of_the_function(run, monkeypatch, tmp_path)
         assert default is inspect.Parameter.empty or value == default, name
 
 
-def test_tiny_model_names_what_is_missing_or_in_the_way(run, tmp_path):
+def test_tiny_model_reports_missing_files_and_a_used_folder(run, tmp_path):
     corpus = tmp_path / "corpus.jsonl"
     result = run("tiny-model", tmp_path / "model", "--corpus", corpus, "--questions", corpus)
     assert result.exit_code == 2 and "does not exist" in result.output
@@ -116,13 +116,13 @@ def test_view_saves_the_picture(run, rollouts, tmp_path):
 
 
 @pytest.mark.parametrize("index", [3, -4])
-def test_view_refuses_an_index_that_is_not_there(run, rollouts, index):
+def test_view_refuses_an_index_out_of_range(run, rollouts, index):
     result = run("view", rollouts, "--index", index)
     assert result.exit_code == 2
     assert "3 rollouts" in result.output
 
 
-def test_view_names_the_line_that_is_no_rollout(run, rollouts):
+def test_view_names_the_line_that_is_not_a_rollout(run, rollouts):
     rollouts.write_text(rollouts.read_text() + "{}\n")
     result = run("view", rollouts)
     assert result.exit_code == 2

@@ -1,4 +1,4 @@
-"""Questions from files to the schema that training reads."""
+"""Loads questions from files into the schema of training."""
 
 import gzip
 import json
@@ -53,11 +53,11 @@ def test_system_prompt_is_a_choice(tmp_path):
     ("record", "message"),
     [
         ({"question": "x", "answers": []}, r"q\.jsonl:2 \(row 1\): `answers` is \[\]"),
-        ({"question": "x", "answers": ["a", ""]}, r"q\.jsonl:2 \(row 1\): `answers` has ''"),
-        ({"question": "x", "answers": ["a", " \n"]}, r"\(row 1\): `answers` has ' \\n'"),
-        ({"question": "x", "answers": [1965]}, r"\(row 1\): `answers` has 1965"),
+        ({"question": "x", "answers": ["a", ""]}, r"q\.jsonl:2 \(row 1\): `answers` is \['a', ''\]"),
+        ({"question": "x", "answers": ["a", " \n"]}, r"\(row 1\): `answers` is \['a', ' \\n'\]"),
+        ({"question": "x", "answers": [1965]}, r"\(row 1\): `answers` is \[1965\]"),
         ({"question": "x", "answers": None}, r"\(row 1\): `answers` is None"),
-        ({"question": "x", "answers": ""}, r"\(row 1\): `answers` has ''"),
+        ({"question": "x", "answers": ""}, r"\(row 1\): `answers` is ''"),
         ({"question": "x"}, r"q\.jsonl:2 \(row 1\): no column `answers`; got \['question'\]"),
         ({"answers": ["a"]}, r"no column `question`"),
         ({"question": " ", "answers": ["a"]}, r"`question` is ' '"),
@@ -107,7 +107,7 @@ def test_reference_parquet_splits_aliases(tmp_path):
 
 
 def test_reference_parquet_errors_name_the_row(tmp_path):
-    with pytest.raises(ValueError, match=r"r\.parquet \(row 1\): `answers` has ''"):
+    with pytest.raises(ValueError, match=r"r\.parquet \(row 1\): `answers` is \['A', ''\]"):
         load_questions(write_parquet(tmp_path / "r.parquet", reference_row(), reference_row("A<|answer_split|>", "2")))
     with pytest.raises(ValueError, match=r"no column \['reward_model'\]"):
         load_questions(write_parquet(tmp_path / "r.parquet", {"data_source": "nq", "prompt": []}))

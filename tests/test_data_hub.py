@@ -1,4 +1,4 @@
-"""The seven sets by name, downloaded for real from a hub of our own on the loopback interface."""
+"""The seven sets by name, downloaded from a server on the loopback interface that imitates the hub."""
 
 import hashlib
 import io
@@ -23,7 +23,7 @@ COMMIT = "a" * 40
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as a download of a data set needs; `server.repositories` maps names to files."""
+    """The part of the hub's API that downloads of data sets need; `server.repositories` maps names to files."""
 
     protocol_version = "HTTP/1.1"
 
@@ -63,7 +63,7 @@ class Hub(BaseHTTPRequestHandler):
 
     @staticmethod
     def tree(files, folder, recursive):
-        found = {}
+        entries = {}
         for path, body in files.items():
             if not path.startswith(f"{folder}/" if folder else ""):
                 continue
@@ -73,8 +73,8 @@ class Hub(BaseHTTPRequestHandler):
             else:
                 path = f"{folder}/{below[0]}" if folder else below[0]
                 entry = {"type": "directory", "path": path, "size": 0, "oid": hashlib.sha1(path.encode()).hexdigest()}
-            found[path] = entry
-        return list(found.values())
+            entries[path] = entry
+        return list(entries.values())
 
     def log_message(self, *args):
         pass
@@ -100,7 +100,7 @@ def card(**configs) -> bytes:
 
 
 def repositories() -> dict[str, dict[str, bytes]]:
-    """Every repository that has a name with us, with the files that its original has."""
+    """Every repository that has a short name, with the same files as the original."""
     flashrag: dict[str, bytes] = {}
     configs: dict[str, dict[str, str]] = {}
     for config, (split, rows) in layouts.FLASHRAG.items():
@@ -166,7 +166,7 @@ WANTED = [
 
 
 def load_all() -> None:
-    """Loads every source from standard input and prints rows, or the error; runs in a process of its own."""
+    """Loads every source from standard input and prints rows, or the error. Runs in a separate process."""
     from igpo_trl.data import load_questions
 
     results = {}
@@ -189,9 +189,9 @@ def loaded(hub, repository, tmp_path_factory):
     }
     command = [sys.executable, __file__]
     options = {"env": environment, "input": json.dumps(WANTED), "capture_output": True, "text": True, "timeout": 300}
-    done = subprocess.run(command, **options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    result = subprocess.run(command, **options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", QUESTION_SETS)
@@ -215,8 +215,8 @@ def test_originals(loaded, original):
     rows = loaded[original.repository]
     assert not isinstance(rows, str), rows
     assert {row["dataset"] for row in rows} == {original.dataset}
-    found = [(row["answers"], row["hops"], row["supporting_titles"]) for row in rows]
-    assert found == layouts.EXPECTED[original.dataset]
+    parts = [(row["answers"], row["hops"], row["supporting_titles"]) for row in rows]
+    assert parts == layouts.EXPECTED[original.dataset]
     assert all(row["id"].startswith(f"{original.dataset}_") for row in rows)
 
 

@@ -1,4 +1,4 @@
-"""Every published layout of the seven sets, written to files as it is published, becomes the one schema."""
+"""Every published layout of the seven sets, written to files in its published form, is converted to the schema."""
 
 import csv
 import gzip
@@ -18,7 +18,7 @@ from igpo_trl.data.layouts import read_record
 
 
 def write(path: Path, rows, **options) -> Path:
-    """Writes rows as the ending of the name says."""
+    """Writes rows in the format that the name ends in."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -60,7 +60,7 @@ def parts(dataset):
 )
 def test_published_layouts(tmp_path, name, rows, dataset, first_id):
     loaded = load_questions(write(tmp_path / name, rows))
-    if dataset == "nq":  # nothing in its columns says so: the name of the file, and no hops
+    if dataset == "nq":  # its columns do not identify the set, so it is named after the file and has no hops
         assert set(loaded["dataset"]) == {"NQ-open"}
         assert loaded["answers"][:] == [["Frank Herbert", "Herbert"], ["1965"]]
     else:
@@ -68,8 +68,8 @@ def test_published_layouts(tmp_path, name, rows, dataset, first_id):
         assert parts(loaded) == layouts.EXPECTED[dataset]
     assert loaded["id"][0] == first_id
     source = rows["Data"] if isinstance(rows, dict) else rows
-    asked = [row.get("question", row.get("Question")) for row in source]
-    assert [row["prompt"][-1]["content"] for row in loaded] == asked
+    texts = [row.get("question", row.get("Question")) for row in source]
+    assert [row["prompt"][-1]["content"] for row in loaded] == texts
 
 
 @pytest.mark.parametrize("config", layouts.FLASHRAG)
@@ -105,7 +105,7 @@ def test_a_folder_is_read_as_the_hub_would_be(tmp_path):
         load_questions(f"{tmp_path}/mine:dev")
 
 
-def test_what_was_loaded_can_be_saved_and_loaded_again(tmp_path):
+def test_loaded_questions_can_be_saved_and_loaded_again(tmp_path):
     first = load_questions(write(tmp_path / "hotpot.json", layouts.HOTPOTQA_FILE), "think")
     first.save_to_disk(tmp_path / "arrow")
     first.to_parquet(tmp_path / "saved.parquet")
@@ -117,7 +117,7 @@ def test_what_was_loaded_can_be_saved_and_loaded_again(tmp_path):
 
 
 def test_files_for_search_r1(tmp_path):
-    """Those have FlashRAG's columns and the authors' ones at once."""
+    """They have both FlashRAG's columns and the IGPO authors'."""
     row = {
         "id": "test_0",
         "question": "who wrote dune?",
@@ -158,12 +158,16 @@ def test_csv_holds_lists_as_json_or_between_bars(tmp_path):
     ("name", "text", "message"),
     [
         ("q.csv", "question,answers\nWho?,\n", r"q\.csv:2 \(row 0\): `answers` is \[\]"),
-        ("q.csv", "question,answers\nWho?,a||b\n", r"`answers` has ''"),
-        ("q.csv", 'question,answers\nWho?,"[""a"""\n', r"q\.csv:2: `answers` begins with \[ but is no JSON list"),
-        ("q.csv", "question,answers\nWho?,a,b\n", r"q\.csv:2: got another number of cells than the 2 columns"),
-        ("q.csv", "question,answers\nWho?\n", r"q\.csv:2: got another number of cells"),
+        ("q.csv", "question,answers\nWho?,a||b\n", r"`answers` is \['a', '', 'b'\]"),
+        (
+            "q.csv",
+            'question,answers\nWho?,"[""a"""\n',
+            r"q\.csv:2 \(row 0\): `answers` begins with \[ but is not a JSON list",
+        ),
+        ("q.csv", "question,answers\nWho?,a,b\n", r"q\.csv:2: the number of cells differs from the 2 columns"),
+        ("q.csv", "question,answers\nWho?\n", r"q\.csv:2: the number of cells differs"),
         ("q.csv", 'question,answers\n"Who?,a\n', r"q\.csv:\d: not a readable table"),
-        ("q.csv", "question,answers,hops\nWho?,a,two\n", r"q\.csv:2: `hops` is 'two'"),
+        ("q.csv", "question,answers,hops\nWho?,a,two\n", r"q\.csv:2 \(row 0\): `hops` is 'two'"),
         ("q.csv", "question,answers\n", r"q\.csv holds no questions"),
         (
             "q.tsv",
@@ -242,7 +246,12 @@ def test_any_record_is_read_or_refused(record):
     before = json.dumps(record)
     try:
         read_record(record, default="mine")
-    except (ValueError, TypeError, AttributeError, IndexError):  # what the loader turns into an error with the row
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+    ):  # the loader turns these into errors that name the row
         pass
     assert json.dumps(record) == before
 
@@ -264,7 +273,7 @@ def test_several_sources_are_one_data_set(tmp_path, monkeypatch):
         for i in range(9)
     ]
     monkeypatch.chdir(tmp_path)
-    assert len(load_questions(",".join(path.name for path in many))) == 9  # too long for the name of a file
+    assert len(load_questions(",".join(path.name for path in many))) == 9  # too long for a file name
     with pytest.raises(ValueError, match="no source of questions"):
         load_questions(" , ")
     with pytest.raises(ValueError, match="`limit` must be at least 1"):
@@ -281,11 +290,11 @@ def test_several_sources_are_one_data_set(tmp_path, monkeypatch):
         ("what is this", "Expected a file"),
     ],
 )
-def test_an_unknown_name_is_no_traceback_of_a_library(name, message):
+def test_an_unknown_name_is_a_clear_error(name, message):
     with pytest.raises(FileNotFoundError, match=message):
         load_questions(name)
 
 
-def test_without_a_network_the_error_says_what_was_looked_for():
+def test_without_a_network_the_error_names_the_data_set():
     with pytest.raises(ValueError, match=r"FlashRAG_datasets \(nq, test\): could not be loaded"):
         load_questions("nq")

@@ -1,4 +1,4 @@
-"""Checks of questions before training, system prompts, and the commands that show and check data."""
+"""Checks of questions before training, system prompts, and the commands `igpo data show` and `igpo data check`."""
 
 import json
 import logging
@@ -15,14 +15,13 @@ from igpo_trl.data import (
     NO_THINK_SYSTEM_PROMPT,
     THINK_SYSTEM_PROMPT,
     check_questions,
-    describe,
     load_questions,
     resolve_system_prompt,
 )
 
 
 def questions(*pairs) -> Dataset:
-    """A data set of `(question, answers)`, the ids being q0, q1, …"""
+    """A data set of pairs `(question, answers)` with the ids q0, q1, …"""
     rows = [
         {"prompt": [{"role": "system", "content": "?"}, {"role": "user", "content": text}], "answers": answers}
         for text, answers in pairs
@@ -33,7 +32,7 @@ def questions(*pairs) -> Dataset:
 CLEAN = questions(("Who wrote Dune?", ["Frank Herbert"]), ("When?", ["1965", "in 1965"]))
 
 
-def found(report):
+def counts(report):
     return {(finding.split, finding.message): finding.count for finding in report.findings}
 
 
@@ -47,9 +46,9 @@ def test_clean_questions_have_no_findings(caplog):
 
 def test_answers_that_equal_the_question():
     report = check_questions(questions(("Frank  Herbert?", ["x", "frank herbert"]), ("Frank Herbert?", ["Frank"])))
-    assert found(report)["train", "answers that equal the question"] == 1
+    assert counts(report)["train", "answers that equal the question"] == 1
     assert report.findings[0].examples == ("q0 'Frank  Herbert?'",)
-    # A text of nothing but punctuation is compared as it is.
+    # Text that is only punctuation is compared unchanged.
     assert not check_questions(questions(("!?", ["?"])))
 
 
@@ -60,30 +59,30 @@ def test_repetitions_within_and_across_splits(caplog):
     dev = questions(("who wrote dune", ["a"]), ("Who wrote Dune 2?", ["a"]), ("x!", ["a"]))
     with caplog.at_level(logging.WARNING):
         report = check_questions(train, {"dev": dev, "other": questions(("Why?", ["a"]), ("why", ["b"]))})
-    assert found(report) == {
-        ("train", "questions that came before in the same split"): 2,
-        ("eval[dev]", "questions that are trained on"): 2,
-        ("eval[other]", "questions that came before in the same split"): 1,
+    assert counts(report) == {
+        ("train", "repeated questions"): 2,
+        ("eval[dev]", "questions that are also trained on"): 2,
+        ("eval[other]", "repeated questions"): 1,
     }
     assert report.findings[1].examples == ("q0 'who wrote dune'", "q2 'x!'")
-    assert len(caplog.records) == 3  # one line for each, however many questions
-    assert "eval[dev]: 2 questions that are trained on, as q0 'who wrote dune'; q2 'x!'." in caplog.text
+    assert len(caplog.records) == 3  # one per finding, not per question
+    assert "eval[dev]: 2 questions that are also trained on, as q0 'who wrote dune'; q2 'x!'." in caplog.text
     assert len(str(report).splitlines()) == 4
 
 
 def test_one_evaluation_set_and_few_examples(caplog):
     train = questions(*((f"Question {i}?", ["a"]) for i in range(10)))
     report = check_questions(train, train, examples=2, warn=False)
-    assert found(report) == {("eval", "questions that are trained on"): 10}
+    assert counts(report) == {("eval", "questions that are also trained on"): 10}
     assert len(report.findings[0].examples) == 2
     assert not caplog.records
 
 
 def test_long_answers_in_words_or_tokens():
-    # Only the gold answer is measured; an alias may be as long as it likes.
+    # Only the gold answer is measured; an alias may have any length.
     rows = questions(("a", ["w " * 32]), ("b", ["w " * 33]), ("c", ["w", "w " * 99]))
-    assert found(check_questions(rows)) == {("train", "gold answers of more than 32 words"): 1}
-    assert found(check_questions(rows, max_answer_length=31)) == {("train", "gold answers of more than 31 words"): 2}
+    assert counts(check_questions(rows)) == {("train", "gold answers of more than 32 words"): 1}
+    assert counts(check_questions(rows, max_answer_length=31)) == {("train", "gold answers of more than 31 words"): 2}
     tokenizer = tiny.make_tokenizer()
     text = "Frank Herbert"
     length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -91,7 +90,7 @@ def test_long_answers_in_words_or_tokens():
     rows = questions(("a", [text]))
     assert not check_questions(rows, tokenizer=tokenizer, max_answer_length=length)
     report = check_questions(rows, tokenizer=tokenizer, max_answer_length=length - 1)
-    assert found(report) == {("train", f"gold answers of more than {length - 1} tokens"): 1}
+    assert counts(report) == {("train", f"gold answers of more than {length - 1} tokens"): 1}
 
 
 def test_unusable_answers_are_errors():
@@ -109,29 +108,15 @@ def test_other_columns():
     assert report.findings[0].examples == ("1 'who'",)
 
 
-def test_what_is_in_the_real_files(shared_dir):
-    """Counted by hand with a dictionary of questions in lower case: the two files share these."""
+def test_overlap_of_real_files(shared_dir):
+    """The expected number is counted here, by comparing questions in lower case."""
     folder = shared_dir / "data" / "questions"
     train, dev = (load_questions(folder / f"{name}.jsonl.gz") for name in ("plain_extra", "popqa"))
     report = check_questions(train, {"popqa": dev}, warn=False)
     texts = {row["prompt"][-1]["content"].lower() for row in train}
     shared = sum(row["prompt"][-1]["content"].lower() in texts for row in dev)
     assert shared > 0
-    assert found(report)["eval[popqa]", "questions that are trained on"] == shared
-
-
-def test_describe():
-    rows = [
-        {"dataset": "b", "hops": 2, "supporting_titles": ["x"]},
-        {"dataset": "a", "hops": None, "supporting_titles": []},
-    ]
-    dataset = CLEAN.add_column("dataset", [row["dataset"] for row in rows])
-    for name in ("hops", "supporting_titles"):
-        dataset = dataset.add_column(name, [row[name] for row in rows])
-    first, second = describe(dataset)
-    assert first["dataset"] == "b" and first["hops"] == {2: 1} and first["with_titles"] == 1
-    assert (first["aliases"], first["answer_words"], first["longest_answer"]) == (1.0, 2, 2)
-    assert second["hops"] == {None: 1} and second["aliases"] == 2.0 and second["question_words"] == 1
+    assert counts(report)["eval[popqa]", "questions that are also trained on"] == shared
 
 
 # --- system prompts --------------------------------------------------------------------------------------------------
@@ -149,11 +134,11 @@ def test_system_prompts_by_name_file_and_text(tmp_path):
     bare = tmp_path / "no ending"
     bare.write_text("x")
     assert resolve_system_prompt(str(bare)) == "x"
-    for text in ("a " * 5000, "é" * 200, "null \0 byte"):  # which a file system refuses as names
+    for text in ("a " * 5000, "é" * 200, "null \0 byte"):  # not valid as file names
         assert resolve_system_prompt(text) == text.strip()
 
 
-def test_system_prompts_that_are_not_there(tmp_path):
+def test_unusable_system_prompts(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such file of a system prompt: prompts/mine\.txt"):
         resolve_system_prompt("prompts/mine.txt")
     with pytest.raises(FileNotFoundError, match="think, no_think, none"):
@@ -194,14 +179,17 @@ def files(tmp_path):
     return write
 
 
-def test_show(run, files):
+def test_show(run, files, tmp_path):
     toy = files("toy.jsonl", ("Who wrote [bold]Dune?", ["Frank Herbert", "Herbert"]), ("When?", ["1965"]))
     other = files("other.jsonl", ("Why?", ["w " * 40]))
-    result = run("show", toy, other, "--samples", 1)
+    hops = tmp_path / "hops.jsonl"
+    hops.write_text(json.dumps({"question": "x", "answers": ["a"], "hops": 2, "supporting_titles": ["Dune"]}))
+    result = run("show", toy, other, hops, "--samples", 1)
     assert result.exit_code == 0, result.output
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.output.splitlines() if "│" in line]
     assert ["toy", "2", "?: 2", "1.5", "1.5", "2", "0"] in rows
     assert ["other", "1", "?: 1", "1.0", "40", "40", "0"] in rows
+    assert ["hops", "1", "2: 1", "1.0", "1", "1", "1"] in rows
     assert "Who wrote [bold]Dune?" in result.output  # no markup
     assert "Frank Herbert" in result.output and "also: Herbert" in result.output
     assert "When?" not in result.output
@@ -224,12 +212,12 @@ def test_check(run, files):
     assert result.exit_code == 0, result.output
     text = " ".join(result.output.split())
     assert "1 answers that equal the question in train" in text
-    assert "1 questions that came before in the same split in train" in text
-    assert "1 questions that are trained on in eval[" in text
+    assert "1 repeated questions in train" in text
+    assert "1 questions that are also trained on in eval[" in text
     assert "a [b]" in text
     assert run("check", train, dev, "--strict").exit_code == 1
     clean = run("check", dev, "--strict")
-    assert clean.exit_code == 0 and "Nothing to complain of" in clean.output
+    assert clean.exit_code == 0 and "No findings" in clean.output
     missing = run("check", train, dev, "--tokenizer", "/nowhere/at/all")
     assert missing.exit_code == 2 and "no tokenizer" in missing.output
 
@@ -239,7 +227,7 @@ def test_check_measures_in_tokens(run, files, tmp_path):
     train = files("train.jsonl", ("Who?", ["Ada Lovelace of London"]))
     result = run("check", train, "--tokenizer", tmp_path / "model", "--max-answer-length", 2)
     assert "gold answers of more than 2 tokens" in " ".join(result.output.split())
-    assert "Nothing" in run("check", train, "--max-answer-length", 4).output
+    assert "No findings" in run("check", train, "--max-answer-length", 4).output
 
 
 def test_help_of_the_family_loads_nothing_heavy():

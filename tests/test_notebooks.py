@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, in a folder of its own, and is stored without outputs."""
+"""Every notebook runs from top to bottom in an empty folder, and is stored without outputs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The sandbox: its world can be solved, its tokenizer is exact and callable, its loop trains."""
+"""The sandbox: its world can be solved, its tokenizer is lossless and can call tools, its warm start is cached."""
 
 import dataclasses
 import json
@@ -9,12 +9,12 @@ import pytest
 import torch
 from trl.chat_template_utils import is_chat_template_prefix_preserving, parse_response, supports_tool_calling
 
+from igpo_trl.files import cache_dir
 from igpo_trl.sandbox.model import ANSWER_TEMPLATE, make_model, make_tokenizer
 from igpo_trl.sandbox.warm_start import (
     IGNORE,
     WarmStartConfig,
-    cache_dir,
-    cache_key,
+    cache_entry,
     demonstration,
     make_examples,
     warm_start,
@@ -157,18 +157,18 @@ def test_labels_of_trajectories_and_of_reading(tokenizer):
         assert text.count("<answer>") == (0 if number % 2 else 1)
 
 
-def test_cache_key_depends_on_every_field_and_on_the_code(monkeypatch, tmp_path):
-    keys = {cache_key(WarmStartConfig())}
+def test_cache_entry_depends_on_every_field_and_on_the_code(monkeypatch, tmp_path):
+    entries = {cache_entry(WarmStartConfig())}
     for field in dataclasses.fields(WarmStartConfig):
-        keys.add(cache_key(dataclasses.replace(WarmStartConfig(), **{field.name: field.default + 1})))
-    assert len(keys) == 1 + len(dataclasses.fields(WarmStartConfig))
+        entries.add(cache_entry(dataclasses.replace(WarmStartConfig(), **{field.name: field.default + 1})))
+    assert len(entries) == 1 + len(dataclasses.fields(WarmStartConfig))
     other = tmp_path / "model.py"
     other.write_text("# another tokenizer\n")
     monkeypatch.setattr("igpo_trl.sandbox.model.__file__", str(other))
-    assert cache_key(WarmStartConfig()) not in keys
+    assert cache_entry(WarmStartConfig()) not in entries
 
 
-def test_warm_start_is_trained_once_and_appears_whole(tmp_path, monkeypatch):
+def test_warm_start_is_trained_once_and_saved_completely(tmp_path, monkeypatch):
     calls = []
 
     class Part:

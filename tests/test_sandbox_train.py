@@ -1,4 +1,4 @@
-"""The sandbox's training loop, evaluation, demo and benchmark with a budget too small to learn anything."""
+"""Training, evaluation, demo and benchmark of the sandbox, with a budget too small to learn anything."""
 
 import importlib.util
 import json
@@ -9,9 +9,9 @@ import torch
 from trl import GRPOTrainer
 
 from igpo_trl.sandbox.demo import DemoPlan, run_demo
-from igpo_trl.sandbox.evaluate import Scores, rollouts
+from igpo_trl.sandbox.evaluate import Scores, roll_out
 from igpo_trl.sandbox.model import make_model, make_tokenizer
-from igpo_trl.sandbox.train import Budget, Run, make_trainer, train
+from igpo_trl.sandbox.train import Budget, TrainingRun, make_trainer, train_with_curve
 from igpo_trl.sandbox.warm_start import WarmStartConfig
 from igpo_trl.sandbox.world import make_dataset
 from igpo_trl.trajectory import read_jsonl
@@ -24,7 +24,7 @@ BUDGET = Budget(steps=2, questions=2, rollouts=4, eval_every=1, curve_questions=
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    """A warm-started model's directory, with weights that are not trained."""
+    """The directory of a model with untrained weights, in place of a warm-started one."""
     path = tmp_path_factory.mktemp("policy")
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
@@ -33,31 +33,31 @@ def policy(tmp_path_factory):
 
 
 def scripted(monkeypatch, trainer, turns):
-    """Let the policy say the given turns, the last one for ever."""
+    """Lets the policy generate the given turns, then the last one again and again."""
     ids = [trainer.processing_class(turn)["input_ids"] for turn in turns]
-    said = iter(ids)
+    remaining = iter(ids)
 
-    def say(prompt_ids, *args, **kwargs):
-        turn = next(said, ids[-1])
+    def generate(prompt_ids, *args, **kwargs):
+        turn = next(remaining, ids[-1])
         return [list(turn) for _ in prompt_ids], None
 
-    monkeypatch.setattr(trainer, "_generate_single_turn", say)
+    monkeypatch.setattr(trainer, "_generate_single_turn", generate)
 
 
 def test_both_loops_make_the_same_rollouts(policy, tmp_path, monkeypatch):
-    """TRL's loop for GRPO and ours for IGPO: what is compared must be the methods alone."""
+    """GRPO uses TRL's loop and IGPO ours, yet only the methods may differ."""
     questions = list(make_dataset(12, 6))
-    asked = questions[0]["prompt"][0]["content"].rstrip("?").split()
-    query = f"{' '.join(asked[-2:])} {asked[-4]}"
+    words = questions[0]["prompt"][0]["content"].rstrip("?").split()
+    query = f"{' '.join(words[-2:])} {words[-4]}"
     call = f'<tool_call>{{"name": "search", "arguments": {{"query": "{query}"}}}}</tool_call><|im_end|>'
-    made = []
+    turns_of = []
     for method in ("grpo", "igpo_critic"):
         trainer = make_trainer(method, policy, tmp_path / method, budget=BUDGET)
         scripted(monkeypatch, trainer, [call, "<answer>Ada Brown</answer><|im_end|>"])
-        made.append([[(t.text, t.observation) for t in record.turns] for record in rollouts(trainer, questions)])
-    assert made[0] == made[1]
-    assert all(len(turns) == 2 for turns in made[0])
-    assert asked[-4] in made[0][0][0][1] and "<|unk|>" not in str(made)
+        turns_of.append([[(t.text, t.observation) for t in record.turns] for record in roll_out(trainer, questions)])
+    assert turns_of[0] == turns_of[1]
+    assert all(len(turns) == 2 for turns in turns_of[0])
+    assert words[-4] in turns_of[0][0][0][1] and "<|unk|>" not in str(turns_of)
 
 
 def test_evaluation_reads_the_scripted_policy(policy, tmp_path, monkeypatch):
@@ -67,7 +67,7 @@ def test_evaluation_reads_the_scripted_policy(policy, tmp_path, monkeypatch):
     gold = questions[0]["answers"][0]
     scripted(monkeypatch, trainer, [call, f"<answer>{gold}</answer><|im_end|>"])
     before = torch.random.get_rng_state()
-    trajectories = rollouts(trainer, questions, sample=True, beliefs=True)
+    trajectories = roll_out(trainer, questions, sample=True, beliefs=True)
     assert torch.equal(before, torch.random.get_rng_state())
     first = trajectories[0]
     assert [turn.text for turn in first.turns] == [call, f"<answer>{gold}</answer><|im_end|>"]
@@ -79,11 +79,11 @@ def test_evaluation_reads_the_scripted_policy(policy, tmp_path, monkeypatch):
     scores = Scores.of(trajectories)
     assert scores.searches == 1
     assert scores.em == sum(gold in row["answers"] for row in questions) / 4
-    # The settings of training come back
+    # The settings for training are restored.
     assert trainer.generation_config.do_sample
     assert trainer.sink is None
     trainer.model.train()
-    rollouts(trainer, questions)
+    roll_out(trainer, questions)
     assert trainer.model.training
 
 
@@ -92,7 +92,7 @@ def test_cached_suffixes_are_those_of_trl(policy, tmp_path):
     messages = [{"role": "tool", "name": "search", "content": "The mother of Ada Brown is Eve Brown."}]
     expected = GRPOTrainer._get_tool_suffix_ids(trainer, messages)
     first = trainer._get_tool_suffix_ids(messages)
-    first.append(-1)  # the caller's copy is its own
+    first.append(-1)  # must not change the cache
     assert trainer._get_tool_suffix_ids(messages) == expected
 
 
@@ -101,7 +101,7 @@ def test_greedy_evaluation_repeats_and_sampling_follows_its_seed(policy, tmp_pat
     questions = list(make_dataset(11, 4))
 
     def texts(**options):
-        return [[turn.text for turn in trajectory.turns] for trajectory in rollouts(trainer, questions, **options)]
+        return [[turn.text for turn in trajectory.turns] for trajectory in roll_out(trainer, questions, **options)]
 
     assert texts() == texts()
     assert texts(sample=True, seed=1) == texts(sample=True, seed=1)
@@ -112,7 +112,7 @@ def test_greedy_evaluation_repeats_and_sampling_follows_its_seed(policy, tmp_pat
 def test_two_steps_train(policy, tmp_path, method):
     trainer = make_trainer(method, policy, tmp_path, beta=0.1, budget=BUDGET, save_trajectories=True)
     before = [p.detach().clone() for p in trainer.model.parameters()]
-    run = train(trainer, BUDGET, curve_seed=12)
+    run = train_with_curve(trainer, BUDGET, curve_seed=12)
     assert list(run.curve) == [0, 1, 2]
     assert len(run.reward) == len(run.collapse) == 2
     assert all(p.isfinite().all() for p in trainer.model.parameters())
@@ -126,11 +126,11 @@ def test_area_is_the_mean_of_the_trapezoids():
     def scores(em):
         return Scores(em, em, {}, 0.0)
 
-    run = Run("grpo", 0.0, curve={0: scores(0.0), 10: scores(0.2), 40: scores(0.4)})
+    run = TrainingRun("grpo", 0.0, curve={0: scores(0.0), 10: scores(0.2), 40: scores(0.4)})
     assert run.area == pytest.approx((10 * 0.1 + 30 * 0.3) / 40)
 
 
-def test_demo_prints_the_table_and_writes_what_it_names(tmp_path, monkeypatch, capsys):
+def test_demo_prints_the_table_and_writes_the_files_that_it_lists(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("IGPO_CACHE", str(tmp_path / "cache"))
     plan = DemoPlan(
         methods=(("grpo", 0.0), ("igpo_critic", 0.0)),

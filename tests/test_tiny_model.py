@@ -1,4 +1,4 @@
-"""The tiny model: tokenizer, conversations, training, and what it can do."""
+"""The tiny model: its tokenizer, conversations, training and abilities."""
 
 import json
 import random
@@ -10,17 +10,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from igpo_trl.beliefs import build_probes
 from igpo_trl.data import hold_out, load_questions
+from igpo_trl.sandbox.conversations import ANSWER_TEMPLATE, find_names, make_cloze, make_conversations
 from igpo_trl.sandbox.tiny_model import (
-    ANSWER_TEMPLATE,
-    IGNORE,
-    _cloze,
-    _names,
-    encode,
-    make_conversations,
-    make_model,
+    encode_conversations,
+    learn_tokenizer,
+    make_copying_model,
     make_tiny_model,
-    make_tokenizer,
 )
+from igpo_trl.sandbox.warm_start import IGNORE
 from igpo_trl.search import BM25Index, Passage, SearchTool
 
 CITIES = {"Tacoma": "Puget Sound", "Lyon": "Rhone", "Bratislava": "Danube", "Vienna": "Wien", "Cairo": "Nile"}
@@ -28,7 +25,7 @@ PEOPLE = ["Ada Byron", "Grace Hopper", "Alan Turing", "Emmy Noether", "Kurt Gode
 
 
 def world() -> tuple[list[dict], list[dict]]:
-    """A corpus of people who were born in cities that lie at rivers, and questions about both."""
+    """A corpus of people born in cities on rivers, and questions about both."""
     passages = [{"id": c, "title": c, "text": f"The city of {c} is a port at the {r}."} for c, r in CITIES.items()]
     questions = []
     for i, person in enumerate(PEOPLE):
@@ -62,7 +59,7 @@ def parts(files):
     passages = [Passage(p["id"], p["title"], p["text"]) for p in world()[0]]
     tool = SearchTool(BM25Index.build(corpus, show_progress=False), k=2, max_words=40)
     dataset = load_questions(questions)
-    return passages, tool, dataset, make_tokenizer(passages, dataset, tool, vocab_size=600)
+    return passages, tool, dataset, learn_tokenizer(passages, dataset, tool, vocab_size=600)
 
 
 def test_tokenizer_is_lossless_and_keeps_markers_whole(parts):
@@ -74,10 +71,10 @@ def test_tokenizer_is_lossless_and_keeps_markers_whole(parts):
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<tool_call></tool_call><answer>"
 
 
-def test_the_loaded_tokenizer_splits_as_the_one_that_was_learned_with(parts, tmp_path):
+def test_the_loaded_tokenizer_splits_as_the_learned_one(parts, tmp_path):
     tokenizer = parts[3]
     tokenizer.save_pretrained(tmp_path)
-    make_model(tokenizer, 128, 2).save_pretrained(tmp_path)
+    make_copying_model(tokenizer, 128, 2).save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     for text in ("In 1969 it wasn't 21,345 km\n\n  away.", "Gödel — Wien\r\n \U0001f30a", *(p.text for p in parts[0])):
         assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"], text
@@ -98,28 +95,28 @@ def test_conversations_search_read_and_end_in_an_answer(parts):
             assert result["content"] == tool(query)
         assert messages[-1]["content"].startswith("<answer> ") and messages[-1]["content"].endswith(" </answer>")
     assert searches == {1, 2}
-    # By turns a question of the file, with its gold answer, and a sentence with a name left out.
+    # Alternately a question of the file, with its gold answer, and a cloze question.
     gold = {row["prompt"][1]["content"]: ANSWER_TEMPLATE.format(answer=row["answers"][0]) for row in dataset}
     assert all(messages[-1]["content"] == gold[messages[1]["content"]] for messages in conversations[::2])
     assert all("what" in messages[1]["content"] for messages in conversations[1::2])
 
 
 def test_names_and_clozes():
-    assert _names("Which city in the United States of America is Ada Byron's home?") == [
+    assert find_names("Which city in the United States of America is Ada Byron's home?") == [
         "United States of America",
         "Ada Byron's",
     ]
-    assert _names("who wrote it") == []
+    assert find_names("who wrote it") == []
     passage = Passage("1", "Dune", "It was written by Frank Herbert in the sixties.")
-    question, answer = _cloze(passage, random.Random(0))
+    question, answer = make_cloze(passage, random.Random(0))
     assert (question, answer) == ("Dune: It was written by what in the sixties?", "Frank Herbert")
-    assert _cloze(Passage("1", "Dune", "nothing with a name in it at all"), random.Random(0)) is None
+    assert make_cloze(Passage("1", "Dune", "nothing with a name in it at all"), random.Random(0)) is None
 
 
-def test_loss_is_on_the_assistants_turns_alone(parts):
+def test_loss_is_on_the_assistants_turns_only(parts):
     passages, tool, dataset, tokenizer = parts
     conversation = next(make_conversations(dataset, passages, tool, random.Random(0)))
-    (ids,), (labels,) = encode(tokenizer, [conversation], tool)
+    ((ids, labels),) = encode_conversations(tokenizer, [conversation], tool)
     assert torch.equal(ids[labels != IGNORE], labels[labels != IGNORE])
     learned = tokenizer.decode(labels[labels != IGNORE])
     query = conversation[2]["tool_calls"][0]["function"]["arguments"]["query"]
@@ -132,12 +129,12 @@ def test_loss_is_on_the_assistants_turns_alone(parts):
 @pytest.mark.parametrize(("hidden_size", "num_layers"), [(192, 3), (128, 2), (256, 4)])
 def test_an_untrained_model_copies_what_it_has_seen(parts, hidden_size, num_layers):
     tokenizer = parts[3]
-    model = make_model(tokenizer, hidden_size, num_layers)
+    model = make_copying_model(tokenizer, hidden_size, num_layers)
     seen = torch.stack([torch.randperm(len(tokenizer))[:100] for _ in range(4)])
     ids = torch.cat([seen, torch.randint(len(tokenizer), (4, 50)), seen], dim=1)
     with torch.no_grad():
         predicted = model(ids).logits[:, 150:-1].argmax(-1)
-    assert (predicted == seen[:, 1:]).float().mean() > 0.6  # random tokens repeat in between: not all is certain
+    assert (predicted == seen[:, 1:]).float().mean() > 0.6  # below 1 because random tokens repeat
 
 
 def test_a_word_is_the_same_token_in_passage_and_answer(parts):
@@ -167,7 +164,7 @@ def test_makes_a_model_that_searches(files, tmp_path):
         tmp_path / "model",
         corpus,
         questions,
-        minutes=30,  # the steps decide, on a slow machine too
+        minutes=30,  # `max_steps` ends the training, on a slow machine too
         max_steps=450,
         max_words=12,
         eval_questions=0,

@@ -1,22 +1,61 @@
-"""Reading JSONL and JSONL.gz with errors that name the file and the line. Standard library only."""
+"""Files: records in several formats, safe replacement, the cache directory, and text that UTF-8 can encode."""
 
+import csv
 import gzip
 import json
 import os
+import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+FILE_ENDINGS = tuple(f".{kind}{packed}" for kind in ("jsonl", "json", "csv", "tsv") for packed in ("", ".gz")) + (
+    ".parquet",
+)
+"""Endings of the files that [`read_records`] can read."""
+
+_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)
+
+
+def read_records(
+    path: str | Path, *, select_columns: Callable[[list[str]], list[str]] = list, strict: bool = True
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """
+    Reads the records of a file: JSON Lines, JSON, CSV or TSV, each also as `.gz`, or parquet.
+
+    A JSON file is an array of objects, or an object with such an array under `Data` (TriviaQA's files) or `data`. The
+    cells of CSV and TSV files are strings. All formats but JSON are read as a stream.
+
+    Args:
+        path (`str` or `Path`): The file. Its name tells the format.
+        select_columns (`Callable`, *optional*, defaults to `list`): Chooses which of a parquet file's columns to read.
+        strict (`bool`, *optional*, defaults to `True`): Whether a CSV or TSV file with misplaced quotes is an error.
+
+    Returns:
+        `Iterator`: pairs `(where, record)`. `where` names the file, and the line if the format has lines.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is damaged, or its format is not the one that its name says. Raised by the iterator.
+    """
+    path = Path(path)
+    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    if kind == "parquet":
+        return _read_parquet(path, select_columns)
+    if kind in ("csv", "tsv"):
+        return _read_csv(path, "\t" if kind == "tsv" else ",", strict)
+    return _read_json(path) if kind == "json" else read_json_lines(path)
+
 
 def read_json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
-    Yields `("file:line", record)` for every line that is not blank; `.gz` files are decompressed on the way.
+    Yields `("file:line", record)` for every line that is not blank. Files that end in `.gz` are decompressed.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A line is not a JSON object or not UTF-8, or a compressed file is damaged or cut off.
+        FileNotFoundError: The file does not exist.
+        ValueError: A line is not a JSON object or not UTF-8, or a compressed file is damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -30,21 +69,80 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 where = f"{path}:{number}"
                 try:
                     record = json.loads(line)
-                except ValueError as error:  # bad JSON, or bytes that are not UTF-8
+                except ValueError as error:  # malformed JSON, or bytes that are not UTF-8
                     raise ValueError(f"{where}: not valid JSON ({error}). Expected one object per line.") from error
                 if not isinstance(record, dict):
                     raise ValueError(f"{where}: got {type(record).__name__}, expected a JSON object.")
                 yield where, record
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except _DAMAGE as error:
         raise ValueError(f"{path}: damaged or cut off after line {number} ({error}). Copy the file again.") from error
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with _open_text(path) as file:
+        text = file.read()
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}). Expected an array of objects.") from error
+    if isinstance(value, dict):
+        value = value.get("Data", value.get("data"))
+    if not isinstance(value, list) or not all(isinstance(record, dict) for record in value):
+        raise ValueError(f"{path}: expected a JSON array of objects. One object per line belongs in a .jsonl file.")
+    yield from ((str(path), record) for record in value)
+
+
+def _read_csv(path: Path, delimiter: str, strict: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit(2**31 - 1)
+    with _open_text(path) as file:
+        reader = csv.DictReader(file, delimiter=delimiter, strict=strict)
+        try:
+            for record in reader:
+                where = f"{path}:{reader.line_num}"
+                if None in record or None in record.values():
+                    raise ValueError(
+                        f"{where}: the number of cells differs from the {len(reader.fieldnames or [])} columns."
+                    )
+                yield where, record
+        except csv.Error as error:
+            raise ValueError(f"{path}:{reader.line_num}: not a readable table ({error}).") from error
+
+
+def _read_parquet(
+    path: Path, select_columns: Callable[[list[str]], list[str]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = select_columns(file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=4096, columns=columns):
+                yield from ((str(path), record) for record in batch.to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a readable parquet file ({error}).") from error
+
+
+@contextmanager
+def _open_text(path: Path) -> Iterator[Any]:
+    """Opens a UTF-8 file, compressed or not, with or without a byte order mark. Errors of reading name the file."""
+    open_file: Any = gzip.open if path.suffix == ".gz" else open
+    try:
+        with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
+            yield file
+    except _DAMAGE as error:
+        raise ValueError(f"{path}: damaged or cut off ({error}). Copy the file again.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}).") from error
 
 
 @contextmanager
 def replace_when_complete(path: str | Path) -> Iterator[Path]:
     """
-    A temporary path beside `path` that takes its place when the block ends, and is removed if the block raises.
+    Yields a temporary path in the same folder. It replaces `path` when the block ends, unless the block raises.
 
-    Readers see the old file or the complete new one, and a process that is killed leaves the old one.
+    Readers see either the old file or the complete new one, and a process that is killed leaves the old one. The block
+    may create a directory instead of a file; `path` must then be missing or an empty directory.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,21 +151,24 @@ def replace_when_complete(path: str | Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 def cache_dir(*parts: str) -> Path:
-    """Where what is expensive to make is kept: `$IGPO_CACHE`, or else `~/.cache/igpo_trl`. It may not exist yet."""
+    """A path in the cache: below `$IGPO_CACHE` if set, else below `~/.cache/igpo_trl`. It may not exist yet."""
     return Path(os.environ.get("IGPO_CACHE") or Path.home() / ".cache" / "igpo_trl", *parts)
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether the name of a model means a directory on this machine rather than `owner/name` on the hub."""
+    """Whether the name of a model is a local directory rather than `owner/name` on the hub."""
     return name.startswith((".", "/", "~", "outputs/")) or name.count("/") > 1
 
 
 def encodable(text: str) -> str:
-    """The same text as a plain `str` that UTF-8 can encode: a lone surrogate becomes U+FFFD."""
+    """The same text as a plain `str` that UTF-8 can encode: lone surrogates become U+FFFD."""
     text = str.__str__(text)
     try:
         text.encode()

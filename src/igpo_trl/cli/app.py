@@ -1,7 +1,7 @@
-"""The command line: `igpo`, or `python -m igpo_trl`.
+"""
+The command line: `igpo`, or `python -m igpo_trl`.
 
-Thin on purpose: each command imports what it needs and calls one function, so that `igpo --help` loads neither torch
-nor TRL.
+Each command imports what it needs and calls one function, so that `igpo --help` loads neither torch nor TRL.
 """
 
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from . import data, evaluate, search
+from .errors import one_line_errors
 
 app = typer.Typer(
     help="IGPO for TRL: turn-level information gain for agents that search before they answer.",
@@ -17,8 +18,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
-
-_InputFile = typer.Option(exists=True, dir_okay=False, readable=True)
 
 
 def _print_version(wanted: bool) -> None:
@@ -40,9 +39,9 @@ def main(
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="A smaller run: minutes become a minute or two.")] = False,
-    output_dir: Annotated[Path, typer.Option(help="Where tables, curves and rollouts go.")] = Path("outputs/demo"),
-    seed: Annotated[int, typer.Option(help="Seed of the model, the training and the questions.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="A smaller run, which takes a minute or two.")] = False,
+    output_dir: Annotated[Path, typer.Option(help="Folder for curves and rollouts.")] = Path("outputs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of model, training and questions.")] = 0,
 ) -> None:
     """Train GRPO and IGPO on a synthetic search task, on a CPU, and compare them on held-out questions."""
     from ..sandbox.demo import run_demo
@@ -50,9 +49,11 @@ def demo(
     run_demo(output_dir=output_dir, quick=quick, seed=seed)
 
 
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def train(context: typer.Context) -> None:
-    """Train a search agent, as train.py does; `igpo train --help` lists its arguments. On several GPUs:
+@app.command(
+    "train", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def train_command(context: typer.Context) -> None:
+    """Train a search agent. `igpo train --help` lists the arguments, which are those of train.py. On several GPUs:
     accelerate launch -m igpo_trl train --config FILE."""
     from .train import main
 
@@ -61,21 +62,21 @@ def train(context: typer.Context) -> None:
 
 @app.command()
 def tiny_model(
-    directory: Annotated[Path, typer.Argument(help="Where to save the model; must not exist or be empty.")],
-    corpus: Annotated[Path, _InputFile],
-    questions: Annotated[Path, _InputFile],
-    minutes: Annotated[float, typer.Option(help="Time for training the model.")] = 5.0,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps at the latest.")] = None,
+    directory: Annotated[Path, typer.Argument(help="Folder to save the model in; must be new or empty.")],
+    corpus: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Passages, .jsonl or .jsonl.gz.")],
+    questions: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="Questions, a file (docs/data.md).")],
+    minutes: Annotated[float, typer.Option(help="Training time.")] = 5.0,
+    max_steps: Annotated[int | None, typer.Option(help="Largest number of training steps.")] = None,
     k: Annotated[int, typer.Option(help="Passages per search.")] = 2,
     max_words: Annotated[int, typer.Option(help="Longest passage shown, in words.")] = 40,
-    eval_questions: Annotated[int, typer.Option(help="Questions left out of training.")] = 100,
+    eval_questions: Annotated[int, typer.Option(help="Questions held out from training.")] = 100,
     seed: Annotated[int, typer.Option(help="Seed of weights and conversations.")] = 0,
 ) -> None:
-    """Make a small model that searches and answers, from passages and questions: for runs without a GPU or a hub."""
+    """Make a small model that searches and answers, from passages and questions, for runs without a GPU or a hub."""
     from ..sandbox.tiny_model import make_tiny_model
 
-    try:
-        made = make_tiny_model(
+    with one_line_errors(FileExistsError, param_hint="DIRECTORY"):
+        result = make_tiny_model(
             directory,
             corpus,
             questions,
@@ -86,30 +87,28 @@ def tiny_model(
             eval_questions=eval_questions,
             seed=seed,
         )
-    except FileExistsError as error:
-        raise typer.BadParameter(str(error), param_hint="DIRECTORY") from error
     typer.echo(
-        f"Saved {directory}: {made['parameters'] / 1e6:.1f} M parameters, {made['steps']:.0f} steps, "
-        f"loss {made['loss']:.2f}; {made['valid_search_share']:.0%} of sampled rollouts begin with a valid search."
+        f"Saved {directory}: {result['parameters'] / 1e6:.1f} M parameters, {result['steps']:.0f} steps, "
+        f"loss {result['loss']:.2f}; {result['valid_search_share']:.0%} of sampled rollouts begin with a valid search."
     )
 
 
 @app.command()
 def view(
     trajectories: Annotated[Path, typer.Argument(help="A file of rollouts, JSON Lines.", exists=True, dir_okay=False)],
-    index: Annotated[int, typer.Option(help="Which rollout, from 0; negative counts from the end.")] = 0,
-    save: Annotated[Path | None, typer.Option(help="Also save it as a picture (.png, .svg, .pdf).")] = None,
+    index: Annotated[
+        int, typer.Option(help="Number of the rollout, from 0; negative numbers count from the end.")
+    ] = 0,
+    save: Annotated[Path | None, typer.Option(help="Also save a picture of it (.png, .svg, .pdf).")] = None,
 ) -> None:
-    """Print a rollout: each turn, what the search returned, and the belief in the right answer after it."""
+    """Print a rollout: each turn, what the search returned, and the belief in the gold answer after it."""
     from rich.console import Console
 
     from ..report import plot_rollout, render_trajectory
     from ..trajectory import read_jsonl
 
-    try:
+    with one_line_errors(ValueError, param_hint="TRAJECTORIES"):
         rollouts = list(read_jsonl(trajectories))
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="TRAJECTORIES") from error
     if not -len(rollouts) <= index < len(rollouts):
         raise typer.BadParameter(f"{trajectories} has {len(rollouts)} rollouts, got {index}.", param_hint="--index")
     rollout = rollouts[index]
@@ -123,5 +122,5 @@ def view(
         console.print(f"\nSaved {save}")
 
 
-for family in (data, search, evaluate):
-    family.register(app)
+for module in (data, search, evaluate):
+    module.register(app)

@@ -1,9 +1,12 @@
 """`igpo data`: look at questions and check them."""
 
-from pathlib import Path
+from collections import Counter
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .errors import one_line_errors
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -12,64 +15,58 @@ _SOURCE_HELP = (
     "A file, a set by name (nq, triviaqa, popqa, hotpotqa, 2wiki, musique, bamboogle; name:split), or owner/name."
 )
 _Split = Annotated[str | None, typer.Option(help="Split of data sets that name none; files have none.")]
-_Limit = Annotated[int | None, typer.Option(min=1, help="Read at most so many questions of each source.")]
+_Limit = Annotated[int | None, typer.Option(min=1, help="Number of questions to read from each source.")]
 
-commands = typer.Typer(help="Look at questions and check them.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at questions and check them.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this module."""
-    app.add_typer(commands, name="data")
+    app.add_typer(data_app, name="data")
 
 
-@commands.command()
+@data_app.command()
 def show(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help=_SOURCE_HELP)],
     split: _Split = None,
     samples: Annotated[int, typer.Option(min=0, help="How many questions of each set to print.")] = 3,
     limit: _Limit = None,
 ) -> None:
-    """Print what is in sources of questions: counts per set, and a few samples."""
+    """Print the contents of sources of questions: counts per set, and a few samples."""
     from rich.console import Console
     from rich.table import Table
 
-    from ..data import describe
-
-    questions = _load(sources, split, limit)
+    rows_of: dict[str, list[dict[str, Any]]] = {}
+    for row in _load(sources, split, limit):
+        rows_of.setdefault(row["dataset"], []).append(row)
     console = Console()
-    counts = describe(questions)
     table = Table("set", "questions", "hops", "answers each", "words", "longest", "with titles")
-    for row in counts:
-        hops = ", ".join(f"{number or '?'}: {count:,}" for number, count in row["hops"].items())
-        words = (f"{row['aliases']:.1f}", f"{row['answer_words']:g}", f"{row['longest_answer']:,}")
-        table.add_row(row["dataset"], f"{row['questions']:,}", hops, *words, f"{row['with_titles']:,}")
+    for name, rows in rows_of.items():
+        table.add_row(name, *_counts(rows))
     console.print(table)
-    console.print("words, longest: of the first answer; hops ?: not known", style="dim")
-    if samples:
-        names = questions["dataset"][:]
-        for row in counts:
-            first = [i for i, name in enumerate(names) if name == row["dataset"]][:samples]
-            for question in questions.select(first):
-                console.print(_sample(question))
+    console.print("words: median of the first answers; longest: of the first answers; hops ?: unknown", style="dim")
+    for rows in rows_of.values():
+        for row in rows[:samples]:
+            console.print(_sample(row))
 
 
-@commands.command()
+@data_app.command()
 def check(
     train: Annotated[str, typer.Argument(help=_SOURCE_HELP)],
     evaluation: Annotated[
-        list[str] | None, typer.Argument(metavar="[EVAL]...", help="Sources to evaluate on, each a split of its own.")
+        list[str] | None, typer.Argument(metavar="[EVAL]...", help="Evaluation questions, each source a split.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of TRAIN, if it is no file and names none.")] = "train",
+    split: Annotated[str, typer.Option(help="Split of TRAIN, if it is not a file and names none.")] = "train",
     tokenizer: Annotated[
         str | None, typer.Option(help="Measure answers in tokens of this model (a name or a folder), not in words.")
     ] = None,
     max_answer_length: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer that is no finding. [default: 64 tokens or 32 words]")
+        int | None, typer.Option(min=1, help="Longest answer that is not a finding; by default 64 tokens or 32 words.")
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Questions to print for each finding.")] = 3,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if there is any finding.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if there are findings.")] = False,
 ) -> None:
-    """Check questions before training on them: answers, repetitions, and what is also in the evaluation sets."""
+    """Check questions before training on them: answers, repeated questions, and overlap with the evaluation sets."""
     from rich.console import Console
 
     from ..data import check_questions
@@ -91,7 +88,7 @@ def check(
         for example in finding.examples:
             console.print(f"    {example}", markup=False, highlight=False)
     if not report:
-        console.print("[green]Nothing to complain of.[/green]")
+        console.print("[green]No findings.[/green]")
     elif strict:
         raise typer.Exit(1)
 
@@ -99,10 +96,8 @@ def check(
 def _load(sources: list[str], split: str | None, limit: int | None) -> "Dataset":
     from ..data import load_questions
 
-    try:
+    with one_line_errors(OSError, ValueError, param_hint="SOURCE"):
         return load_questions(sources if len(sources) > 1 else sources[0], None, split=split, limit=limit)
-    except (OSError, ValueError) as error:
-        raise typer.BadParameter(str(error), param_hint="SOURCE") from error
 
 
 def _tokenizer(name: str | None) -> Any:
@@ -110,24 +105,36 @@ def _tokenizer(name: str | None) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        what = "folder" if Path(name).exists() else "folder, and no tokenizer on the hub that can be read"
-        raise typer.BadParameter(f"no tokenizer in this {what}: {name}", param_hint="--tokenizer") from error
+    with one_line_errors(ValueError, param_hint="--tokenizer"):
+        try:
+            return AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no tokenizer in this folder, or on the hub under this name: {name}") from error
+
+
+def _counts(rows: list[dict[str, Any]]) -> list[str]:
+    """Cells of the table for the questions of one set."""
+    hops = sorted(Counter(row["hops"] or 0 for row in rows).items())
+    words = [len(row["answers"][0].split()) for row in rows]
+    return [
+        f"{len(rows):,}",
+        ", ".join(f"{number or '?'}: {count:,}" for number, count in hops),
+        f"{sum(len(row['answers']) for row in rows) / len(rows):.1f}",
+        f"{median(words):g}",
+        f"{max(words):,}",
+        f"{sum(bool(row['supporting_titles']) for row in rows):,}",
+    ]
 
 
 def _sample(question: dict[str, Any]) -> Any:
     from rich.text import Text
 
-    from ..data import question_of
-
     gold, *aliases = question["answers"]
-    shown = Text.assemble(
-        "\n", (question["id"], "dim"), "\n  ", question_of(question["prompt"]), "\n  ", (gold, "bold green")
+    text = Text.assemble(
+        "\n", (question["id"], "dim"), "\n  ", question["prompt"][-1]["content"], "\n  ", (gold, "bold green")
     )
     if aliases:
-        shown.append(f"  also: {'; '.join(aliases[:5])}{f' and {len(aliases) - 5} more' if len(aliases) > 5 else ''}")
+        text.append(f"  also: {'; '.join(aliases[:5])}{f' and {len(aliases) - 5} more' if len(aliases) > 5 else ''}")
     if question["supporting_titles"]:
-        shown.append(f"\n  found in: {'; '.join(question['supporting_titles'])}", "dim")
-    return shown
+        text.append(f"\n  found in: {'; '.join(question['supporting_titles'])}", "dim")
+    return text

@@ -1,25 +1,24 @@
 """
-Train a search agent with IGPO: a language model that searches a corpus of passages and answers questions.
+Trains a search agent with IGPO: a language model that searches a corpus of passages and answers questions.
 
 Every argument of the configuration file can be overridden on the command line, as in `--learning_rate 1e-6`.
 """
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerate import PartialState
 from transformers.trainer_utils import get_last_checkpoint
-from trl import GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from ..config import IGPOConfig
 from ..data import check_questions, find_sources, hold_out, load_questions, resolve_system_prompt
-from ..rewards import exact_match, extract_answer, make_answer_reward
+from ..files import cache_dir, looks_like_path
 from ..search import BM25Index, Searchable, SearchTool, open_search
 from ..trainer import IGPOTrainer
 
@@ -29,11 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class ScriptArguments:
-    """Arguments of `igpo train`; those of the trainer are `IGPOConfig`'s, those of the model TRL's `ModelConfig`'s."""
+    """Arguments of `igpo train`, besides those of the trainer (`IGPOConfig`) and the model (TRL's `ModelConfig`)."""
 
     questions: str = field(
         metadata={
-            "help": "Training questions: a file, or sets by name, as `hotpotqa` or `nq,hotpotqa` (docs/data.md)."
+            "help": "Training questions: a file, or sets by name, such as `hotpotqa` or `nq,hotpotqa` (docs/data.md)."
         }
     )
     corpus: str | None = field(
@@ -43,17 +42,17 @@ class ScriptArguments:
         default=None,
         metadata={
             "help": "What to search: the directory of an index of any kind (`igpo index`), or the address of a search "
-            "server (`igpo serve`). A BM25 index of `corpus` is built in a directory that has none yet. By default "
-            "the BM25 index of `corpus` is kept in a cache ($IGPO_CACHE, or else ~/.cache/igpo_trl)."
+            "server (`igpo serve`). If the directory has no index yet, a BM25 index of `corpus` is built there. "
+            "Defaults to a BM25 index of `corpus` in the cache ($IGPO_CACHE or ~/.cache/igpo_trl)."
         },
     )
     eval_questions: str | None = field(
         default=None,
-        metadata={"help": "Questions to evaluate on, likewise. By default some of `questions` are held out."},
+        metadata={"help": "Evaluation questions, given in the same way. Defaults to some of `questions`, held out."},
     )
     num_eval_questions: int = field(
         default=100,
-        metadata={"help": "Questions to evaluate on before and after training; 0 for no evaluation at all."},
+        metadata={"help": "Questions to evaluate on before and after training; 0 for no evaluation."},
     )
     system_prompt: str = field(
         default="think",
@@ -63,20 +62,24 @@ class ScriptArguments:
     search_max_words: int = field(default=200, metadata={"help": "Longest passage shown, in words."})
     search_many_queries: bool = field(
         default=False,
-        metadata={"help": "Whether one search may carry several queries, as in the IGPO authors' agent."},
+        metadata={"help": "Whether one search may have several queries, as in the IGPO authors' agent."},
     )
-    method: str = field(default="igpo", metadata={"help": "`igpo`, or `grpo` for plain GRPO with the same arguments."})
+    method: str = field(
+        default="igpo",
+        metadata={
+            "help": "`igpo`, or `grpo` for GRPO with the same arguments, rollouts and evaluation: IGPO's trainer with "
+            "`info_gain_weight` 0, whose advantages are then exactly GRPO's."
+        },
+    )
 
 
 def check_arguments(script: ScriptArguments, training: IGPOConfig, model: ModelConfig) -> None:
-    """Errors that would otherwise come late."""
+    """Raises errors that would otherwise occur only after the model is loaded."""
     if not model.model_name_or_path:
         raise ValueError("`model_name_or_path` is missing: the name of a model on the hub, or a directory.")
-    name = model.model_name_or_path
-    looks_like_path = name.startswith((".", "/", "~", "outputs/")) or name.count("/") > 1  # else a name on the hub
-    if looks_like_path and not Path(model.model_name_or_path).is_dir():
+    if looks_like_path(model.model_name_or_path) and not Path(model.model_name_or_path).is_dir():
         raise FileNotFoundError(
-            f"no such model directory: {model.model_name_or_path}. A tiny model for a CPU is made by: "
+            f"no such model directory: {model.model_name_or_path}. To make a tiny model for a CPU, run: "
             "igpo tiny-model DIR --corpus FILE --questions FILE"
         )
     if script.corpus is None and script.index is None:
@@ -100,25 +103,25 @@ def check_arguments(script: ScriptArguments, training: IGPOConfig, model: ModelC
     last = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
     if last is not None and training.resume_from_checkpoint is None:
         raise FileExistsError(
-            f"{training.output_dir} holds checkpoints of an earlier run. Add --resume_from_checkpoint true to go on "
-            "with it, or choose another --output_dir."
+            f"{training.output_dir} has checkpoints of an earlier run. Add --resume_from_checkpoint true to resume "
+            "it, or choose another --output_dir."
         )
 
 
 def checkpoint_to_resume(training: IGPOConfig) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` means: `true` is the last one, or a fresh start without one."""
-    wanted = training.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
+    """The directory named by `resume_from_checkpoint`; for `true` the last checkpoint, or `None` if there is none."""
+    choice = str(training.resume_from_checkpoint or "false")
+    if choice.lower() == "false":
         return None
-    if str(wanted).lower() == "true":
+    if choice.lower() == "true":
         return get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
-    if not Path(wanted).is_dir():
-        raise FileNotFoundError(f"`resume_from_checkpoint`: no such directory: {wanted}. Give one, or `true`.")
-    return wanted
+    if not Path(choice).is_dir():
+        raise FileNotFoundError(f"`resume_from_checkpoint`: no such directory: {choice}. Give one, or `true`.")
+    return choice
 
 
 def load_data(script: ScriptArguments) -> tuple["Dataset", "Dataset | None"]:
-    """Training and evaluation questions."""
+    """Loads the training and evaluation questions."""
     questions = load_questions(script.questions, script.system_prompt, split="train")
     if script.num_eval_questions == 0:
         return questions, None
@@ -127,79 +130,72 @@ def load_data(script: ScriptArguments) -> tuple["Dataset", "Dataset | None"]:
     return questions, load_questions(script.eval_questions, script.system_prompt, limit=script.num_eval_questions)
 
 
-def by_set(questions: "Dataset") -> "dict[str, Dataset] | Dataset":
-    """Questions of several sets as one data set for each, so that each has scores of its own."""
+def split_by_set(questions: "Dataset") -> "dict[str, Dataset] | Dataset":
+    """Splits questions of several sets, so that each set gets its own scores; a single set is returned as is."""
     names = list(dict.fromkeys(questions["dataset"][:]))
     if len(names) == 1:
         return questions
-    return {name: questions.filter(lambda of, name=name: of == name, input_columns="dataset") for name in names}
+    return {name: questions.filter(lambda own, name=name: own == name, input_columns="dataset") for name in names}
 
 
 def load_index(script: ScriptArguments) -> Searchable:
-    """What to search; a BM25 index is built first where there is none yet."""
+    """Opens what to search. If there is no index yet, builds a BM25 index of the corpus first."""
     if script.index is not None and "://" in script.index:
         server = open_search(script.index)
-        server.search("Is anybody there?", 1)  # or an error that says what is wrong, before a model is loaded
+        server.search("Is anybody there?", 1)  # raises an error before a model is loaded if the server is unusable
         return server
     if script.index is not None:
         directory = Path(script.index)
     else:
         corpus = Path(str(script.corpus)).resolve()
         stamp = f"{corpus}|{corpus.stat().st_size}|{corpus.stat().st_mtime_ns}"
-        cache = Path(os.environ.get("IGPO_CACHE") or Path.home() / ".cache" / "igpo_trl")
-        directory = cache / "bm25" / hashlib.sha256(stamp.encode()).hexdigest()[:16]
+        directory = cache_dir("bm25", hashlib.sha256(stamp.encode()).hexdigest()[:16])
     while True:
         try:
             return open_search(directory)
         except FileNotFoundError:
-            if script.corpus is None or (directory / "manifest.json").exists():  # it is there, but its model is not
+            # With a manifest the index exists, and it is its embedding model that is missing.
+            if script.corpus is None or (directory / "manifest.json").exists():
                 raise
         except ValueError:
             if script.index is not None:
                 raise
         try:
             return BM25Index.build(str(script.corpus), directory=directory)
-        except BlockingIOError:  # another run, or a process of this one on another machine
+        except BlockingIOError:  # another run, or this run on another machine, is building it
             time.sleep(1)
 
 
-def exact_match_reward(completions: list[Any], answers: list[list[str]], **_: Any) -> list[float]:
-    """Exact match of the answer in the last assistant turn."""
-    last = [completion[-1] for completion in completions]
-    texts = [m.get("content") or "" if m["role"] == "assistant" and not m.get("tool_calls") else "" for m in last]
-    return [exact_match(extract_answer(text), truth) for text, truth in zip(texts, answers, strict=True)]
-
-
-def evaluate(trainer: GRPOTrainer, name: str) -> None:
-    """Rolls out on the evaluation questions, and adds the scores to `evaluation.json` under a name."""
-    sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
+def record_evaluation(trainer: IGPOTrainer, name: str) -> None:
+    """Evaluates the trainer, prints the scores, and adds them under `name` to `evaluation.json`."""
+    metrics = trainer.evaluate()
+    sets = list(trainer.eval_dataset) if isinstance(trainer.eval_dataset, dict) else []
     columns = {
-        "f1": "eval_rewards/f1/mean",
-        "exact_match": "eval_rewards/exact_match/mean",
-        "reward": "eval_reward",
-        "searches": "eval_tools/call_frequency",
-        "tokens": "eval_completions/mean_length",
+        "f1": "f1",
+        "exact_match": "exact_match",
+        "reward": "reward",
+        "searches": "tools/call_frequency",
+        "tokens": "completions/mean_length",
     }
-    scores: dict[str, dict[str, float]] = {}
-    for set_name, questions in sets.items():
-        trainer.evaluate(questions)
-        # What TRL's trainer returns lacks the metrics of the rollouts; what it has logged has them.
-        logged = next(row for row in reversed(trainer.state.log_history) if "eval_reward" in row)
-        scores[set_name] = {key: logged[column] for key, column in columns.items() if column in logged}
-    mean = {key: sum(of[key] for of in scores.values()) / len(sets) for key in next(iter(scores.values()))}
+
+    def scores_under(prefix: str) -> dict[str, float]:
+        return {key: metrics[f"{prefix}_{of}"] for key, of in columns.items() if f"{prefix}_{of}" in metrics}
+
+    scores = {set_name: scores_under(f"eval_{set_name}") for set_name in sets} or {"": scores_under("eval")}
+    mean = {key: sum(of[key] for of in scores.values()) / len(scores) for key in next(iter(scores.values()))}
     if trainer.accelerator.is_main_process:
         path = Path(trainer.args.output_dir) / "evaluation.json"
         results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        results[name] = mean | ({"sets": scores} if len(sets) > 1 else {})
+        results[name] = mean | ({"sets": scores} if sets else {})
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    for set_name, of_set in (*scores.items(), *([("mean", mean)] if len(sets) > 1 else [])):
+    for set_name, of_set in (*scores.items(), *([("mean", mean)] if sets else [])):
         label = f"{name} training" + (f", {set_name}" if set_name else "")
         trainer.accelerator.print(f"{label}: " + ", ".join(f"{key} {value:.4f}" for key, value in of_set.items()))
 
 
-def train(script: ScriptArguments, training: IGPOConfig, model: ModelConfig) -> None:
-    """Loads, trains, evaluates, saves."""
+def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConfig) -> None:
+    """Loads questions and index, then trains, evaluates and saves."""
     check_arguments(script, training, model)
     checkpoint = checkpoint_to_resume(training)
     train_dataset, eval_dataset = load_data(script)
@@ -214,19 +210,14 @@ def train(script: ScriptArguments, training: IGPOConfig, model: ModelConfig) -> 
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
     }
-    # F1 is learned from; F1 without the penalty and exact match are only measured.
-    f1 = make_answer_reward(training.answer_column, format_penalty=0.0)
-    f1.__name__ = "f1"
-    exact_match_reward.__name__ = "exact_match"
-    rewards = [make_answer_reward(training.answer_column, training.format_penalty), f1, exact_match_reward]
-    training.reward_weights = [1.0, 0.0, 0.0]
-    trainer_class = IGPOTrainer if script.method == "igpo" else GRPOTrainer
-    trainer = trainer_class(
+    if script.method == "grpo":  # without beliefs, `IGPOTrainer` trains with GRPO's own advantages
+        training.info_gain_weight, training.info_gain_weight_end = 0.0, None
+        training.normalization = "separate"
+    trainer = IGPOTrainer(
         model=model.model_name_or_path,
-        reward_funcs=rewards,
         args=training,
         train_dataset=train_dataset,
-        eval_dataset=None if eval_dataset is None else by_set(eval_dataset),
+        eval_dataset=None if eval_dataset is None else split_by_set(eval_dataset),
         tools=[SearchTool(index, script.search_k, script.search_max_words, many_queries=script.search_many_queries)],
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
@@ -236,12 +227,12 @@ def train(script: ScriptArguments, training: IGPOConfig, model: ModelConfig) -> 
         + (f"{len(index)} passages." if isinstance(index, Sized) else f"searching at {script.index}.")
     )
     if eval_dataset is not None and checkpoint is None:
-        evaluate(trainer, "before")
+        record_evaluation(trainer, "before")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_state()
     if eval_dataset is not None:
-        evaluate(trainer, "after")
+        record_evaluation(trainer, "after")
     if training.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.print(f"Saved to {training.output_dir}.")
@@ -250,12 +241,12 @@ def train(script: ScriptArguments, training: IGPOConfig, model: ModelConfig) -> 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """
-    Trains as the command line says.
+    Trains with the arguments of a command line.
 
     Args:
-        arguments (`Sequence[str]`, *optional*):
-            Words of the command line, `--config FILE` first among them; by default those of this process.
+        arguments (`Sequence[str]`, *optional*): Words of the command line, such as `--config FILE`. Defaults to those
+            of this process.
     """
     name = {} if arguments is None else {"prog": "igpo train"}
     parser = TrlParser((ScriptArguments, IGPOConfig, ModelConfig), description=__doc__, **name)
-    train(*parser.parse_args_and_config(None if arguments is None else list(arguments)))
+    run_training(*parser.parse_args_and_config(None if arguments is None else list(arguments)))

@@ -1,4 +1,4 @@
-"""Layouts of question files: which one a record has, and how it becomes one with `question`, `answers`, …"""
+"""Layouts of question files: recognises a record's layout and converts the record to `question`, `answers`, …"""
 
 import ast
 import json
@@ -9,27 +9,55 @@ from typing import Any
 ANSWER_SEPARATOR = "<|answer_split|>"
 """Joins the aliases of an answer in the data files of the IGPO authors."""
 
-# Passages that come with a question: large, and never read here.
+# Passages that come with a question. They are large, and nothing here needs them.
 UNUSED_COLUMNS = frozenset({"context", "entity_pages", "search_results", "evidences_id"})
 
-# Sets in which one page answers a question. Bamboogle's questions were all written to need two.
+# Columns whose cells, in a CSV or TSV file, hold several texts.
+_LIST_COLUMNS = ("answers", "golden_answers", "supporting_titles")
+
+# One page answers a question of the first three sets. Bamboogle's questions were all written to need two.
 _HOPS_OF_SET = {"nq": 1, "triviaqa": 1, "popqa": 1, "hotpotqa": 2, "bamboogle": 2}
 _HOPS_OF_TYPE = {"bridge": 2, "comparison": 2, "compositional": 2, "inference": 2, "bridge_comparison": 4}
 
 Record = dict[str, Any]
 
 
+def parse_cells(record: Record) -> Record:
+    """
+    Converts a row of a CSV or TSV file, whose cells are all strings: empty cells become `None`, `hops` an integer, and
+    the cells with several texts (a JSON list, or texts separated by `|`) lists.
+
+    Raises:
+        ValueError: A cell has the wrong form.
+    """
+    return {column: _parse_cell(column, text) for column, text in record.items()}
+
+
+def _parse_cell(column: str, text: str) -> Any:
+    if column == "hops" and text:
+        if not text.strip().isdigit():
+            raise ValueError(f"`hops` is {text!r}, expected an integer.")
+        return int(text)
+    if column not in _LIST_COLUMNS:
+        return text or None
+    if not text.lstrip().startswith("["):
+        return [part.strip() for part in text.split("|")] if text else []
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"`{column}` begins with [ but is not a JSON list ({error}): {text!r}.") from error
+
+
 def read_record(record: Record, dataset: str | None = None, default: str = "") -> Record:
     """
-    Brings a record of any known layout to the keys `question`, `answers`, `id`, `dataset`, `hops`,
-    `supporting_titles`, as far as they are known.
-
-    Nothing is checked here but what the layout itself promises: a record of no known layout comes back as it is.
+    Converts a record of any known layout to the keys `question`, `answers`, `id`, `dataset`, `hops` and
+    `supporting_titles`, as far as their values are known.
 
     Args:
-        record (`dict`): one row of a file or of a data set on the hub.
-        dataset (`str`, *optional*): the set that the record is known to belong to, as `"hotpotqa"`.
-        default (`str`, *optional*): what the set is taken to be where neither that nor the layout says it.
+        record (`dict`): A row of a file or of a data set on the hub. A record of an unknown layout is returned as is;
+            the values are not checked here.
+        dataset (`str`, *optional*): The set that the record is known to belong to, such as `"hotpotqa"`.
+        default (`str`, *optional*): The set to assume if neither `dataset` nor the layout names one.
 
     Raises:
         ValueError: A cell that should hold a list or messages holds something else.
@@ -37,25 +65,43 @@ def read_record(record: Record, dataset: str | None = None, default: str = "") -
     if "question" in record and "answers" in record:  # our own
         return record if dataset is None or record.get("dataset") else record | {"dataset": dataset}
     if "question" in record and "golden_answers" in record:
-        return _flashrag(record, dataset or record.get("data_source") or default)
-    if "answers" in record and isinstance(record.get("prompt"), str | list):  # what `load_questions` returns, saved
-        return record | {"question": _last_message(record["prompt"])}
+        return _read_flashrag(record, dataset or record.get("data_source") or default)
+    if "answers" in record and isinstance(record.get("prompt"), str | list):  # the result of `load_questions`, saved
+        return record | {"question": question_text(record["prompt"])}
     if "reward_model" in record or ("data_source" in record and "prompt" in record):
-        return _reference(record)
+        return _read_reference(record)
     if "possible_answers" in record:
-        return _popqa(record)
+        return _read_popqa(record)
     if isinstance(record.get("answer"), dict) or isinstance(record.get("Answer"), dict):
-        return _triviaqa(record)
+        return _read_triviaqa(record)
     if "Question" in record and "Answer" in record:
         dataset = dataset or "bamboogle"
-        return _known(dataset, record, record["Question"], _strings(record["Answer"], split=False))
+        return _to_schema(dataset, record, record["Question"], _strings(record["Answer"], split=False))
     if "question" in record and "answer" in record:
-        return _with_single_answer(record, dataset)
+        return _read_single_answer(record, dataset)
     return record
 
 
-def _known(dataset: str, record: Record, question: Any, answers: list[str]) -> Record:
-    """The parts that all published layouts share; their ids get the name of the set in front."""
+def question_text(prompt: Any) -> Any:
+    """The question in a prompt: the prompt itself if it is text, else the content of its last message."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def answer_list(value: Any, column: str = "answers") -> list[str]:
+    """
+    The answers in a cell as a list, the gold answer first.
+
+    Raises:
+        ValueError: The cell is neither a non-empty string nor a non-empty list of such strings.
+    """
+    answers = [value] if isinstance(value, str) else value
+    if isinstance(answers, list) and answers and all(isinstance(text, str) and text.strip() for text in answers):
+        return answers
+    raise ValueError(f"`{column}` is {value!r}, expected a non-empty string or a non-empty list of such strings.")
+
+
+def _to_schema(dataset: str, record: Record, question: Any, answers: list[str]) -> Record:
+    """The values that all published layouts share. The name of the set is prepended to the id."""
     identifier = record.get("id", record.get("_id"))
     return {
         "question": question,
@@ -67,8 +113,8 @@ def _known(dataset: str, record: Record, question: Any, answers: list[str]) -> R
     }
 
 
-def _with_single_answer(record: Record, dataset: str | None) -> Record:
-    """HotpotQA, 2WikiMultihopQA, MuSiQue and NQ-open: `question` and `answer`, and columns that tell them apart."""
+def _read_single_answer(record: Record, dataset: str | None) -> Record:
+    """HotpotQA, 2WikiMultihopQA, MuSiQue and NQ-open: `question`, `answer`, and columns that identify the set."""
     aliases: list[str] = []
     if "question_decomposition" in record or "answer_aliases" in record:
         dataset, aliases = dataset or "musique", _strings(record.get("answer_aliases"))
@@ -76,53 +122,53 @@ def _with_single_answer(record: Record, dataset: str | None) -> Record:
         dataset = dataset or ("hotpotqa" if "level" in record else "2wiki")
     answers = _strings(record["answer"], split=dataset is None) + aliases
     if dataset is not None:
-        return _known(dataset, record, record["question"], answers)
+        return _to_schema(dataset, record, record["question"], answers)
     return record | {"answers": list(dict.fromkeys(answers))}
 
 
-def _triviaqa(record: Record) -> Record:
-    """The hub's rows, and those of the original files, which write the same keys in capitals."""
+def _read_triviaqa(record: Record) -> Record:
+    """TriviaQA's rows on the hub, and those of its original files, whose keys are the same in CamelCase."""
     answer = record.get("answer") or {
         re.sub(r"(?<!^)(?=[A-Z])", "_", key).lower(): value for key, value in (record.get("Answer") or {}).items()
     }
-    # The normalised aliases are the aliases in lower case and without punctuation: nothing a scorer would miss.
+    # The normalised aliases are the aliases in lower case without punctuation, which no scorer distinguishes.
     answers = [*_strings(answer.get("value"), split=False), *_strings(answer.get("aliases"))]
     answers = [text for text in answers if text != "<unk>"]  # the test split, whose answers were never published
     question = record.get("question", record.get("Question"))
     identifier = record.get("question_id", record.get("QuestionId"))
-    return _known("triviaqa", {"id": identifier}, question, answers)
+    return _to_schema("triviaqa", {"id": identifier}, question, answers)
 
 
-def _popqa(record: Record) -> Record:
+def _read_popqa(record: Record) -> Record:
     answers = _strings(record["possible_answers"])
     if record.get("obj") in answers:  # the name that Wikidata shows comes first
         answers = [record["obj"], *answers]
-    made = _known("popqa", record, record.get("question"), answers)
     title = record.get("s_wiki_title")
-    return made | {"supporting_titles": [title] if title else []}
+    titles = {"supporting_titles": [title] if title else []}
+    return _to_schema("popqa", record, record.get("question"), answers) | titles
 
 
-def _flashrag(record: Record, dataset: str) -> Record:
-    """`id`, `question`, `golden_answers`, and the rest of the original in `metadata`; Search-R1 has them too."""
-    metadata = _decoded(record.get("metadata"))
+def _read_flashrag(record: Record, dataset: str) -> Record:
+    """`id`, `question`, `golden_answers`, and the original's other columns in `metadata`; also Search-R1's files."""
+    metadata = _decode(record.get("metadata"))
     flat = (metadata if isinstance(metadata, dict) else {}) | {"id": record.get("id")}
-    return _known(dataset, flat, record["question"], _strings(record["golden_answers"]))
+    return _to_schema(dataset, flat, record["question"], _strings(record["golden_answers"]))
 
 
-def _reference(record: Record) -> Record:
-    """A row of the IGPO authors: chat messages, and the aliases in one string."""
+def _read_reference(record: Record) -> Record:
+    """A row of the IGPO authors' files: chat messages, and all aliases in one string."""
     expected = ("data_source", "prompt", "reward_model")
     if missing := [column for column in expected if column not in record]:
         raise ValueError(f"no column {missing}; got {sorted(record)}, expected at least {list(expected)}.")
     try:
-        question = _last_message(record["prompt"])
+        question = question_text(record["prompt"])
         truth = record["reward_model"]["ground_truth"]
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, IndexError) as error:
         raise ValueError(
             "expected `prompt` to be chat messages and `reward_model` to hold `ground_truth`, got "
             f"{record['prompt']!r} and {record['reward_model']!r}."
         ) from error
-    if isinstance(truth, dict):  # as files made for Search-R1 have it
+    if isinstance(truth, dict):  # in files made for Search-R1
         truth = truth.get("target")
     answers = [part.strip() for part in truth.split(ANSWER_SEPARATOR)] if isinstance(truth, str) else truth
     return {
@@ -133,39 +179,30 @@ def _reference(record: Record) -> Record:
     }
 
 
-def _last_message(prompt: Any) -> str:
-    """The question in a prompt: the text itself, or the content of the last message."""
-    if isinstance(prompt, str):
-        return prompt
-    if not prompt or not isinstance(prompt[-1], dict) or not isinstance(prompt[-1].get("content"), str):
-        raise ValueError(f"expected `prompt` to be chat messages, got {prompt!r}.")
-    return prompt[-1]["content"]
-
-
 def _hops(dataset: str, record: Record) -> int | None:
-    """How many pages a question needs, where the set, its type, its parts or its id tell."""
+    """How many pages a question needs, if the set, the question's type, its parts or its id tell."""
     if dataset in _HOPS_OF_SET:
         return _HOPS_OF_SET[dataset]
-    if parts := _decoded(record.get("question_decomposition")):
+    if parts := _decode(record.get("question_decomposition")):
         return len(parts)
-    if (of_type := _HOPS_OF_TYPE.get(str(record.get("type")))) is not None:
-        return of_type
+    if (hops := _HOPS_OF_TYPE.get(str(record.get("type")))) is not None:
+        return hops
     if number := re.match(r"(\d)hop", str(record.get("id"))):  # MuSiQue: 2hop__…, 3hop1__…
         return int(number.group(1))
     return len(_titles(record)) or None
 
 
 def _titles(record: Record) -> list[str]:
-    """Titles of the pages with the evidence, each once."""
-    facts = _decoded(record.get("supporting_facts"))
-    if isinstance(facts, dict):  # the hub's HotpotQA: columns of titles and of sentence numbers
+    """Distinct titles of the pages with the evidence."""
+    facts = _decode(record.get("supporting_facts"))
+    if isinstance(facts, dict):  # HotpotQA on the hub: columns of titles and of sentence numbers
         return _distinct(facts.get("title") or [])
     if facts:  # pairs, or one object per fact
         return _distinct(fact.get("title") if isinstance(fact, dict) else fact[0] for fact in facts)
-    if paragraphs := _decoded(record.get("paragraphs")):  # MuSiQue
+    if paragraphs := _decode(record.get("paragraphs")):  # MuSiQue
         return _distinct(part.get("title") for part in paragraphs if part.get("is_supporting"))
-    steps = _decoded(record.get("question_decomposition")) or []  # MuSiQue without its paragraphs
-    supports = [_decoded(step.get("support_paragraph")) for step in steps if isinstance(step, dict)]
+    steps = _decode(record.get("question_decomposition")) or []  # MuSiQue without its paragraphs
+    supports = [_decode(step.get("support_paragraph")) for step in steps if isinstance(step, dict)]
     return _distinct(support.get("title") for support in supports if isinstance(support, dict))
 
 
@@ -174,19 +211,17 @@ def _distinct(titles: Iterable[Any]) -> list[str]:
 
 
 def _strings(value: Any, split: bool = True) -> list[str]:
-    """A cell of answers: a list, a list written as text (`["a", "b"]`), or one answer."""
+    """The texts in a cell of answers: a list, a list written as text (`["a", "b"]`) if `split`, or a single answer."""
     if value is None or value == "":
         return []
     if isinstance(value, str):
-        decoded = _decoded(value) if split and value.lstrip().startswith("[") else None
+        decoded = _decode(value) if split and value.lstrip().startswith("[") else None
         return [str(part) for part in decoded] if isinstance(decoded, list) else [value]
-    if isinstance(value, list | tuple):
-        return [str(part) for part in value]
-    return [str(value)]
+    return [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
 
 
-def _decoded(value: Any) -> Any:
-    """What a cell holds that was written as text: JSON, or Python's own notation."""
+def _decode(value: Any) -> Any:
+    """Decodes a cell that was written as text, in JSON or Python notation. Other cells are returned as they are."""
     if not isinstance(value, str):
         return value
     for decode in (json.loads, ast.literal_eval):

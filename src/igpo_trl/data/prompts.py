@@ -1,4 +1,4 @@
-"""System prompts: two of our own, and any other from a string or a file."""
+"""System prompts: two built-in ones, and any other from a string or a file."""
 
 import os.path
 from pathlib import Path
@@ -7,38 +7,38 @@ THINK_SYSTEM_PROMPT = """\
 You answer questions by searching for evidence. In every turn, first reason inside <think> and </think>. Then do one \
 of two things: call a tool, as often as you need over the turns, or, once the evidence is enough, answer.
 Give the final answer inside <answer> and </answer>: a name, a number or a few words, without an explanation."""
-"""System prompt for models that reason in the open before they act."""
+"""System prompt for models that write down their reasoning before they act."""
 
 NO_THINK_SYSTEM_PROMPT = """\
 You answer questions by searching for evidence. In every turn do one of two things: call a tool, as often as you need \
 over the turns, or, once the evidence is enough, answer.
 Give the final answer inside <answer> and </answer>: a name, a number or a few words, without an explanation."""
-"""System prompt for models that do not reason in the open."""
+"""System prompt for models that do not write down their reasoning."""
 
 SYSTEM_PROMPTS: dict[str, str | None] = {
     "think": THINK_SYSTEM_PROMPT,
     "no_think": NO_THINK_SYSTEM_PROMPT,
     "none": None,
 }
-"""What the names `think`, `no_think` and `none` stand for."""
+"""System prompts by name."""
 
 _FILE_ENDINGS = (".txt", ".md", ".prompt")
 
 
 def resolve_system_prompt(prompt: str | Path | None) -> str | None:
     """
-    The text of a system prompt that is given by name, by file or as it stands.
+    The text of a system prompt, given its name, its file or the text itself.
 
     Args:
-        prompt (`str`, `Path` or `None`):
-            `"think"`, `"no_think"` or `"none"`; the path of a text file (a `Path`, an existing file, or anything
-            without a space that ends in `.txt`, `.md` or `.prompt`); else the text itself. `None` is no system prompt.
+        prompt (`str`, `Path` or `None`): `"think"`, `"no_think"` or `"none"`; the path of a text file (a `Path`, an
+            existing file, or anything without a space that ends in `.txt`, `.md` or `.prompt`); or the text itself.
+            `None` is no system prompt.
 
     Returns:
-        `str` or `None`: the text without surrounding space; `None` for no system message at all.
+        `str` or `None`: the text without surrounding space, or `None` for no system message.
 
     Raises:
-        FileNotFoundError: The file is missing.
+        FileNotFoundError: The file does not exist.
         ValueError: The text is empty, or the file is not UTF-8.
     """
     if prompt is None or prompt in SYSTEM_PROMPTS:
@@ -63,4 +63,4 @@ def _names_a_file(text: str) -> bool:
     one_word = not any(character.isspace() for character in text)
     if one_word and text.endswith(_FILE_ENDINGS):
         return True
-    return os.path.isfile(text)  # unlike that of Path, false for a text that is too long for a path
+    return os.path.isfile(text)  # unlike `Path.is_file`, false for a text that is too long for a path

@@ -1,24 +1,21 @@
-"""The seven question sets by name, and what a source of questions may be."""
+"""The seven question sets by name, and how a source of questions is resolved."""
 
 import difflib
-import os.path  # whose tests, unlike those of Path, take any text
+import os.path  # unlike the methods of Path, its functions accept any text
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..files import FILE_ENDINGS
 from .layouts import UNUSED_COLUMNS
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FILE_ENDINGS = tuple(f".{kind}{packed}" for kind in ("jsonl", "json", "csv", "tsv") for packed in ("", ".gz")) + (
-    ".parquet",
-)
-
 
 class QuestionSet(NamedTuple):
-    """Where a set lies on the hub: repository, configuration, our name of it, and the split that papers report."""
+    """A set on the hub: repository, configuration, name in this package, and the split that papers report."""
 
     repository: str
     config: str | None
@@ -37,7 +34,7 @@ QUESTION_SETS: dict[str, QuestionSet] = {
     "musique": QuestionSet(_FLASHRAG, "musique", "musique", "dev"),
     "bamboogle": QuestionSet(_FLASHRAG, "bamboogle", "bamboogle", "test"),
 }
-"""The seven sets by short name, all from one repository: Search-R1 and its successors use its splits."""
+"""The seven sets by short name, all from one repository, whose splits Search-R1 and its successors use."""
 
 ORIGINAL_SETS: dict[str, QuestionSet] = {
     original.repository.lower(): original
@@ -53,7 +50,7 @@ ORIGINAL_SETS: dict[str, QuestionSet] = {
         QuestionSet("chiayewken/bamboogle", None, "bamboogle", "test"),
     )
 }
-"""The same sets as their authors, or others, put them on the hub, by repository in lower case."""
+"""The same sets as published on the hub by their authors or others, by repository in lower case."""
 
 _OTHER_NAMES = {
     "tq": "triviaqa",
@@ -66,7 +63,7 @@ _OTHER_NAMES = {
 
 
 class Source(NamedTuple):
-    """One source of questions: a file, or a data set in a folder or on the hub with configuration and split."""
+    """A source of questions: a file, or a data set in a folder or on the hub, with configuration and split."""
 
     location: str
     is_file: bool = False
@@ -79,12 +76,17 @@ class Source(NamedTuple):
         return f"{self.location} ({details})" if details else self.location
 
 
-def parse_sources(source: str | Path | Sequence[str | Path]) -> list[str]:
+def find_sources(source: str | Path | Sequence[str | Path], split: str | None = None) -> list[Source]:
     """
-    The single sources in a list, or in a string of several that are separated by commas.
+    Resolves one or several sources, see [`find_source`]. Nothing is read, so a wrong name is reported before anything
+    else is done.
+
+    Args:
+        source (`str`, `Path` or sequence of these): A source, or several as a list or separated by commas.
+        split (`str`, *optional*): Split of the data sets for which `source` names none.
 
     Raises:
-        ValueError: There are none.
+        FileNotFoundError, ValueError: As [`find_source`]. Also `ValueError` if there is no source.
     """
     if isinstance(source, str | Path):
         text = str(source)
@@ -94,39 +96,29 @@ def parse_sources(source: str | Path | Sequence[str | Path]) -> list[str]:
     parts = [part.strip() for part in parts if part.strip()]
     if not parts:
         raise ValueError(
-            f"no source of questions in {source!r}: expected a file, or a name as {', '.join(QUESTION_SETS)}."
+            f"no source of questions in {source!r}: expected a file, or one of {', '.join(QUESTION_SETS)}."
         )
-    return parts
-
-
-def find_sources(source: str | Path | Sequence[str | Path], split: str | None = None) -> list[Source]:
-    """
-    What the sources mean, see [`find_source`]; nothing is read, so that a wrong name is found before anything else.
-
-    Raises:
-        FileNotFoundError, ValueError: as [`parse_sources`] and [`find_source`].
-    """
-    return [find_source(text, split) for text in parse_sources(source)]
+    return [find_source(part, split) for part in parts]
 
 
 def canonical_name(name: str) -> str:
-    """Our name of one of the seven sets that goes by another name too (`2wikimultihopqa`), else the name itself."""
+    """The short name of one of the seven sets, given any of its names (`2wikimultihopqa`); else the name itself."""
     known = QUESTION_SETS.get(_OTHER_NAMES.get(name.lower(), name.lower()))
     return known.dataset if known else name
 
 
 def find_source(text: str, split: str | None = None) -> Source:
     """
-    What a source means: one of the seven sets, an existing file or folder (`./nq` for a folder of such a name), or a
-    data set on the hub; `name:split` names a split.
+    Resolves a source: one of the seven sets, an existing file or folder (`./nq` for a folder with the name of a set),
+    or a data set on the hub. `name:split` names a split.
 
     Args:
-        text (`str`): one of [`parse_sources`].
-        split (`str`, *optional*): split of a data set that names none itself; a file has no splits.
+        text (`str`): The source.
+        split (`str`, *optional*): Split of a data set if `text` names none. Ignored for files, which have no splits.
 
     Raises:
-        FileNotFoundError: It looks like a file, or like nothing at all, and there is none.
-        ValueError: It is a file of no known kind.
+        FileNotFoundError: The file does not exist, or the text is neither a file nor a name on the hub.
+        ValueError: The file's format is unknown.
     """
     name, _, own_split = text.partition(":")
     key = _OTHER_NAMES.get(name.lower(), name.lower())
@@ -144,7 +136,7 @@ def find_source(text: str, split: str | None = None) -> Source:
     close = difflib.get_close_matches(name.lower(), [*QUESTION_SETS, *_OTHER_NAMES], n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     raise FileNotFoundError(
-        f"no such file of questions, and no data set that is known by that name: {text}.{hint} Expected a file "
+        f"no such file of questions, and no data set of that name: {text}.{hint} Expected a file "
         f"({', '.join(FILE_ENDINGS)}), one of {', '.join(QUESTION_SETS)}, or owner/name of a data set on the hub."
     )
 
@@ -173,19 +165,20 @@ def read_dataset(source: Source) -> tuple[str, Iterator[dict[str, Any]]]:
     Loads a split with `datasets`, from a folder or the hub, without the passages that come with the questions.
 
     Returns:
-        The split that was read, and its rows.
+        The name of the split and its rows.
 
     Raises:
-        FileNotFoundError: There is no such data set.
-        ValueError: It could not be loaded, has no such configuration or split, or has several and none was named.
+        FileNotFoundError: The data set does not exist.
+        ValueError: The data set cannot be loaded, lacks the configuration or split, or has several splits and none is
+            named.
     """
     loaded = _load(source)
     if isinstance(loaded, dict):
         split = source.split or (next(iter(loaded)) if len(loaded) == 1 else "")
         if split not in loaded:
-            wanted = f"there is no split {split}" if split else "several splits, and none was named"
+            problem = f"there is no split {split}" if split else "it has several splits, and none was named"
             raise ValueError(
-                f"{source}: {wanted}. It has {', '.join(loaded)}: take one, as {source.location}:{next(iter(loaded))}."
+                f"{source}: {problem}. Name one of {', '.join(loaded)}, as in {source.location}:{next(iter(loaded))}."
             )
         dataset = loaded[split]
     else:

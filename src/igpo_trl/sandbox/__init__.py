@@ -1,1 +1,1 @@
-"""A synthetic search task with its own tokenizer and tiny model: what IGPO does, on a laptop, in minutes."""
+"""A synthetic search task with its own tokenizer and tiny model, to try IGPO on a laptop in minutes."""

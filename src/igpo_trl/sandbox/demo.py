@@ -1,4 +1,4 @@
-"""The demo: GRPO and IGPO from the same warm start, on the same questions, side by side in a table."""
+"""The demo: trains GRPO and IGPO from the same warm start on the same questions, and compares them in a table."""
 
 import time
 import warnings
@@ -13,34 +13,35 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from ..report import plot_curves
-from ..trajectory import Trajectory, write_jsonl
-from .evaluate import Scores, rollouts
-from .train import LABELS, Budget, Run, make_trainer, train
-from .warm_start import WarmStartConfig, cache_dir, cache_key, warm_start
+from ..trajectory import write_jsonl
+from .evaluate import Scores, roll_out
+from .train import LABELS, Budget, TrainingRun, make_trainer, train_with_curve
+from .warm_start import WarmStartConfig, cache_entry, warm_start
 from .world import HOPS, make_dataset
 
-# World streams of the demo; the warm start has stream `seed` itself.
+# Streams of worlds, relative to the seed. The warm start uses stream `seed`.
 _TRAIN, _CURVE, _TEST = 1_000_001, 1_000_002, 1_000_003
 
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """What a demo runs.
+    """
+    What a demo runs.
 
-    Attributes:
-        methods: Method and KL weight, in the order of the table; the weights are those that `benchmarks/learning.py`
-            picked on its tuning seeds.
-        budget: Of the training of each method.
-        warm: The warm start, but for its seed.
-        test_questions: Held-out questions, answered once greedily and once by sampling.
-        note: Printed below the table.
+    Args:
+        methods (`tuple`): Pairs of method and KL weight, in the order of the table. The default weights are those that
+            `benchmarks/learning.py` selected on its tuning seeds.
+        budget ([`Budget`]): Training budget of each method.
+        warm ([`WarmStartConfig`]): The warm start. Its seed is replaced by the demo's.
+        test_questions (`int`): Held-out questions, answered once greedily and once by sampling.
+        note (`str`): Text below the table.
     """
 
     methods: tuple[tuple[str, float], ...] = (("grpo", 0.0), ("grpo_batch", 0.1), ("igpo_critic", 0.0))
     budget: Budget = Budget()
     warm: WarmStartConfig = WarmStartConfig()
     test_questions: int = 512
-    note: str = "One seed: small differences are chance, see benchmarks/learning.py."
+    note: str = "One seed: small differences are due to chance, see benchmarks/learning.py."
 
 
 QUICK = DemoPlan(
@@ -48,19 +49,21 @@ QUICK = DemoPlan(
     budget=Budget(steps=20, eval_every=5),
     warm=WarmStartConfig(epochs=1),
     test_questions=128,
-    note="Quick: far too few steps to learn anything, the numbers say nothing about the methods.",
+    note="Quick: too few steps to learn anything. The numbers say nothing about the methods.",
 )
 
 
 def run_demo(output_dir: Path, quick: bool = False, seed: int = 0, plan: DemoPlan | None = None) -> None:
-    """Warm start, train GRPO and IGPO with the same budget, evaluate, print the table, write curves and trajectories.
+    """
+    Trains GRPO and IGPO from one warm start with the same budget, evaluates them, prints a table, and writes learning
+    curves and trajectories.
 
     Args:
-        output_dir: Made if missing; files of an earlier demo are replaced.
-        quick: A minute or two instead of ten: a shorter warm start and fewer steps. It shows that everything runs;
-            its numbers say nothing about the methods.
-        seed: Of everything: warm start, questions, sampling.
-        plan: Another plan than the two of `quick`.
+        output_dir (`Path`): Created if missing. Files of an earlier demo are replaced.
+        quick (`bool`, *optional*, defaults to `False`): Take a minute or two instead of ten, with a shorter warm start
+            and fewer steps. This shows that everything runs; the numbers say nothing about the methods.
+        seed (`int`, *optional*, defaults to `0`): Seed of warm start, questions and sampling.
+        plan ([`DemoPlan`], *optional*): Used instead of the plan that `quick` selects.
     """
     plan = plan or (QUICK if quick else DemoPlan())
     output_dir = Path(output_dir)
@@ -68,11 +71,11 @@ def run_demo(output_dir: Path, quick: bool = False, seed: int = 0, plan: DemoPla
     console = Console()
     started = time.perf_counter()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # between TRL and transformers, nothing a reader can act on
+        warnings.simplefilter("ignore", FutureWarning)  # between TRL and transformers; users cannot act on them
         bars = transformers_logging.is_progress_bar_enabled()
         transformers_logging.disable_progress_bar()
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # matrices this small are slower on two
+        torch.set_num_threads(1)  # more threads slow down operations this small
         try:
             files = _run(output_dir, seed, plan, console)
         finally:
@@ -80,19 +83,19 @@ def run_demo(output_dir: Path, quick: bool = False, seed: int = 0, plan: DemoPla
             if bars:
                 transformers_logging.enable_progress_bar()
     console.print(f"\nDone in {(time.perf_counter() - started) / 60:.1f} minutes. Files:")
-    for path, what in files.items():
-        console.print(f"  {path}  [dim]{what}[/dim]", soft_wrap=True)
+    for path, description in files.items():
+        console.print(f"  {path}  [dim]{description}[/dim]", soft_wrap=True)
 
 
 def _run(output_dir: Path, seed: int, plan: DemoPlan, console: Console) -> dict[Path, str]:
     warm = WarmStartConfig(**vars(plan.warm) | {"seed": seed})
-    entry = cache_dir() / f"warm-start-{cache_key(warm)}"
-    how = "found in" if entry.exists() else f"learned once from {warm.demonstrations:,} demonstrations, kept in"
-    console.print(f"[bold]1. Warm start[/bold]: a policy that can search, but poorly; {how} {entry}", soft_wrap=True)
+    entry = cache_entry(warm)
+    origin = "cached in" if entry.exists() else f"trained once on {warm.demonstrations:,} demonstrations, saved to"
+    console.print(f"[bold]1. Warm start[/bold]: a policy that searches poorly, {origin} {entry}", soft_wrap=True)
     model = warm_start(warm)
     questions = list(make_dataset(seed + _TEST, plan.test_questions))
     files: dict[Path, str] = {}
-    table: list[tuple[str, Run | None, Scores, Scores]] = []
+    table: list[tuple[str, TrainingRun | None, Scores, Scores]] = []
     for number, (method, beta) in enumerate(plan.methods, start=2):
         budget = plan.budget
         console.print(
@@ -113,7 +116,7 @@ def _run(output_dir: Path, seed: int, plan: DemoPlan, console: Console) -> dict[
         )
         if not table:
             table.append(("Warm start", None, *_evaluate(trainer, questions, seed, output_dir / "warm_start", files)))
-        run = train(trainer, budget, seed + _CURVE)
+        run = train_with_curve(trainer, budget, seed + _CURVE)
         files[folder / "trajectories" / "rank0.jsonl"] = "every training rollout"
         table.append((LABELS[method], run, *_evaluate(trainer, questions, seed, folder, files)))
     console.print(_table(table, plan))
@@ -126,10 +129,10 @@ def _run(output_dir: Path, seed: int, plan: DemoPlan, console: Console) -> dict[
 def _evaluate(
     trainer: Any, questions: list[dict[str, Any]], seed: int, folder: Path, files: dict[Path, str]
 ) -> tuple[Scores, Scores]:
-    """Greedy and sampled scores on the held-out questions; the rollouts go to `folder`."""
+    """Greedy and sampled scores on the held-out questions. Writes the rollouts to `folder`."""
     scores = []
     for name, sample in (("greedy", False), ("sampled", True)):
-        trajectories: list[Trajectory] = rollouts(trainer, questions, sample=sample, seed=seed, beliefs=True)
+        trajectories = roll_out(trainer, questions, sample=sample, seed=seed, beliefs=True)
         path = folder / f"test_{name}.jsonl"
         write_jsonl(path, trajectories)
         files[path] = f"{name} rollouts on the held-out questions, with the belief before each turn"
@@ -137,7 +140,7 @@ def _evaluate(
     return scores[0], scores[1]
 
 
-def _table(rows: list[tuple[str, Run | None, Scores, Scores]], plan: DemoPlan) -> Table:
+def _table(rows: list[tuple[str, TrainingRun | None, Scores, Scores]], plan: DemoPlan) -> Table:
     title = f"{plan.test_questions} held-out questions in new worlds"
     table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=0, caption_justify="left")
     for name in ("policy", ""):
@@ -160,17 +163,15 @@ def _table(rows: list[tuple[str, Run | None, Scores, Scores]], plan: DemoPlan) -
     return table
 
 
-def _panels(runs: list[Run]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """The learning curves of all runs, by panel and label."""
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {
-        title: {} for title in ("Held-out EM, greedy", "Reward (F1) in training", "Groups with equal outcomes")
+def _panels(runs: list[TrainingRun]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Learning curves of all runs, by panel and label."""
+    return {
+        "Held-out EM, greedy": {
+            LABELS[run.method]: [(float(step), scores.em) for step, scores in run.curve.items()] for run in runs
+        },
+        "Reward (F1) in training": {LABELS[run.method]: _smooth(run.reward) for run in runs},
+        "Groups with equal outcomes": {LABELS[run.method]: _smooth(run.collapse) for run in runs},
     }
-    for run in runs:
-        held_out = [(float(step), scores.em) for step, scores in run.curve.items()]
-        lines = (held_out, _smooth(run.reward), _smooth(run.collapse))
-        for panel, line in zip(panels.values(), lines, strict=True):
-            panel[LABELS[run.method]] = line
-    return panels
 
 
 def _smooth(values: list[float], span: int = 10) -> list[tuple[float, float]]:

@@ -1,4 +1,4 @@
-"""Evaluation in the sandbox: the trainer's own rollouts, in evaluation mode, as trajectories and scores."""
+"""Evaluation in the sandbox: rolls out with the trainer in evaluation mode, and scores the trajectories."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Scores:
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory]) -> "Scores":
-        """Scores of trajectories whose `info` has `em`, `f1`, `hops` and `searches`."""
+        """Scores of trajectories from [`roll_out`]."""
         info = [trajectory.info for trajectory in trajectories]
         hops = sorted({row["hops"] for row in info})
         return cls(
@@ -37,7 +37,7 @@ class Scores:
         )
 
 
-def rollouts(
+def roll_out(
     trainer: Any,
     questions: Sequence[dict[str, Any]],
     *,
@@ -45,26 +45,27 @@ def rollouts(
     seed: int = 0,
     beliefs: bool = False,
 ) -> list[Trajectory]:
-    """One rollout per question by the trainer's own tool loop in evaluation mode.
+    """
+    One rollout per question, by the trainer's own rollout loop in evaluation mode.
 
     Args:
-        trainer: From [`make_trainer`](train.py), trained or not.
-        questions: Rows of [`make_dataset`].
-        sample: Sample at temperature 1 instead of taking the likeliest token.
-        seed: Of the sampling. Torch's generator is left as it was.
-        beliefs: Also score the belief before every turn.
+        trainer ([`SandboxGRPOTrainer`]): Trainer from [`make_trainer`], trained or not.
+        questions (sequence of `dict`): Rows of [`make_dataset`].
+        sample (`bool`, *optional*, defaults to `False`): Sample at temperature 1 instead of decoding greedily.
+        seed (`int`, *optional*, defaults to `0`): Seed of the sampling. The state of torch's generator is restored.
+        beliefs (`bool`, *optional*, defaults to `False`): Also score the belief before every turn.
 
     Returns:
-        Trajectories whose `info` has `em`, `f1`, `prediction`, `hops`, `searches` and `id`.
+        `list[Trajectory]`: their `info` has `em`, `f1`, `prediction`, `hops`, `searches` and `id`.
     """
-    caught: list[Trajectory] = []
+    trajectories: list[Trajectory] = []
 
-    def catch(inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
-        caught.extend(to_trajectories(trainer, inputs, output, beliefs=beliefs))
+    def collect(inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
+        trajectories.extend(to_trajectories(trainer, inputs, output, beliefs=beliefs))
 
     training, sink, generation = trainer.model.training, trainer.sink, trainer.generation_config
     trainer.model.eval()
-    trainer.sink = catch
+    trainer.sink = collect
     if not sample:
         sampling = dict.fromkeys(("temperature", "top_k", "top_p", "min_p"))
         trainer.generation_config = GenerationConfig(**generation.to_diff_dict() | {"do_sample": False} | sampling)
@@ -78,13 +79,13 @@ def rollouts(
         trainer.model.train(training)
         trainer.sink, trainer.generation_config = sink, generation
         trainer._metrics["eval"].clear()
-    return caught
+    return trajectories
 
 
 def to_trajectories(
     trainer: Any, inputs: list[dict[str, Any]], output: dict[str, Any], *, beliefs: bool = False
 ) -> list[Trajectory]:
-    """Records of a scored batch, see [`rollouts`]."""
+    """Records of a scored batch, see [`roll_out`]."""
     step = Step.from_output(inputs, output, training=False)
     if beliefs:
         probes = [build_probes(trainer.processing_class, row["answers"], ANSWER_TEMPLATE) for row in inputs]

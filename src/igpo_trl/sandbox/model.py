@@ -1,4 +1,6 @@
-"""The sandbox's own tokenizer and model, built in code: nothing is downloaded."""
+"""The sandbox's tokenizer and model. Both are built in code, so nothing is downloaded."""
+
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -9,7 +11,7 @@ ANSWER_TEMPLATE = "<answer>{answer}</answer>"
 
 _END, _PAD, _UNKNOWN = "<|im_end|>", "<|endoftext|>", "<|unk|>"
 _USER, _ASSISTANT, _TOOL = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_start|>tool\n"
-# One token each, so that a call costs five tokens of which three are decisions, yet its text is ordinary JSON.
+# One token each: a call has five tokens, of which three are decisions, yet its text is ordinary JSON.
 _CALL_OPEN, _CALL_CLOSE = '<tool_call>{"name": "search", "arguments": {"query": "', '"}}</tool_call>'
 _GLUED = (_CALL_OPEN, _CALL_CLOSE, "<answer>", "</answer>", "?", ".")
 _WORDS = ("Who", "The", "is", "the", "of", *RELATIONS, *SURNAMES, *GIVEN_NAMES)
@@ -51,10 +53,11 @@ _RESPONSE_TEMPLATE = {
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer of the world, with a chat template and a response template that TRL can call tools with.
+    """
+    Word-level tokenizer of the world, with a chat template and a response template with which TRL can call tools.
 
-    Words are joined by one space; markers and punctuation are glued to their neighbours. Any sequence of ids decodes
-    to a text that encodes to the same ids.
+    Decoding puts one space between words and none around markers and punctuation. Every sequence of ids decodes to a
+    text that encodes to the same ids.
     """
     special = (_PAD, _END, _UNKNOWN, _USER, _ASSISTANT, _TOOL)
     markers = (*special, *_GLUED)
@@ -80,15 +83,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, width: int = 64) -> Qwen2ForCausalLM:
-    """A two-layer Qwen2 with full attention in float32, its weights drawn from torch's global generator.
+    """
+    A two-layer Qwen2 with full attention in float32. The weights are drawn from torch's global generator.
 
     Args:
-        tokenizer: Gives the size of the vocabulary and the ids of pad and end.
-        width: Size of the hidden states. There are `width // 16` heads of 32 dimensions: with 16, rotary positions
-            are too coarse for "the token before", which copying is made of.
+        tokenizer (`PreTrainedTokenizerFast`): Determines the size of the vocabulary and the special ids.
+        width (`int`, *optional*, defaults to `64`): Size of the hidden states. There are `width // 16` heads of 32
+            dimensions. With 16, rotary positions are too coarse to attend to the previous token, as copying requires.
     """
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
+    return make_qwen2(
+        tokenizer,
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=2,
@@ -96,12 +100,20 @@ def make_model(tokenizer: PreTrainedTokenizerFast, width: int = 64) -> Qwen2ForC
         num_key_value_heads=width // 16,
         head_dim=32,
         max_position_embeddings=256,
+        initializer_range=width**-0.5,
+    )
+
+
+def make_qwen2(tokenizer: PreTrainedTokenizerFast, **shape: Any) -> Qwen2ForCausalLM:
+    """A Qwen2 with full attention and tied embeddings in float32. `shape` goes to `Qwen2Config`."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
         use_sliding_window=False,
         tie_word_embeddings=True,
-        initializer_range=width**-0.5,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
+        **shape,
     )
     return Qwen2ForCausalLM(config)

@@ -1,14 +1,15 @@
-"""Training and evaluation in the sandbox: `GRPOTrainer` and `IGPOTrainer` through their ordinary interfaces.
+"""
+Training in the sandbox, with `GRPOTrainer` and `IGPOTrainer` through their ordinary interfaces.
 
-Both get the same model, questions and budget, and their tool loops make the same rollouts; what a method changes is in
-[`METHODS`].
+Both get the same model, questions and budget, and their rollout loops make the same rollouts. The methods differ in
+[`METHODS`] alone.
 """
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..config import IGPOConfig
 from ..rewards import make_answer_reward
 from ..trainer import IGPOTrainer
 from ..trajectory import write_jsonl
-from .evaluate import Scores, rollouts, to_trajectories
+from .evaluate import Scores, roll_out, to_trajectories
 from .model import ANSWER_TEMPLATE, make_tokenizer
 from .world import MAX_SEARCHES, SearchEnvironment, make_dataset
 
@@ -45,15 +46,16 @@ _COMPLETION_TOKENS = MAX_SEARCHES * (_TURN_TOKENS + 12) + _TURN_TOKENS
 
 @dataclass(frozen=True)
 class Budget:
-    """How much to train and to look.
+    """
+    How much to train and to evaluate.
 
-    Attributes:
-        steps: Optimizer steps.
-        questions: Questions per step.
-        rollouts: Rollouts per question.
-        learning_rate: Constant over training.
-        eval_every: Steps between two points of the curve.
-        curve_questions: Held-out questions per point of the curve, answered greedily.
+    Args:
+        steps (`int`): Optimizer steps.
+        questions (`int`): Questions per step.
+        rollouts (`int`): Rollouts per question.
+        learning_rate (`float`): Constant over training.
+        eval_every (`int`): Steps between two points of the learning curve.
+        curve_questions (`int`): Held-out questions per point of the learning curve, answered greedily.
     """
 
     steps: int = 120
@@ -65,16 +67,17 @@ class Budget:
 
 
 @dataclass
-class Run:
-    """What one training run showed.
+class TrainingRun:
+    """
+    Measurements of one training run.
 
-    Attributes:
-        method: Key of [`METHODS`].
-        beta: Weight of the KL term.
-        curve: Greedy held-out scores by step, from step 0 on.
-        collapse: Per step, the share of groups whose rollouts all have the same outcome.
-        reward: Per step, the mean outcome.
-        seconds: Wall time of the training alone, without evaluations.
+    Args:
+        method (`str`): Key of [`METHODS`].
+        beta (`float`): Weight of the KL term.
+        curve (`dict[int, Scores]`): Greedy held-out scores by step, from step 0.
+        collapse (`list[float]`): Per step, the share of groups whose rollouts all have the same outcome.
+        reward (`list[float]`): Per step, the mean outcome.
+        seconds (`float`): Wall time of the training, without evaluations.
     """
 
     method: str
@@ -86,25 +89,22 @@ class Run:
 
     @property
     def area(self) -> float:
-        """Mean greedy EM over training: the area under the curve, trapezoids, divided by the steps."""
+        """Mean greedy EM over training: the area under the curve by trapezoids, divided by the steps."""
         steps = sorted(self.curve)
         pairs = list(zip(steps, steps[1:], strict=False))
         total = sum((b - a) * (self.curve[a].em + self.curve[b].em) / 2 for a, b in pairs)
         return total / (steps[-1] - steps[0]) if pairs else self.curve[steps[0]].em
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
-        return asdict(self) | {"area": self.area}
-
 
 class SandboxGRPOTrainer(GRPOTrainer):
-    """TRL's trainer; caches the rendering of passages, notes the outcomes, shows its rollouts to a `sink`.
+    """
+    TRL's trainer with the parent's rollouts, which also records outcomes and passes each scored batch to `sink`.
 
-    TRL renders two conversations for every single tool result, and the sandbox sees few different ones. The rollouts
-    themselves are the parent's.
+    It caches the token ids of tool results, because TRL renders two conversations for each and the sandbox has few
+    different ones.
     """
 
-    run: Run
+    run: TrainingRun
     sink: Callable[[list[dict[str, Any]], dict[str, Any]], None] | None = None
 
     def _get_tool_suffix_ids(self, tool_messages: list[dict[str, str]]) -> list[int]:
@@ -130,32 +130,30 @@ class SandboxGRPOTrainer(GRPOTrainer):
 
 
 class SandboxIGPOTrainer(SandboxGRPOTrainer, IGPOTrainer):
-    """This project's trainer with the same."""
+    """`IGPOTrainer` with the same additions."""
 
 
-class _Curve(TrainerCallback):
-    """Evaluates every few steps, and shows the last values in the progress bar."""
+class _CurveCallback(TrainerCallback):
+    """Adds a point to the learning curve every few steps, and shows the latest values in the progress bar."""
 
-    def __init__(self, every: int, evaluate: Callable[[], Scores], run: Run, bar: Any):
-        self.every, self.evaluate, self.run, self.bar = every, evaluate, run, bar
+    def __init__(self, every: int, measure: Callable[[], Scores], run: TrainingRun, bar: Any):
+        self.every, self.measure, self.run, self.bar = every, measure, run, bar
         self.seconds = 0.0
 
-    def _point(self, step: int) -> None:
+    def _add_point(self, step: int) -> None:
         started = time.perf_counter()
-        self.run.curve[step] = self.evaluate()
+        self.run.curve[step] = self.measure()
         self.seconds += time.perf_counter() - started
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._point(0)
+        self._add_point(0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self._point(state.global_step)
+            self._add_point(state.global_step)
         scores = self.run.curve[max(self.run.curve)]
-        self.bar.set_postfix(
-            reward=f"{self.run.reward[-1]:.2f}", held_out_em=f"{scores.em:.2f}", searches=f"{scores.searches:.1f}",
-            refresh=False,
-        )  # fmt: skip
+        values = {"reward": f"{self.run.reward[-1]:.2f}", "held_out_em": f"{scores.em:.2f}"}
+        self.bar.set_postfix(values, searches=f"{scores.searches:.1f}", refresh=False)
         self.bar.update()
 
 
@@ -171,51 +169,31 @@ def make_trainer(
     save_trajectories: bool = False,
     **options: Any,
 ) -> SandboxGRPOTrainer:
-    """The trainer of a method, built as a user would.
+    """
+    Makes the trainer of a method, with the arguments that a user would pass.
 
     Args:
-        method: Key of [`METHODS`].
-        model_path: Directory of the warm-started model.
-        output_dir: For trajectories; nothing else is written.
-        beta: Weight of the KL term to the warm-started model.
-        budget: Steps, questions, rollouts, learning rate.
-        seed: Seed of the sampling.
-        data_seed: Seed of the training worlds.
-        save_trajectories: Write every training rollout to `output_dir/trajectories`.
+        method (`str`): Key of [`METHODS`].
+        model_path (`Path`): Directory of the warm-started model.
+        output_dir (`Path`): Directory for trajectories. Nothing else is written.
+        beta (`float`, *optional*, defaults to `0.0`): Weight of the KL term to the warm-started model.
+        budget ([`Budget`], *optional*): Steps, questions, rollouts and learning rate. Defaults to `Budget()`.
+        seed (`int`, *optional*, defaults to `0`): Seed of the sampling.
+        data_seed (`int`, *optional*, defaults to `1`): Seed of the training worlds.
+        save_trajectories (`bool`, *optional*, defaults to `False`): Write every training rollout to
+            `output_dir/trajectories`.
         **options: Further options of the method's configuration.
     """
     budget = budget or Budget()
     options = METHODS[method] | options
     is_igpo = options.pop("igpo")
     if is_igpo:
-        # As TRL's loop takes a call that it cannot read
-        options = {"on_malformed_tool_call": "end"} | options
+        options = {"on_malformed_tool_call": "end"} | options  # as in TRL's loop
         options |= {"answer_template": ANSWER_TEMPLATE, "save_trajectories": save_trajectories}
-    batch = budget.questions * budget.rollouts
-    args = (IGPOConfig if is_igpo else GRPOConfig)(
-        output_dir=str(output_dir),
-        per_device_train_batch_size=batch,
-        per_device_eval_batch_size=batch,
-        num_generations=budget.rollouts,
-        num_generations_eval=1,
-        max_steps=budget.steps,
-        learning_rate=budget.learning_rate,
-        lr_scheduler_type="constant",
-        beta=beta,
-        max_completion_length=_COMPLETION_TOKENS,
-        generation_kwargs={"max_new_tokens": _TURN_TOKENS},
-        max_tool_calling_iterations=MAX_SEARCHES,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        logging_steps=1,
-        disable_tqdm=True,
-        seed=seed,
-        **options,
-    )
-    with _quiet_trl():
+    config_class = IGPOConfig if is_igpo else GRPOConfig
+    args = config_class(output_dir=str(output_dir), beta=beta, seed=seed, **_training_options(budget), **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*environment_factory.*experimental", category=UserWarning)
         trainer = (SandboxIGPOTrainer if is_igpo else SandboxGRPOTrainer)(
             model=AutoModelForCausalLM.from_pretrained(model_path),
             reward_funcs=make_answer_reward(format_penalty=0.0),
@@ -225,44 +203,64 @@ def make_trainer(
             environment_factory=SearchEnvironment,
         )
     trainer.remove_callback(PrinterCallback)
-    trainer.run = Run(method, beta)
+    trainer.run = TrainingRun(method, beta)
     if save_trajectories and not is_igpo:  # IGPOTrainer writes its own, with beliefs and advantages
-        path = output_dir / "trajectories" / "rank0.jsonl"
-
-        def write(inputs: list[dict[str, Any]], output: dict[str, Any]) -> None:
-            if trainer.model.training:
-                records = to_trajectories(trainer, inputs, output)
-                for i, record in enumerate(records):
-                    record.step, record.group = trainer.state.global_step, i // budget.rollouts
-                write_jsonl(path, records, append=True)
-
-        trainer.sink = write
+        trainer.sink = partial(_write_trajectories, trainer, output_dir / "trajectories" / "rank0.jsonl")
     return trainer
 
 
-def train(trainer: SandboxGRPOTrainer, budget: Budget, curve_seed: int, description: str = "") -> Run:
-    """Train, with a curve of greedy scores on held-out questions.
+def _training_options(budget: Budget) -> dict[str, Any]:
+    """Options that all methods share."""
+    batch = budget.questions * budget.rollouts
+    return {
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": batch,
+        "num_generations": budget.rollouts,
+        "num_generations_eval": 1,
+        "max_steps": budget.steps,
+        "learning_rate": budget.learning_rate,
+        "lr_scheduler_type": "constant",
+        "max_completion_length": _COMPLETION_TOKENS,
+        "generation_kwargs": {"max_new_tokens": _TURN_TOKENS},
+        "max_tool_calling_iterations": MAX_SEARCHES,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+
+
+def _write_trajectories(
+    trainer: SandboxGRPOTrainer, path: Path, inputs: list[dict[str, Any]], output: dict[str, Any]
+) -> None:
+    if trainer.model.training:
+        records = to_trajectories(trainer, inputs, output)
+        for i, record in enumerate(records):
+            record.step, record.group = trainer.state.global_step, i // trainer.num_generations
+        write_jsonl(path, records, append=True)
+
+
+def train_with_curve(
+    trainer: SandboxGRPOTrainer, budget: Budget, curve_seed: int, description: str = ""
+) -> TrainingRun:
+    """
+    Trains, and measures a learning curve of greedy scores on held-out questions.
 
     Args:
-        trainer: From [`make_trainer`].
-        budget: The same as there.
-        curve_seed: Seed of the held-out worlds of the curve.
-        description: For the progress bar.
+        trainer ([`SandboxGRPOTrainer`]): Trainer from [`make_trainer`].
+        budget ([`Budget`]): The budget that the trainer was made with.
+        curve_seed (`int`): Seed of the held-out worlds of the curve.
+        description (`str`, *optional*): Label of the progress bar. Defaults to the method's.
     """
     questions = list(make_dataset(curve_seed, budget.curve_questions))
     run = trainer.run
     with tqdm(total=budget.steps, desc=description or LABELS[run.method], unit="step") as bar:
-        curve = _Curve(budget.eval_every, lambda: Scores.of(rollouts(trainer, questions)), run, bar)
+        curve = _CurveCallback(budget.eval_every, lambda: Scores.of(roll_out(trainer, questions)), run, bar)
         trainer.add_callback(curve)
         started = time.perf_counter()
         trainer.train()
         run.seconds = time.perf_counter() - started - curve.seconds
     return run
-
-
-@contextmanager
-def _quiet_trl() -> Iterator[None]:
-    """TRL says that environments are experimental; the sandbox knows."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*environment_factory.*experimental", category=UserWarning)
-        yield

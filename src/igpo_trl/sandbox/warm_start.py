@@ -1,16 +1,14 @@
-"""Supervised warm start: a policy that can call, read and answer, but searches poorly and stops at random.
+"""
+Supervised warm start: a policy that can call, read and answer, but searches poorly and stops at random.
 
-Half of the demonstrations are trajectories in which some of the queries are random; the other half only teach
-reading: whatever the context holds, the loss is on the answer alone. The answer is the gold one in all of them, also
-where the context does not give it away, so that the trained probability of an answer is a posterior: the belief that
-information gain is made of. The passages are learned as well: what a name in a passage has to do with the query is how
-a model this small finds out how to copy.
+Half of the demonstrations are trajectories in which some queries are random. The other half only teach reading: their
+loss is on the answer, whatever the context contains. The answer is always the gold one, even if the context does not
+determine it, so the probability of an answer becomes a posterior: the belief that information gain is computed from.
+The loss includes the passages, because predicting the names in them is how so small a model learns to copy.
 """
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -19,30 +17,36 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
+from ..files import cache_dir, replace_when_complete
 from . import model as model_module
 from . import world as world_module
 from .model import make_model, make_tokenizer
 from .world import MAX_SEARCHES, RELATIONS, World
 
 IGNORE = -100
+"""Label of a token without loss."""
+
+Example = tuple[torch.Tensor, torch.Tensor]  # token ids and labels, both (T,)
 
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """Everything that determines the warm-started weights, given the code.
+    """
+    Everything besides the code that determines the warm-started weights.
 
-    Attributes:
-        seed: Seed of the worlds, of the demonstrations and of the initial weights.
-        demonstrations: Number of demonstrations, half trajectories and half reading.
-        epochs: Passes over them.
-        batch_size: Demonstrations per optimizer step.
-        learning_rate: Peak of a one-cycle schedule.
-        width: Hidden size of the model.
-        random_queries: Share of the trajectories' queries of which one part, person or relation, is random.
-        relevant_reads: Share of the reading demonstrations' passages that are the next fact of the chain.
+    Args:
+        seed (`int`): Seed of worlds, demonstrations and initial weights.
+        demonstrations (`int`): Number of demonstrations, half trajectories and half reading.
+        epochs (`int`): Passes over them.
+        batch_size (`int`): Demonstrations per optimizer step.
+        learning_rate (`float`): Peak of a one-cycle schedule.
+        width (`int`): Hidden size of the model.
+        random_queries (`float`): Share of the trajectories' queries in which the person or the relation is random.
+        relevant_reads (`float`): Share of the reading demonstrations' passages that are the next fact of the chain.
     """
 
     seed: int = 0
@@ -51,33 +55,34 @@ class WarmStartConfig:
     batch_size: int = 32
     learning_rate: float = 6e-3
     width: int = 64
-    # With half of them random, a model of this size succeeds in one sampled rollout of a hundred: too few to learn
+    # At one half, this model succeeds in one of a hundred sampled rollouts, which is too few to learn from.
     random_queries: float = 0.3
     relevant_reads: float = 0.85
 
 
 def demonstration(world: World, rng: np.random.Generator, random_share: float) -> list[dict[str, Any]]:
-    """One conversation: the question, 0 to 4 searches, the gold answer.
+    """
+    One conversation: the question, 0 to 4 searches, the gold answer.
 
     Args:
-        world: The question's world.
-        rng: Draws the number of searches and the random queries.
-        random_share: Chance of each query to differ from the next one of the chain: either the person or the relation
-            is random. Once the chain is complete both are.
+        world (`World`): The question's world.
+        rng (`numpy.random.Generator`): Draws the number of searches and the random queries.
+        random_share (`float`): Probability that a query is not the next one of the chain: either the person or the
+            relation is random. After the end of the chain both are.
     """
     question = world.question
     messages: list[dict[str, Any]] = [{"role": "user", "content": question.text}]
-    found = 0
+    hop = 0
     for _ in range(rng.integers(MAX_SEARCHES + 1)):
         person, relation = int(rng.integers(len(world.names))), int(rng.integers(len(RELATIONS)))
-        if found < question.hops:
+        if hop < question.hops:
             keep_person, keep_relation = True, True
             if rng.random() < random_share:
                 keep_person = bool(rng.integers(2))
                 keep_relation = not keep_person
-            person = question.path[found] if keep_person else person
-            relation = question.relations[found] if keep_relation else relation
-            found += (person, relation) == (question.path[found], question.relations[found])
+            person = question.path[hop] if keep_person else person
+            relation = question.relations[hop] if keep_relation else relation
+            hop += (person, relation) == (question.path[hop], question.relations[hop])
         query = world.query(person, relation)
         call = {"type": "function", "function": {"name": "search", "arguments": {"query": query}}}
         messages.append({"role": "assistant", "content": "", "tool_calls": [call]})
@@ -86,8 +91,8 @@ def demonstration(world: World, rng: np.random.Generator, random_share: float) -
     return messages
 
 
-def make_examples(config: WarmStartConfig, tokenizer: PreTrainedTokenizerFast) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Token ids and labels of all demonstrations; labels are -100 where no loss is taken."""
+def make_examples(config: WarmStartConfig, tokenizer: PreTrainedTokenizerFast) -> list[Example]:
+    """Token ids and labels of all demonstrations."""
     rng = np.random.default_rng((config.seed, 1))
     conversations, reading = [], np.arange(config.demonstrations) % 2 == 1
     for index in range(config.demonstrations):
@@ -98,10 +103,10 @@ def make_examples(config: WarmStartConfig, tokenizer: PreTrainedTokenizerFast) -
     header = tokenizer.convert_tokens_to_ids("<|im_start|>assistant\n")
     passage = tokenizer.convert_tokens_to_ids("<|im_start|>tool\n")
     examples = []
-    for ids, only_answer in zip(map(np.asarray, encoded), reading, strict=True):
+    for ids, only_answer in zip(map(torch.tensor, encoded), reading, strict=True):
         starts = np.flatnonzero(ids == header)
         ends = np.flatnonzero(ids == tokenizer.eos_token_id)
-        labels = np.full_like(ids, IGNORE)
+        labels = torch.full_like(ids, IGNORE)
         for start in starts[-1:] if only_answer else starts:
             turn = slice(start + 1, ends[ends > start][0] + 1)
             labels[turn] = ids[turn]
@@ -109,20 +114,28 @@ def make_examples(config: WarmStartConfig, tokenizer: PreTrainedTokenizerFast) -
             turn = slice(start + 1, ends[ends > start][0])
             labels[turn] = ids[turn]
         if only_answer:
-            labels[starts[-1] + 1] = IGNORE  # how to answer, not when: the opening tag is the policy's decision
+            labels[starts[-1] + 1] = IGNORE  # the opening tag: these teach how to answer, not when
         examples.append((ids, labels))
     return examples
 
 
+def pad_batch(examples: list[Example], pad_token_id: int) -> Example:
+    """Token ids and labels of several examples, (B, T). With causal attention, padding on the right needs no mask."""
+    return (
+        pad_sequence([ids for ids, _ in examples], batch_first=True, padding_value=pad_token_id),
+        pad_sequence([labels for _, labels in examples], batch_first=True, padding_value=IGNORE),
+    )
+
+
 def _batches(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Shuffled batches of examples of about equal length."""
+    """Shuffled batches of examples of similar length."""
     order = np.lexsort((rng.random(len(lengths)), lengths))
     batches = np.split(order, range(batch_size, len(order), batch_size))
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def train_warm_start(config: WarmStartConfig) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast]:
-    """Train the policy from scratch; two to three minutes on one core with the default configuration."""
+    """Trains the policy from scratch. The default configuration takes two to three minutes on one core."""
     tokenizer = make_tokenizer()
     examples = make_examples(config, tokenizer)
     lengths = np.array([len(ids) for ids, _ in examples])
@@ -137,25 +150,23 @@ def train_warm_start(config: WarmStartConfig) -> tuple[Qwen2ForCausalLM, PreTrai
     )
     opening = tokenizer.convert_tokens_to_ids("<answer>")
     closing = torch.tensor(tokenizer.convert_tokens_to_ids(["</answer>", tokenizer.eos_token]))
-    rest_per_batch = config.batch_size * (sum((labels != IGNORE).sum() for _, labels in examples) / len(examples) - 2)
+    others_per_batch = config.batch_size * (
+        sum((labels != IGNORE).sum() for _, labels in examples) / len(examples) - 2
+    )
     model.train()
     average = 0.0
     with tqdm(total=steps, desc="Warm start", unit="step") as bar:
         for _ in range(config.epochs):
             for batch in _batches(lengths, config.batch_size, rng):
-                ids = torch.full((len(batch), int(lengths[batch].max())), tokenizer.pad_token_id)
-                labels = torch.full_like(ids, IGNORE)
-                for row, example in enumerate(batch):  # padded on the right, where causal attention never looks
-                    ids[row, : lengths[example]] = torch.from_numpy(examples[example][0])
-                    labels[row, : lengths[example]] = torch.from_numpy(examples[example][1])
+                ids, labels = pad_batch([examples[i] for i in batch], tokenizer.pad_token_id)
                 hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-                chosen = labels[:, 1:] != IGNORE
-                targets = labels[:, 1:][chosen]
-                losses = torch.nn.functional.cross_entropy(model.lm_head(hidden[chosen]), targets, reduction="none")
-                named = ((ids[:, :-1] == opening).cumsum(dim=1) > 0)[chosen] & ~torch.isin(targets, closing)
-                # The answer's two names among thirty other tokens: without a mean of their own they would be learned
-                # last. The rest is divided by a constant, for a batch of short rollouts must not count for more.
-                loss = losses[named].mean() + losses[~named].sum() / rest_per_batch
+                is_target = labels[:, 1:] != IGNORE
+                targets = labels[:, 1:][is_target]
+                losses = torch.nn.functional.cross_entropy(model.lm_head(hidden[is_target]), targets, reduction="none")
+                is_name = ((ids[:, :-1] == opening).cumsum(dim=1) > 0)[is_target] & ~torch.isin(targets, closing)
+                # The answer's two names get their own mean: among thirty other tokens they would be learned last. The
+                # other losses are divided by a constant, so that short rollouts do not get a larger weight.
+                loss = losses[is_name].mean() + losses[~is_name].sum() / others_per_batch
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -167,17 +178,18 @@ def train_warm_start(config: WarmStartConfig) -> tuple[Qwen2ForCausalLM, PreTrai
     return model.eval(), tokenizer
 
 
-def cache_dir() -> Path:
-    """Where warm-started models are kept: `$IGPO_CACHE`, or else `~/.cache/igpo_trl`."""
-    return Path(os.environ.get("IGPO_CACHE") or Path.home() / ".cache" / "igpo_trl")
+def cache_entry(config: WarmStartConfig, directory: Path | None = None) -> Path:
+    """
+    Where the warm-started model is cached, whether or not it exists yet.
 
-
-def cache_key(config: WarmStartConfig) -> str:
-    """Digest of all that determines the warm-started weights: configuration, this package's code, torch's version."""
+    The name has a digest of everything that determines the weights: the configuration, this package's code, and the
+    versions of torch and transformers.
+    """
     code = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (world_module, model_module)]
     code.append(Path(__file__).read_text(encoding="utf-8"))
     parts = [asdict(config), code, metadata.version("torch"), metadata.version("transformers")]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return (directory or cache_dir()) / f"warm-start-{digest}"
 
 
 def warm_start(
@@ -185,25 +197,24 @@ def warm_start(
     directory: Path | None = None,
     train: Callable[[WarmStartConfig], tuple[Any, Any]] = train_warm_start,
 ) -> Path:
-    """Directory of the warm-started model and its tokenizer, trained now unless it is cached.
+    """
+    Directory of the warm-started model and its tokenizer. Trains them if they are not cached.
 
     Args:
-        config: What to train; default `WarmStartConfig()`.
-        directory: The cache, default `cache_dir()`. An entry appears in it whole or not at all.
-        train: Trains a model and a tokenizer that both have `save_pretrained`.
+        config ([`WarmStartConfig`], *optional*): What to train. Defaults to `WarmStartConfig()`.
+        directory (`Path`, *optional*): The cache. Defaults to [`cache_dir`]. Incomplete entries never appear in it.
+        train (`Callable`, *optional*): Trains a model and a tokenizer, which both have `save_pretrained`.
     """
     config = config or WarmStartConfig()
-    directory = directory or cache_dir()
-    entry = directory / f"warm-start-{cache_key(config)}"
+    entry = cache_entry(config, directory)
     if (entry / "config.json").exists():
         return entry
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".unfinished-") as unfinished:
-        for part in train(config):
-            part.save_pretrained(Path(unfinished) / "model")
-        try:
-            (Path(unfinished) / "model").rename(entry)
-        except OSError:  # another process has finished the same one in the meantime
-            if not (entry / "config.json").exists():
-                raise
+    parts = train(config)
+    try:
+        with replace_when_complete(entry) as unfinished:
+            for part in parts:
+                part.save_pretrained(unfinished)
+    except OSError:  # another process has finished the same one in the meantime
+        if not (entry / "config.json").exists():
+            raise
     return entry

@@ -1,12 +1,12 @@
-"""A synthetic world of multi-hop questions: a fresh graph for every question, one fact for every search.
+"""
+A synthetic world of multi-hop questions: every question has its own graph, and every search returns one fact of it.
 
 Each world has 24 people in 6 families of 4. A family shares its surname, and 4 of the 8 relations stay inside the
-family, so that a middle hop already says something about the answer. Nothing can be learned by heart: names are dealt
-anew in every world. A question is the composition of 2 or 3 relations; a search returns one fact.
+family, so a middle hop already narrows down the answer. Every world shuffles the names, so no fact can be memorised. A
+question is the composition of 2 or 3 relations.
 """
 
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +30,14 @@ _RELATION_INDEX = {name: i for i, name in enumerate(RELATIONS)}
 
 @dataclass(frozen=True)
 class Question:
-    """A question and the chain of facts that answers it.
+    """
+    A question and the chain of facts that answers it.
 
-    Attributes:
-        text: The question in words.
-        answer: The gold answer, a full name.
-        path: People on the way, by index: `hops + 1` of them, all different, from the one named to the answer.
-        relations: The relation of each hop, by index, in the order in which they have to be looked up.
+    Args:
+        text (`str`): The question in words.
+        answer (`str`): The gold answer, a full name.
+        path (`tuple[int, ...]`): Indices of the `hops + 1` people, all different, from the one named to the answer.
+        relations (`tuple[int, ...]`): Index of the relation of each hop, in the order of the lookups.
     """
 
     text: str
@@ -51,11 +52,12 @@ class Question:
 
 
 class World:
-    """The graph of one question, a function of `(seed, index)` alone.
+    """
+    The graph of one question, determined by `(seed, index)`.
 
     Args:
-        seed: Stream of worlds: training, validation and test use different ones.
-        index: Position in the stream.
+        seed (`int`): Stream of worlds. Training, validation and test use different streams.
+        index (`int`): Position in the stream.
     """
 
     def __init__(self, seed: int, index: int) -> None:
@@ -70,12 +72,11 @@ class World:
         first_of_family, place = person - person % FAMILY_SIZE, person % FAMILY_SIZE
         inside = (place + rng.integers(1, FAMILY_SIZE, (people, len(FAMILY_RELATIONS)))) % FAMILY_SIZE
         outside = rng.integers(FAMILY_SIZE, people, (people, len(OTHER_RELATIONS)))
-        self._target = np.hstack(
-            [first_of_family + inside, (first_of_family + outside) % people]
-        )  # (people, relations)
-        self.question = self._ask(rng)
+        # (people, relations)
+        self._target = np.hstack([first_of_family + inside, (first_of_family + outside) % people])
+        self.question = self._draw_question(rng)
 
-    def _ask(self, rng: np.random.Generator) -> Question:
+    def _draw_question(self, rng: np.random.Generator) -> Question:
         hops = HOPS[rng.integers(len(HOPS))]
         while True:
             relations = tuple(int(r) for r in rng.permutation(len(RELATIONS))[:hops])
@@ -89,7 +90,7 @@ class World:
         return Question(text, self.names[path[-1]], tuple(path), relations)
 
     def follow(self, person: int, relation: int) -> int:
-        """Index of the person that `relation` leads to from `person`."""
+        """Index of the person who has this relation to `person`."""
         return int(self._target[person, relation])
 
     def query(self, person: int, relation: int) -> str:
@@ -101,49 +102,54 @@ class World:
         return f"The {RELATIONS[relation]} of {self.names[person]} is {self.names[self.follow(person, relation)]}."
 
     def search(self, query: str) -> str:
-        """The fact that the query names, or else an irrelevant fact, the same one for the same query."""
+        """The fact that the query names, or an irrelevant fact, which is always the same for the same query."""
         name, _, relation = query.rpartition(" ")
         if name in self._person and relation in _RELATION_INDEX:
             return self.fact(self._person[name], _RELATION_INDEX[relation])
         return self.irrelevant_fact(zlib.crc32(query.encode()))
 
     def irrelevant_fact(self, draw: int) -> str:
-        """A fact off the question's path, chosen by the number `draw`."""
+        """A fact that is not on the question's path, selected by the number `draw`."""
         needed = set(zip(self.question.path, self.question.relations, strict=False))
         facts = [(p, r) for p in range(len(self.names)) for r in range(len(RELATIONS)) if (p, r) not in needed]
         return self.fact(*facts[draw % len(facts)])
 
 
-def rows(seed: int, count: int, start: int = 0) -> Iterator[dict[str, Any]]:
-    """Dataset rows of the worlds `(seed, start)` to `(seed, start + count - 1)`."""
+def make_dataset(seed: int, count: int, start: int = 0) -> Dataset:
+    """
+    Questions of the worlds `(seed, start)` to `(seed, start + count - 1)`.
+
+    Returns:
+        `datasets.Dataset`: `prompt`, `answers`, `hops`, `id`, and `world_seed` and `world_index`.
+    """
+    rows = []
     for index in range(start, start + count):
         question = World(seed, index).question
-        yield {
-            "prompt": [{"role": "user", "content": question.text}],
-            "answers": [question.answer],
-            "hops": question.hops,
-            "id": f"sandbox-{seed}-{index}",
-            "world_seed": seed,
-            "world_index": index,
-        }
-
-
-def make_dataset(seed: int, count: int, start: int = 0) -> Dataset:
-    """Questions as a `datasets.Dataset`: `prompt`, `answers`, `hops`, `id` and the numbers that rebuild the world."""
-    return Dataset.from_list(list(rows(seed, count, start)))
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": question.text}],
+                "answers": [question.answer],
+                "hops": question.hops,
+                "id": f"sandbox-{seed}-{index}",
+                "world_seed": seed,
+                "world_index": index,
+            }
+        )
+    return Dataset.from_list(rows)
 
 
 class SearchEnvironment:
-    """The world as TRL sees it: `environment_factory=SearchEnvironment` gives every rollout its own."""
+    """The world as an environment of TRL: with `environment_factory=SearchEnvironment` every rollout gets its own."""
 
     def __init__(self) -> None:
         self._world: World | None = None
 
     def reset(self, **row: Any) -> None:
-        """Go to the world of a dataset row.
+        """
+        Switches to the world of a data set row.
 
         Args:
-            **row: A row of `make_dataset`; `world_seed` and `world_index` are read.
+            **row: A row of `make_dataset`, of which `world_seed` and `world_index` are read.
         """
         self._world = World(row["world_seed"], row["world_index"])
 
