@@ -199,35 +199,25 @@ def turn_advantages(
     other turns keep theirs.
 
     Args:
-        info_gain (`torch.Tensor` of shape (B, K)):
-            Gain of each turn (difference of probabilities, or of log-probabilities in nats). Read for
-            `k < num_turns - 1` only.
-        outcome (`torch.Tensor` of shape (B,)):
-            Outcome reward of each rollout.
-        num_turns (`torch.Tensor` of shape (B,)):
-            Number of turns of each rollout, between 1 and K.
-        num_generations (`int`):
-            Group size G; rows `iG … (i+1)G - 1` answer the same question.
-        normalization (`str`, *optional*, defaults to `"separate"`):
-            Name of the estimator: `"joint"`, `"separate"`, `"per_turn"` or `"critic"`.
-        gamma (`float`, *optional*, defaults to `1.0`):
-            Discount per turn (not per token).
-        scale (`bool` or `str`, *optional*, defaults to `True`):
-            What to divide by: `True` or `"group"` the pool's standard deviation, `"batch"` that of the whole batch,
-            `False` or `"none"` nothing. The critic divides by the root mean square over the batch unless this is
-            `"none"`.
-        info_gain_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the gains, applied after normalisation (before it, a z-score would undo it).
-        outcome_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the outcome, likewise.
-        std_floor (`float`, *optional*, defaults to `1e-2`):
-            Smallest standard deviation divided by, in units of the reward, so that noise is not blown up to unit
-            scale.
-        beliefs (`torch.Tensor` of shape (B, K), *optional*):
-            Probability of the answer before turn k; read by the critic only. Defaults to the running sum of
-            `info_gain`, which is the belief relative to the prompt's.
-        gae_lambda (`float`, *optional*, defaults to `0.8`):
-            λ of the critic's generalised advantage estimation.
+        info_gain (`torch.Tensor` of shape (B, K)): Gain of each turn (difference of probabilities, or of
+            log-probabilities in nats). Read for `k < num_turns - 1` only.
+        outcome (`torch.Tensor` of shape (B,)): Outcome reward of each rollout.
+        num_turns (`torch.Tensor` of shape (B,)): Number of turns of each rollout, between 1 and K.
+        num_generations (`int`): Group size G; rows `iG … (i+1)G - 1` answer the same question.
+        normalization (`str`, *optional*, defaults to `"separate"`): Name of the estimator: `"joint"`, `"separate"`,
+            `"per_turn"` or `"critic"`.
+        gamma (`float`, *optional*, defaults to `1.0`): Discount per turn (not per token).
+        scale (`bool` or `str`, *optional*, defaults to `True`): What to divide by: `True` or `"group"` the pool's
+            standard deviation, `"batch"` that of the whole batch, `False` or `"none"` nothing. The critic divides by
+            the root mean square over the batch unless this is `"none"`.
+        info_gain_weight (`float`, *optional*, defaults to `1.0`): Weight of the gains, applied after normalisation
+            (before it, a z-score would undo it).
+        outcome_weight (`float`, *optional*, defaults to `1.0`): Weight of the outcome, likewise.
+        std_floor (`float`, *optional*, defaults to `1e-2`): Smallest standard deviation divided by, in units of the
+            reward, so that noise is not blown up to unit scale.
+        beliefs (`torch.Tensor` of shape (B, K), *optional*): Probability of the answer before turn k; read by the
+            critic only. Defaults to the running sum of `info_gain`, which is the belief relative to the prompt's.
+        gae_lambda (`float`, *optional*, defaults to `0.8`): λ of the critic's generalised advantage estimation.
 
     Returns:
         `torch.Tensor` of shape (B, K), of the dtype of `info_gain`: advantages, 0 beyond `num_turns`.

@@ -99,10 +99,8 @@ def render_trajectory(trajectory: Trajectory, width: int = 24) -> "RenderableTyp
     The transcript of a rollout for the terminal, with a bar for the belief after each turn.
 
     Args:
-        trajectory ([`Trajectory`]):
-            The rollout.
-        width (`int`, *optional*, defaults to `24`):
-            Length of the bar of a belief of 1, in characters.
+        trajectory ([`Trajectory`]): The rollout.
+        width (`int`, *optional*, defaults to `24`): Length of the bar of a belief of 1, in characters.
 
     Returns:
         A renderable for `rich.console.Console.print`.
@@ -158,10 +156,8 @@ def plot_curves(
         panels (mapping of `str` to mapping of `str` to sequence of `(x, y)`):
             By title of the panel and name of the curve, the points of the curve. A curve has the same colour in every
             panel. Points that are not finite are left out.
-        path (`str` or `Path`):
-            File to write, in the format of its suffix. Parent folders are created.
-        xlabel (`str`, *optional*, defaults to `"training step"`):
-            Label of the x axis.
+        path (`str` or `Path`): File to write, in the format of its suffix. Parent folders are created.
+        xlabel (`str`, *optional*, defaults to `"training step"`): Label of the x axis.
 
     Raises:
         ValueError: `panels` is empty.
@@ -211,12 +207,10 @@ def plot_rollout(trajectory: Trajectory, path: str | Path, max_lines: int = 4) -
     plot says so.
 
     Args:
-        trajectory ([`Trajectory`]):
-            The rollout. Turns without a belief get no bar.
-        path (`str` or `Path`):
-            File to write, in the format of its suffix. Parent folders are created.
-        max_lines (`int`, *optional*, defaults to `4`):
-            Maximum number of lines for each part of a turn and each observation.
+        trajectory ([`Trajectory`]): The rollout. Turns without a belief get no bar.
+        path (`str` or `Path`): File to write, in the format of its suffix. Parent folders are created.
+        max_lines (`int`, *optional*, defaults to `4`): Maximum number of lines for each part of a turn and each
+            observation.
 
     Raises:
         ImportError: matplotlib is not installed.

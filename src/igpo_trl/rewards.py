@@ -49,11 +49,10 @@ def extract_answer(text: str, variant: Variant = "squad") -> str | None:
     `<think>` that is never closed, is not read. Tags match in any case.
 
     Args:
-        text (`str`):
-            One assistant turn. Do not pass a transcript: tool results would be read as well.
-        variant (`str`, *optional*, defaults to `"squad"`):
-            `"reference"` follows the authors' scorer instead: the *first* block, possibly empty (`""`), reasoning
-            included, provided that the `answer`, `think`, `tool_call` and `code` tags balance.
+        text (`str`): One assistant turn. Do not pass a transcript: tool results would be read as well.
+        variant (`str`, *optional*, defaults to `"squad"`): `"reference"` follows the authors' scorer instead: the
+            *first* block, possibly empty (`""`), reasoning included, provided that the `answer`, `think`, `tool_call`
+            and `code` tags balance.
 
     Returns:
         `str` or `None`: the answer, or `None` if it is missing or malformed.
@@ -82,12 +81,9 @@ def f1_score(prediction: str | None, answers: str | Sequence[str], variant: Vari
     1 if neither has and 0 otherwise (as SQuAD 2.0 does), `"reference"` always 0.
 
     Args:
-        prediction (`str` or `None`):
-            Predicted answer; `None`, as [`extract_answer`] returns it, scores 0.
-        answers (`str` or sequence of `str`):
-            Gold answer, or its aliases.
-        variant (`str`, *optional*, defaults to `"squad"`):
-            `"squad"` or `"reference"`.
+        prediction (`str` or `None`): Predicted answer; `None`, as [`extract_answer`] returns it, scores 0.
+        answers (`str` or sequence of `str`): Gold answer, or its aliases.
+        variant (`str`, *optional*, defaults to `"squad"`): `"squad"` or `"reference"`.
 
     Returns:
         `float`: F1 in [0, 1].
@@ -172,17 +168,14 @@ def answer_reward(
     more; with `0.0` a wrong answer is worth no more than none.
 
     Args:
-        completions (sequence of `str` or of message lists):
-            What the policy and the tools produced after the prompt, as TRL passes it.
-        answers (sequence of `str` or of sequences of `str`):
-            Gold answers of each completion: the data set's `answers` column.
-        answer_column (`str`, *optional*, defaults to `"answers"`):
-            Name of the column that holds the answers. To set this and the following options for
-            training, see [`make_answer_reward`].
-        format_penalty (`float`, *optional*, defaults to `-2.0`):
-            Reward of a completion without a well-formed answer.
-        variant (`str`, *optional*, defaults to `"squad"`):
-            Scorer: `"squad"` or `"reference"`.
+        completions (sequence of `str` or of message lists): What the policy and the tools produced after the prompt,
+            as TRL passes it.
+        answers (sequence of `str` or of sequences of `str`): Gold answers of each completion: the data set's `answers`
+            column.
+        answer_column (`str`, *optional*, defaults to `"answers"`): Name of the column that holds the answers. To set
+            this and the following options for training, see [`make_answer_reward`].
+        format_penalty (`float`, *optional*, defaults to `-2.0`): Reward of a completion without a well-formed answer.
+        variant (`str`, *optional*, defaults to `"squad"`): Scorer: `"squad"` or `"reference"`.
         columns:
             Further columns and TRL's own arguments; only `columns[answer_column]` is read.
 

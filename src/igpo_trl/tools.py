@@ -62,18 +62,16 @@ def tool(
     anyone may call it as before. Synchronous and asynchronous functions and methods of environments all work.
 
     Args:
-        pure (`bool`, *optional*, defaults to `False`):
-            Equal arguments give equal results and nothing else happens: equal calls of one round are run once.
-        batch (`Callable`, *optional*):
-            Answers all calls of a round at once. It takes the tool's parameters, each a list with one value per call
-            (defaults filled in), and returns one result per call, in order. May be asynchronous. Not used for methods
-            of environments, whose calls run in order.
+        pure (`bool`, *optional*, defaults to `False`): Equal arguments give equal results and nothing else happens:
+            equal calls of one round are run once.
+        batch (`Callable`, *optional*): Answers all calls of a round at once. It takes the tool's parameters, each a
+            list with one value per call (defaults filled in), and returns one result per call, in order. May be
+            asynchronous. Not used for methods of environments, whose calls run in order.
         retry_on (exception class or `tuple` of them, *optional*):
             Transient errors, after which the call is tried again, each time after a longer pause.
-        max_attempts (`int`, *optional*, defaults to `3`):
-            Attempts in all, the first included. Only with `retry_on`.
-        timeout (`float`, *optional*):
-            Seconds that one call may take, its retries included; `None` for the runner's own limit.
+        max_attempts (`int`, *optional*, defaults to `3`): Attempts in all, the first included. Only with `retry_on`.
+        timeout (`float`, *optional*): Seconds that one call may take, its retries included; `None` for the runner's
+            own limit.
 
     Example:
 

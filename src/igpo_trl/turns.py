@@ -22,10 +22,9 @@ def turn_spans(sampled_mask: torch.Tensor, lengths: torch.Tensor) -> tuple[torch
     answer is charged to the empty one.
 
     Args:
-        sampled_mask (`torch.Tensor` of shape (B, T)):
-            1 on tokens sampled from the policy, 0 on observations (TRL's `tool_mask`). Read up to `lengths` only.
-        lengths (`torch.Tensor` of shape (B,)):
-            Number of completion tokens of each rollout; the rest is padding.
+        sampled_mask (`torch.Tensor` of shape (B, T)): 1 on tokens sampled from the policy, 0 on observations (TRL's
+            `tool_mask`). Read up to `lengths` only.
+        lengths (`torch.Tensor` of shape (B,)): Number of completion tokens of each rollout; the rest is padding.
 
     Returns:
         `tuple` of `torch.Tensor`:
@@ -109,15 +108,13 @@ def information_gain(
     the probability before its last turn minus that of the prompt.
 
     Args:
-        log_beliefs (`torch.Tensor` of shape (B, K)):
-            Mean log-probability of the answer's tokens before each turn, NaN beyond the last turn and wherever the
-            belief was not scored.
-        info_gain (`str`, *optional*, defaults to `"prob_diff"`):
-            `"prob_diff"`, the difference of probabilities (preprint), or `"log_prob_diff"`, that of log-probabilities
-            (published version, Eq. 4).
-        spans (list of list of `tuple[int, int]`, *optional*):
-            For each rollout the spans of turns to measure (see [`gain_spans`]): the gain of span (a, b) is
-            the belief before turn b minus that before turn a, and stands at turn b - 1. By default every turn.
+        log_beliefs (`torch.Tensor` of shape (B, K)): Mean log-probability of the answer's tokens before each turn, NaN
+            beyond the last turn and wherever the belief was not scored.
+        info_gain (`str`, *optional*, defaults to `"prob_diff"`): `"prob_diff"`, the difference of probabilities
+            (preprint), or `"log_prob_diff"`, that of log-probabilities (published version, Eq. 4).
+        spans (list of list of `tuple[int, int]`, *optional*): For each rollout the spans of turns to measure (see
+            [`gain_spans`]): the gain of span (a, b) is the belief before turn b minus that before turn a, and stands
+            at turn b - 1. By default every turn.
 
     Returns:
         `torch.Tensor` of shape (B, K): gains, NaN where there is none; a rollout of one turn has none at all.

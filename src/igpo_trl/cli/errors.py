@@ -15,9 +15,8 @@ def one_line_errors(*kinds: type[Exception], param_hint: str | None = None) -> I
     Args:
         kinds (exception classes, *optional*):
             Errors to catch. Defaults to `OSError`, `ValueError`, `ImportError` and `SearchError`.
-        param_hint (`str`, *optional*):
-            Argument or option to blame, as in `"--tokenizer"`: the line also shows the usage of the command, and the
-            exit status is 2. Without it, the exit status is 1.
+        param_hint (`str`, *optional*): Argument or option to blame, as in `"--tokenizer"`: the line also shows the
+            usage of the command, and the exit status is 2. Without it, the exit status is 1.
     """
     try:
         yield

@@ -84,14 +84,11 @@ def compare_runs(
     Compares two runs on the questions that both have, paired by data set and id.
 
     Args:
-        first (sequence of [`Trajectory`]):
-            Rollouts of the first run. Several samples of a question count as their mean.
-        second (sequence of [`Trajectory`]):
-            Rollouts of the second run.
-        variant (`str`, *optional*, defaults to `"squad"`):
-            Scorer, `"squad"` or `"reference"`.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the bootstrap and of the permutation test.
+        first (sequence of [`Trajectory`]): Rollouts of the first run. Several samples of a question count as their
+            mean.
+        second (sequence of [`Trajectory`]): Rollouts of the second run.
+        variant (`str`, *optional*, defaults to `"squad"`): Scorer, `"squad"` or `"reference"`.
+        seed (`int`, *optional*, defaults to `0`): Seed of the bootstrap and of the permutation test.
 
     Raises:
         ValueError: The runs have no question in common, or a question has different answers in the two.

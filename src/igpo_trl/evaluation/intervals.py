@@ -28,14 +28,10 @@ def bootstrap_interval(
     clusters.
 
     Args:
-        sets (sequences of `float`):
-            Values of the questions of each set.
-        confidence (`float`, *optional*, defaults to `0.95`):
-            Confidence level.
-        resamples (`int`, *optional*, defaults to `4999`):
-            Number of bootstrap samples.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the drawing.
+        sets (sequences of `float`): Values of the questions of each set.
+        confidence (`float`, *optional*, defaults to `0.95`): Confidence level.
+        resamples (`int`, *optional*, defaults to `4999`): Number of bootstrap samples.
+        seed (`int`, *optional*, defaults to `0`): Seed of the drawing.
 
     Raises:
         ValueError: There is no set, or a set is empty.
@@ -62,12 +58,9 @@ def permutation_test(*differences: Sequence[float], resamples: int = RESAMPLES, 
     mean differences.
 
     Args:
-        differences (sequences of `float`):
-            Differences of the questions, one sequence per set, none empty.
-        resamples (`int`, *optional*, defaults to `4999`):
-            Number of draws.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the draws.
+        differences (sequences of `float`): Differences of the questions, one sequence per set, none empty.
+        resamples (`int`, *optional*, defaults to `4999`): Number of draws.
+        seed (`int`, *optional*, defaults to `0`): Seed of the draws.
 
     Returns:
         `float`, or `None` with fewer than two questions.
@@ -91,10 +84,8 @@ def mcnemar_test(first: Sequence[float], second: Sequence[float]) -> float | Non
     system is right on such a question with probability 1/2.
 
     Args:
-        first (sequence of `float`):
-            One value per question.
-        second (sequence of `float`):
-            The values of the other system, in the same order.
+        first (sequence of `float`): One value per question.
+        second (sequence of `float`): The values of the other system, in the same order.
 
     Returns:
         `float`, 1.0 if they never differ, or `None` if a value is neither 0 nor 1, such as a mean over samples.

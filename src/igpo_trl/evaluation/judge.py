@@ -43,18 +43,12 @@ class Judge:
     Asks a language model whether an answer is right, at temperature 0.
 
     Args:
-        url (`str`):
-            Address of the API up to its version, as in `http://127.0.0.1:8000/v1`.
-        model (`str`):
-            Name of the model there.
-        key (`str`, *optional*):
-            Sent as a bearer token. It is never stored, and is removed from error messages.
-        timeout (`float`, *optional*, defaults to `60.0`):
-            Seconds for one reply.
-        max_attempts (`int`, *optional*, defaults to `6`):
-            Requests for one reply, if they fail.
-        max_readings (`int`, *optional*, defaults to `2`):
-            Replies for one verdict, if they cannot be read.
+        url (`str`): Address of the API up to its version, as in `http://127.0.0.1:8000/v1`.
+        model (`str`): Name of the model there.
+        key (`str`, *optional*): Sent as a bearer token. It is never stored, and is removed from error messages.
+        timeout (`float`, *optional*, defaults to `60.0`): Seconds for one reply.
+        max_attempts (`int`, *optional*, defaults to `6`): Requests for one reply, if they fail.
+        max_readings (`int`, *optional*, defaults to `2`): Replies for one verdict, if they cannot be read.
 
     Raises:
         ValueError: `url` is not an absolute `http://` or `https://` address.
@@ -167,16 +161,11 @@ def judge_run(
     line with `dataset`, `id`, `sample`, `prediction`, `correct`, `reason`, `model` and `cache`.
 
     Args:
-        judge ([`Judge`]):
-            The judge.
-        trajectories (sequence of [`Trajectory`]):
-            Rollouts of [`roll_out`].
-        file (`Path`):
-            File of the verdicts.
-        workers (`int`, *optional*, defaults to `8`):
-            Requests at a time.
-        progress (`Callable`, *optional*):
-            Called with the number of rollouts that have just been judged.
+        judge ([`Judge`]): The judge.
+        trajectories (sequence of [`Trajectory`]): Rollouts of [`roll_out`].
+        file (`Path`): File of the verdicts.
+        workers (`int`, *optional*, defaults to `8`): Requests at a time.
+        progress (`Callable`, *optional*): Called with the number of rollouts that have just been judged.
 
     Returns:
         `int`: Number of rollouts without a verdict, because the replies could not be read.

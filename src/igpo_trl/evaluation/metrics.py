@@ -18,18 +18,15 @@ _ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
 
 _INPUTS = """
 Args:
-    predictions (`list[str]`):
-        Answers, or responses: last turns of the assistant with the answer between `<answer>` and `</answer>`. An empty
-        text counts as no answer.
-    references (`list[list[str]]` or `list[str]`):
-        The right answers to each question, with all aliases. The best match counts.
-    variant (`str`, *optional*, defaults to `"squad"`):
-        `"squad"`, or `"reference"` for the scorer of the IGPO authors.
-    responses (`bool`, *optional*):
-        Whether the predictions are responses, of which only the text in answer tags counts. By default, a prediction
-        is a response if it has an answer tag.
-    format_penalty (`float`, *optional*, defaults to `0.0`):
-        Score of a response without a well-formed answer. The authors' training reward uses -2.0.
+    predictions (`list[str]`): Answers, or responses: last turns of the assistant with the answer between `<answer>`
+        and `</answer>`. An empty text counts as no answer.
+    references (`list[list[str]]` or `list[str]`): The right answers to each question, with all aliases. The best match
+        counts.
+    variant (`str`, *optional*, defaults to `"squad"`): `"squad"`, or `"reference"` for the scorer of the IGPO authors.
+    responses (`bool`, *optional*): Whether the predictions are responses, of which only the text in answer tags
+        counts. By default, a prediction is a response if it has an answer tag.
+    format_penalty (`float`, *optional*, defaults to `0.0`): Score of a response without a well-formed answer. The
+        authors' training reward uses -2.0.
 
 Returns:
     `dict`: The mean over the questions.

@@ -57,18 +57,13 @@ def score_retrieval(
     Answers are looked for in title and text, see [`has_answer`]. Titles are compared without regard to case.
 
     Args:
-        index (`Searchable`):
-            What to search.
+        index (`Searchable`): What to search.
         questions (iterable of `dict`):
             Rows of [`load_questions`].
-        ks (sequence of `int`, *optional*, defaults to `(5, 10)`):
-            Numbers of results to look at.
-        dataset (`str`, *optional*):
-            Name of the questions, for the table.
-        name (`str`, *optional*):
-            Name of the index, for the table.
-        progress (`Callable`, *optional*):
-            Called with the number of questions of each batch that is finished.
+        ks (sequence of `int`, *optional*, defaults to `(5, 10)`): Numbers of results to look at.
+        dataset (`str`, *optional*): Name of the questions, for the table.
+        name (`str`, *optional*): Name of the index, for the table.
+        progress (`Callable`, *optional*): Called with the number of questions of each batch that is finished.
 
     Raises:
         ValueError: There are no questions, or a k is below 1.

@@ -32,12 +32,9 @@ def roll_out(settings: EvaluationSettings, out: str | Path, batch_size: int | No
     Each batch is on disk before the next one starts, so a run that was killed resumes where it stopped.
 
     Args:
-        settings ([`EvaluationSettings`]):
-            What to run.
-        out (`str` or `Path`):
-            Directory of the run: a new one, or that of a run with the same settings and questions.
-        batch_size (`int`, *optional*):
-            Rollouts at a time in each process. Defaults to 16, or 256 with vLLM.
+        settings ([`EvaluationSettings`]): What to run.
+        out (`str` or `Path`): Directory of the run: a new one, or that of a run with the same settings and questions.
+        batch_size (`int`, *optional*): Rollouts at a time in each process. Defaults to 16, or 256 with vLLM.
 
     Returns:
         `list` of [`Trajectory`]: All rollouts of the run; empty on processes other than the main one.

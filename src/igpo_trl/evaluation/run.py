@@ -51,8 +51,7 @@ class RunDirectory:
     The directory of an evaluation, while it is being made.
 
     Args:
-        folder (`Path`):
-            The directory, which [`RunDirectory.open`] creates.
+        folder (`Path`): The directory, which [`RunDirectory.open`] creates.
     """
 
     def __init__(self, folder: Path):
@@ -63,10 +62,8 @@ class RunDirectory:
         Starts a run, or resumes one and cuts off incomplete last lines.
 
         Args:
-            settings (`dict`):
-                Everything that the rollouts depend on, JSON-serialisable.
-            questions (`str`):
-                Digest of the questions, see [`questions_digest`].
+            settings (`dict`): Everything that the rollouts depend on, JSON-serialisable.
+            questions (`str`): Digest of the questions, see [`questions_digest`].
 
         Raises:
             FileExistsError: The directory holds other files, or a run with other settings, questions or weights.
@@ -136,8 +133,7 @@ def load_trajectories(run: str | Path) -> list[Trajectory]:
     The rollouts of an evaluation. Where a judge has read one, its verdict is `info["judge"]`.
 
     Args:
-        run (`str` or `Path`):
-            Directory of a run, or a file of trajectories, which may be that of a training run.
+        run (`str` or `Path`): Directory of a run, or a file of trajectories, which may be that of a training run.
 
     Raises:
         FileNotFoundError: There are no rollouts.

@@ -49,8 +49,7 @@ def has_answer(texts: Iterable[str], answers: Sequence[str]) -> bool:
     Args:
         texts (iterable of `str`):
             Passages, or results of tools.
-        answers (sequence of `str`):
-            The gold answer and its aliases.
+        answers (sequence of `str`): The gold answer and its aliases.
     """
     wanted = [words for words in map(_words, answers) if words.strip()]
     return any(words in text for text in map(_words, texts) for words in wanted)
@@ -174,13 +173,10 @@ def score_run(trajectories: Sequence[Trajectory], variant: Variant = "squad", se
     Scores of the rollouts of a run.
 
     Args:
-        trajectories (sequence of [`Trajectory`]):
-            Rollouts, with `dataset` and `id` in `info`. Several rollouts of a question are samples, and their mean
-            counts once.
-        variant (`str`, *optional*, defaults to `"squad"`):
-            Scorer, `"squad"` or `"reference"`.
-        seed (`int`, *optional*, defaults to `0`):
-            Seed of the bootstrap.
+        trajectories (sequence of [`Trajectory`]): Rollouts, with `dataset` and `id` in `info`. Several rollouts of a
+            question are samples, and their mean counts once.
+        variant (`str`, *optional*, defaults to `"squad"`): Scorer, `"squad"` or `"reference"`.
+        seed (`int`, *optional*, defaults to `0`): Seed of the bootstrap.
 
     Raises:
         ValueError: There are no rollouts, or one has no answers.

@@ -111,8 +111,7 @@ def make_settings(options: Mapping[str, Any], config: str | Path | None = None) 
         options (mapping):
             Options by the names of fields of [`EvaluationSettings`] and [`IGPOConfig`]. Other names are ignored, and
             `None` means that the option is not given.
-        config (`str` or `Path`, *optional*):
-            YAML file of a training run, see [`settings_of_training`].
+        config (`str` or `Path`, *optional*): YAML file of a training run, see [`settings_of_training`].
     """
     given = {name: value for name, value in options.items() if value is not None}
     from_file = settings_of_training(config) if config is not None else {}
@@ -127,8 +126,7 @@ def settings_of_training(config: str | Path) -> dict[str, Any]:
     What a training configuration says about rollouts: limits, template, prompt, search and model options.
 
     Args:
-        config (`str` or `Path`):
-            YAML file of `train.py`.
+        config (`str` or `Path`): YAML file of `train.py`.
 
     Returns:
         `dict`: Arguments of [`EvaluationSettings`].

@@ -49,8 +49,7 @@ class Table:
         A Rich table, without the columns that are empty throughout.
 
         Args:
-            width (`int`, *optional*):
-                Width of the console. A wider table is transposed if that makes it narrower.
+            width (`int`, *optional*): Width of the console. A wider table is transposed if that makes it narrower.
         """
         from rich import box
         from rich.markup import escape

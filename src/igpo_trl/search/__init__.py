@@ -67,8 +67,8 @@ def open_search(
     Opens an index or connects to a search server.
 
     Args:
-        source (`str` or `Path`):
-            A directory for [`load_index`], or an `http://` or `https://` address for [`HTTPSearch`].
+        source (`str` or `Path`): A directory for [`load_index`], or an `http://` or `https://` address for
+            [`HTTPSearch`].
         model, device:
             As for [`load_index`]; a server has its own.
 

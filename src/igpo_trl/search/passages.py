@@ -48,8 +48,7 @@ def read_passages(corpus: Corpus) -> Iterator[Passage]:
     ignored.
 
     Args:
-        corpus (`Corpus`):
-            File(s) or records.
+        corpus (`Corpus`): File(s) or records.
 
     Returns:
         `Iterator[Passage]`: The passages, in order.

@@ -32,17 +32,13 @@ def SearchTool(
     once.
 
     Args:
-        index (`Searchable`):
-            What to search.
-        k (`int`, *optional*, defaults to `3`):
-            Number of passages per query.
-        max_words (`int`, *optional*, defaults to `200`):
-            Longest passage shown, in words; the rest is cut off. `None` for no limit.
-        many_queries (`bool`, *optional*, defaults to `False`):
-            Whether a call may contain up to eight queries. The policy is told that `query` is a list of strings; a
-            single string works too.
-        description (`str`, *optional*):
-            Tool description for the policy.
+        index (`Searchable`): What to search.
+        k (`int`, *optional*, defaults to `3`): Number of passages per query.
+        max_words (`int`, *optional*, defaults to `200`): Longest passage shown, in words; the rest is cut off. `None`
+            for no limit.
+        many_queries (`bool`, *optional*, defaults to `False`): Whether a call may contain up to eight queries. The
+            policy is told that `query` is a list of strings; a single string works too.
+        description (`str`, *optional*): Tool description for the policy.
 
     Returns:
         `Callable[..., str]`: The tool.

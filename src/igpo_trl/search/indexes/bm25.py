@@ -88,26 +88,22 @@ class BM25Index(Index):
         passages that are unchanged, in steps of 8,192.
 
         Args:
-            corpus (`str`, `Path`, or iterable of these, of `dict` or of `Passage`):
-                JSONL(.gz), parquet or TSV file(s), a `datasets.Dataset`, or other records, each with `id`, `title`
-                and `text` or in another layout of [`read_passages`].
-            directory (`str` or `Path`, *optional*):
-                Directory for the index, which appears there complete or not at all. The passages are then never all
-                in memory, and the index is memory-mapped. By default the index is in memory only.
-            k1 (`float`, *optional*, defaults to `0.9`):
-                How fast repeated words saturate.
-            b (`float`, *optional*, defaults to `0.4`):
-                How much long passages are discounted, from 0 to 1.
-            title_weight (`int`, *optional*, defaults to `4`):
-                How many times a word in the title counts, compared to one in the text; 0 leaves titles out.
-            stopwords (`str`, *optional*, defaults to `"english"`):
-                Language whose stop words are left out (a name that bm25s knows), or `None` to keep every word.
-            stemmer (`str`, *optional*, defaults to `"english"`):
-                Language of the Snowball stemmer, so that "directs" matches "directed"; or `None` for no stemming.
-            restart (`bool`, *optional*, defaults to `False`):
-                Whether to discard the work of an interrupted build.
-            show_progress (`bool`, *optional*, defaults to `True`):
-                Whether to show progress bars.
+            corpus (`str`, `Path`, or iterable of these, of `dict` or of `Passage`): JSONL(.gz), parquet or TSV
+                file(s), a `datasets.Dataset`, or other records, each with `id`, `title` and `text` or in another
+                layout of [`read_passages`].
+            directory (`str` or `Path`, *optional*): Directory for the index, which appears there complete or not at
+                all. The passages are then never all in memory, and the index is memory-mapped. By default the index is
+                in memory only.
+            k1 (`float`, *optional*, defaults to `0.9`): How fast repeated words saturate.
+            b (`float`, *optional*, defaults to `0.4`): How much long passages are discounted, from 0 to 1.
+            title_weight (`int`, *optional*, defaults to `4`): How many times a word in the title counts, compared to
+                one in the text; 0 leaves titles out.
+            stopwords (`str`, *optional*, defaults to `"english"`): Language whose stop words are left out (a name that
+                bm25s knows), or `None` to keep every word.
+            stemmer (`str`, *optional*, defaults to `"english"`): Language of the Snowball stemmer, so that "directs"
+                matches "directed"; or `None` for no stemming.
+            restart (`bool`, *optional*, defaults to `False`): Whether to discard the work of an interrupted build.
+            show_progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
         Raises:
             FileNotFoundError: A file does not exist.
@@ -180,16 +176,14 @@ class BM25Index(Index):
         Loads an index from its directory.
 
         Args:
-            directory (`str` or `Path`):
-                Where it was built or saved.
-            mmap (`bool`, *optional*, defaults to `True`):
-                Whether to leave scores and passages on disk and map them into memory.
-            backend (`str`, *optional*, defaults to `"auto"`):
-                `"numba"` is many times as fast as `"numpy"`, with the same scores, but takes some seconds to compile
-                at the first search of a process. `"auto"` uses numba if it is installed and the index has 50,000
-                passages or more.
-            threads (`int`, *optional*):
-                Number of threads among which the queries of a batch are divided. By default one per core, up to 8.
+            directory (`str` or `Path`): Where it was built or saved.
+            mmap (`bool`, *optional*, defaults to `True`): Whether to leave scores and passages on disk and map them
+                into memory.
+            backend (`str`, *optional*, defaults to `"auto"`): `"numba"` is many times as fast as `"numpy"`, with the
+                same scores, but takes some seconds to compile at the first search of a process. `"auto"` uses numba if
+                it is installed and the index has 50,000 passages or more.
+            threads (`int`, *optional*): Number of threads among which the queries of a batch are divided. By default
+                one per core, up to 8.
 
         Raises:
             FileNotFoundError: There is no index in the directory.

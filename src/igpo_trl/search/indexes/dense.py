@@ -79,24 +79,17 @@ class DenseIndex(Index):
         the same corpus, model and settings resumes it after the last complete shard.
 
         Args:
-            corpus (`str`, `Path`, or iterable of these, of `dict` or of `Passage`):
-                As for [`BM25Index.build`].
-            directory (`str` or `Path`):
-                Directory for the index.
-            model (`str`, `Path` or `SentenceTransformer`):
-                Name on the hub, a folder, or the model itself.
-            structure (`str`, *optional*, defaults to `"flat"`):
-                `"flat"`, `"hnsw"` or `"ivfpq"`; [`build_faiss_index`] says when to use which.
-            dtype (`str`, *optional*, defaults to `"float16"`):
-                Type of the stored vectors, `"float16"` or `"float32"`.
+            corpus (`str`, `Path`, or iterable of these, of `dict` or of `Passage`): As for [`BM25Index.build`].
+            directory (`str` or `Path`): Directory for the index.
+            model (`str`, `Path` or `SentenceTransformer`): Name on the hub, a folder, or the model itself.
+            structure (`str`, *optional*, defaults to `"flat"`): `"flat"`, `"hnsw"` or `"ivfpq"`; [`build_faiss_index`]
+                says when to use which.
+            dtype (`str`, *optional*, defaults to `"float16"`): Type of the stored vectors, `"float16"` or `"float32"`.
             query_prompt, passage_prompt, batch_size, device, half:
                 As for [`Encoder`].
-            shard_size (`int`, *optional*, defaults to `8192`):
-                Passages per shard: what an interruption may cost.
-            restart (`bool`, *optional*, defaults to `False`):
-                Whether to discard the work of an interrupted build.
-            show_progress (`bool`, *optional*, defaults to `True`):
-                Whether to show progress bars.
+            shard_size (`int`, *optional*, defaults to `8192`): Passages per shard: what an interruption may cost.
+            restart (`bool`, *optional*, defaults to `False`): Whether to discard the work of an interrupted build.
+            show_progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
         Raises:
             FileNotFoundError: A file or folder does not exist.
@@ -171,17 +164,14 @@ class DenseIndex(Index):
         Loads an index and the model that it was built with.
 
         Args:
-            directory (`str` or `Path`):
-                Where it was built or saved.
-            model (`str`, `Path` or `SentenceTransformer`, *optional*):
-                The model, if it has moved since the build.
+            directory (`str` or `Path`): Where it was built or saved.
+            model (`str`, `Path` or `SentenceTransformer`, *optional*): The model, if it has moved since the build.
             device, half:
                 As for [`Encoder`].
-            effort (`int`, *optional*):
-                Cells that a query visits (`ivfpq`, by default 64) or candidates that it considers (`hnsw`, by default
-                128). More are slower and more exact.
-            mmap (`bool`, *optional*, defaults to `True`):
-                Whether to leave vectors and passages on disk and map them into memory.
+            effort (`int`, *optional*): Cells that a query visits (`ivfpq`, by default 64) or candidates that it
+                considers (`hnsw`, by default 128). More are slower and more exact.
+            mmap (`bool`, *optional*, defaults to `True`): Whether to leave vectors and passages on disk and map them
+                into memory.
 
         Raises:
             FileNotFoundError: There is no index in the directory, or the model is not where it was.

@@ -48,13 +48,10 @@ def new_index(directory: str | Path, *, resumable: bool = True, restart: bool = 
     After an error or a kill, `directory` is unchanged. The files in the work folder then remain for the next attempt.
 
     Args:
-        directory (`str` or `Path`):
-            Final directory of the index.
-        resumable (`bool`, *optional*, defaults to `True`):
-            Whether the next attempt gets the work folder of this one, and concurrent attempts are refused. Otherwise
-            nothing remains after an error.
-        restart (`bool`, *optional*, defaults to `False`):
-            Whether to discard the work folder of an earlier attempt.
+        directory (`str` or `Path`): Final directory of the index.
+        resumable (`bool`, *optional*, defaults to `True`): Whether the next attempt gets the work folder of this one,
+            and concurrent attempts are refused. Otherwise nothing remains after an error.
+        restart (`bool`, *optional*, defaults to `False`): Whether to discard the work folder of an earlier attempt.
 
     Yields:
         The folder of the index and the work folder.

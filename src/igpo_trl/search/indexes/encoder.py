@@ -30,17 +30,13 @@ class Encoder:
     Embeds queries and passages with a [sentence-transformers](https://sbert.net) model, `StaticEmbedding` included.
 
     Args:
-        model (`str`, `Path` or `SentenceTransformer`):
-            Name on the hub, a folder, or the model itself.
-        query_prompt, passage_prompt (`str`, *optional*):
-            Prefix of every query or passage; `""` for none. By default those of the model's configuration, or
-            `"query: "` and `"passage: "` for e5 models.
-        device (`str`, *optional*):
-            Such as `"cuda:1"`; by default a GPU if there is one.
-        half (`bool`, *optional*, defaults to `False`):
-            Whether to compute in half precision, about twice as fast on a GPU.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Texts per forward pass.
+        model (`str`, `Path` or `SentenceTransformer`): Name on the hub, a folder, or the model itself.
+        query_prompt, passage_prompt (`str`, *optional*): Prefix of every query or passage; `""` for none. By default
+            those of the model's configuration, or `"query: "` and `"passage: "` for e5 models.
+        device (`str`, *optional*): Such as `"cuda:1"`; by default a GPU if there is one.
+        half (`bool`, *optional*, defaults to `False`): Whether to compute in half precision, about twice as fast on a
+            GPU.
+        batch_size (`int`, *optional*, defaults to `64`): Texts per forward pass.
 
     Attributes:
         name (`str`, *optional*): The name on the hub, or the full path of the folder; `None` if `model` was a model.

@@ -49,16 +49,11 @@ def build_faiss_index(shards: Sequence[Path], number: int, dimension: int, struc
     - `ivfpq` groups vectors in cells, with one byte per eight numbers: for tens of millions, at some loss.
 
     Args:
-        shards (`Sequence[Path]`):
-            `.npy` files with vectors as rows, in order.
-        number (`int`):
-            Number of vectors in all files; at least `MIN_IVFPQ` for `ivfpq`.
-        dimension (`int`):
-            Length of a vector.
-        structure (`str`):
-            One of the above.
-        dtype (`str`):
-            Type of the stored vectors, `"float16"` or `"float32"`; no effect for `ivfpq`.
+        shards (`Sequence[Path]`): `.npy` files with vectors as rows, in order.
+        number (`int`): Number of vectors in all files; at least `MIN_IVFPQ` for `ivfpq`.
+        dimension (`int`): Length of a vector.
+        structure (`str`): One of the above.
+        dtype (`str`): Type of the stored vectors, `"float16"` or `"float32"`; no effect for `ivfpq`.
     """
     faiss = _faiss()
     code = DTYPES[dtype]

@@ -31,12 +31,9 @@ class HybridIndex(Index):
     the retrievers need not be comparable. With a single retriever the order is its own.
 
     Args:
-        parts (`Sequence[Searchable]`):
-            What to fuse; passages are the same if their ids are.
-        constant (`int`, *optional*, defaults to `60`):
-            The larger, the less the first ranks outweigh later ones.
-        depth (`int`, *optional*, defaults to `50`):
-            Results requested from each part, or `k` if that is more.
+        parts (`Sequence[Searchable]`): What to fuse; passages are the same if their ids are.
+        constant (`int`, *optional*, defaults to `60`): The larger, the less the first ranks outweigh later ones.
+        depth (`int`, *optional*, defaults to `50`): Results requested from each part, or `k` if that is more.
 
     Raises:
         ValueError: There are no parts, or a number is not positive.
@@ -144,8 +141,7 @@ class HybridIndex(Index):
         Loads an index and its parts, memory-mapped.
 
         Args:
-            directory (`str` or `Path`):
-                Where it was built or saved.
+            directory (`str` or `Path`): Where it was built or saved.
             model, device:
                 For the dense parts, as for [`DenseIndex.load`].
 
@@ -173,12 +169,10 @@ def load_index(
     Loads an index of any kind, memory-mapped.
 
     Args:
-        directory (`str` or `Path`):
-            Where `igpo index`, or the `build` or `save` of an index, has put it.
-        model (`str`, `Path` or `SentenceTransformer`, *optional*):
-            Dense and hybrid indexes: the model, if it has moved since the build.
-        device (`str`, *optional*):
-            Dense and hybrid indexes: device of the model; by default a GPU if there is one.
+        directory (`str` or `Path`): Where `igpo index`, or the `build` or `save` of an index, has put it.
+        model (`str`, `Path` or `SentenceTransformer`, *optional*): Dense and hybrid indexes: the model, if it has
+            moved since the build.
+        device (`str`, *optional*): Dense and hybrid indexes: device of the model; by default a GPU if there is one.
 
     Raises:
         FileNotFoundError: There is no index in the directory.

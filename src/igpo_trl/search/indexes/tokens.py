@@ -25,8 +25,7 @@ class TokenIds:
     Token ids of many texts at four bytes each; iterates over lists of ids, one per text.
 
     Args:
-        shards (`list[Shard]`):
-            The ids, in order.
+        shards (`list[Shard]`): The ids, in order.
     """
 
     def __init__(self, shards: list[Shard]) -> None:
@@ -48,14 +47,12 @@ class CorpusTokenizer:
     Tokenizes many texts. Ids count up in the order in which words first appear.
 
     Args:
-        stopwords (`str`, *optional*):
-            Language whose stop words are left out (a name that bm25s knows).
-        stemmer (`str`, *optional*):
-            Language of the stemmer (a name that Snowball knows).
-        folder (`Path`, *optional*):
-            Folder for the shards, and for those of an earlier attempt. By default nothing is saved.
-        key (`Callable[[], str]`, *optional*):
-            Identifies all texts so far: a saved shard is used only where its key is the same.
+        stopwords (`str`, *optional*): Language whose stop words are left out (a name that bm25s knows).
+        stemmer (`str`, *optional*): Language of the stemmer (a name that Snowball knows).
+        folder (`Path`, *optional*): Folder for the shards, and for those of an earlier attempt. By default nothing is
+            saved.
+        key (`Callable[[], str]`, *optional*): Identifies all texts so far: a saved shard is used only where its key is
+            the same.
 
     Attributes:
         vocabulary (`dict[str, int]`): The id of every word, or of every stem.

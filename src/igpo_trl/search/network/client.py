@@ -23,19 +23,16 @@ class HTTPSearch(Retriever):
     score of a passage is one over its rank.
 
     Args:
-        url (`str`):
-            Address of the server, such as `http://127.0.0.1:8000`. Without a path, `/retrieve` is added.
-        timeout (`float`, *optional*, defaults to `30.0`):
-            Seconds that the server may take to accept a connection or to respond.
-        max_attempts (`int`, *optional*, defaults to `5`):
-            Maximum number of attempts if the server cannot be reached or responds with status 429 or 5xx. The pauses
-            between them grow, unless the server says how long to wait.
-        max_batch (`int`, *optional*, defaults to `256`):
-            Maximum number of queries per request; longer batches are split into several requests.
-        max_connections (`int`, *optional*, defaults to `64`):
-            Maximum number of concurrent requests.
-        trust_env (`bool`, *optional*, defaults to `False`):
-            Whether to use the proxies of the environment, which seldom reach a search server.
+        url (`str`): Address of the server, such as `http://127.0.0.1:8000`. Without a path, `/retrieve` is added.
+        timeout (`float`, *optional*, defaults to `30.0`): Seconds that the server may take to accept a connection or
+            to respond.
+        max_attempts (`int`, *optional*, defaults to `5`): Maximum number of attempts if the server cannot be reached
+            or responds with status 429 or 5xx. The pauses between them grow, unless the server says how long to wait.
+        max_batch (`int`, *optional*, defaults to `256`): Maximum number of queries per request; longer batches are
+            split into several requests.
+        max_connections (`int`, *optional*, defaults to `64`): Maximum number of concurrent requests.
+        trust_env (`bool`, *optional*, defaults to `False`): Whether to use the proxies of the environment, which
+            seldom reach a search server.
 
     Raises:
         ValueError: An argument is out of range, or `url` is not a URL.

@@ -144,14 +144,10 @@ def fetch(
     Fetches a page.
 
     Args:
-        text (`str`):
-            Its address.
-        kinds (`Sequence[str]`):
-            Content types to accept.
-        allowed (`Sequence` of networks, *optional*):
-            Networks that may be reached although they are not public.
-        headers (`Sequence[tuple[str, str]]`, *optional*):
-            Additional headers.
+        text (`str`): Its address.
+        kinds (`Sequence[str]`): Content types to accept.
+        allowed (`Sequence` of networks, *optional*): Networks that may be reached although they are not public.
+        headers (`Sequence[tuple[str, str]]`, *optional*): Additional headers.
         max_bytes, timeout, max_redirects, look_up, ssl_context:
             As for [`PageReader`]. The timeout does not cover the look-up of names.
 

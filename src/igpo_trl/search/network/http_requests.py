@@ -81,8 +81,7 @@ class RateLimit:
     Spaces the requests of all threads of a process evenly.
 
     Args:
-        per_second (`float`, *optional*):
-            Requests per second, `None` for no limit.
+        per_second (`float`, *optional*): Requests per second, `None` for no limit.
     """
 
     def __init__(self, per_second: float | None) -> None:
@@ -162,14 +161,10 @@ def post_json(
     Args:
         client, url, body, headers:
             The request. Logs and errors show the address.
-        max_attempts (`int`):
-            Maximum number of attempts.
-        secret (`str`, *optional*):
-            A secret in the headers; it is replaced in responses and errors.
-        before_attempt (`Callable`, *optional*):
-            Called before each attempt, for example to wait for a [`RateLimit`].
-        hint (`str`, *optional*):
-            Appended to errors that suggest that this is another kind of service.
+        max_attempts (`int`): Maximum number of attempts.
+        secret (`str`, *optional*): A secret in the headers; it is replaced in responses and errors.
+        before_attempt (`Callable`, *optional*): Called before each attempt, for example to wait for a [`RateLimit`].
+        hint (`str`, *optional*): Appended to errors that suggest that this is another kind of service.
 
     Raises:
         SearchError: No attempt succeeded, or the response is not JSON.

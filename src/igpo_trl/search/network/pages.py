@@ -35,22 +35,17 @@ class PageReader:
         cache, mode, missing:
             As for [`WebSearch`], whose cache may be the same. `"record"` stores errors too. In `"replay"`, a page that
             was not recorded raises [`CacheMiss`], or with `missing="empty"` a [`PageError`].
-        timeout (`float`, *optional*, defaults to `20.0`):
-            Seconds per attempt, redirects included.
-        max_attempts (`int`, *optional*, defaults to `2`):
-            Maximum number of attempts if the connection fails or the server is busy or fails.
-        max_bytes (`int`, *optional*, defaults to `2_000_000`):
-            Maximum size; the rest is cut off.
-        max_redirects (`int`, *optional*, defaults to `5`):
-            Maximum number of redirects.
-        allow (`Sequence[str]`, *optional*):
-            Networks that may be reached although they are not public, such as `["10.1.0.0/16"]` for an intranet.
-        user_agent (`str`, *optional*, defaults to `"igpo-trl"`):
-            The `User-Agent` header.
-        look_up (`Callable`, *optional*):
-            Returns the addresses of a host name and port, for names that the system cannot resolve.
-        ssl_context (`ssl.SSLContext`, *optional*):
-            Certificates to trust; by default those of the system.
+        timeout (`float`, *optional*, defaults to `20.0`): Seconds per attempt, redirects included.
+        max_attempts (`int`, *optional*, defaults to `2`): Maximum number of attempts if the connection fails or the
+            server is busy or fails.
+        max_bytes (`int`, *optional*, defaults to `2_000_000`): Maximum size; the rest is cut off.
+        max_redirects (`int`, *optional*, defaults to `5`): Maximum number of redirects.
+        allow (`Sequence[str]`, *optional*): Networks that may be reached although they are not public, such as
+            `["10.1.0.0/16"]` for an intranet.
+        user_agent (`str`, *optional*, defaults to `"igpo-trl"`): The `User-Agent` header.
+        look_up (`Callable`, *optional*): Returns the addresses of a host name and port, for names that the system
+            cannot resolve.
+        ssl_context (`ssl.SSLContext`, *optional*): Certificates to trust; by default those of the system.
 
     Raises:
         ImportError: trafilatura is not installed.
@@ -150,12 +145,10 @@ def ReadPageTool(
     returns a text that tells the policy what is wrong.
 
     Args:
-        reader ([`PageReader`], *optional*):
-            Reads the pages; by default one without options.
-        max_words (`int`, *optional*, defaults to `1000`):
-            Maximum number of words shown of a page. `None` for no limit.
-        description (`str`, *optional*):
-            Tool description for the policy.
+        reader ([`PageReader`], *optional*): Reads the pages; by default one without options.
+        max_words (`int`, *optional*, defaults to `1000`): Maximum number of words shown of a page. `None` for no
+            limit.
+        description (`str`, *optional*): Tool description for the policy.
 
     Returns:
         `Callable[[str], str]`: The tool. It raises only [`CacheMiss`].

@@ -34,8 +34,7 @@ class QueryBatcher:
     time.
 
     Args:
-        index (`Searchable`):
-            What to search.
+        index (`Searchable`): What to search.
         max_batch, max_wait, max_waiting:
             As for [`create_app`].
     """

@@ -33,12 +33,10 @@ class ResponseCache:
     opens the file anew. It contains only text, so opening somebody else's file runs no code.
 
     Args:
-        directory (`str` or `Path`, *optional*):
-            Directory of the file; created if necessary. Without it, nothing is stored or found.
-        mode (`str`, *optional*, defaults to `"live"`):
-            `"live"`, `"record"` or `"replay"`; see [`CacheMode`].
-        missing (`str`, *optional*, defaults to `"error"`):
-            `"error"` or `"empty"`; see [`Missing`].
+        directory (`str` or `Path`, *optional*): Directory of the file; created if necessary. Without it, nothing is
+            stored or found.
+        mode (`str`, *optional*, defaults to `"live"`): `"live"`, `"record"` or `"replay"`; see [`CacheMode`].
+        missing (`str`, *optional*, defaults to `"error"`): `"error"` or `"empty"`; see [`Missing`].
 
     Raises:
         ValueError: `mode` or `missing` is unknown, the mode needs a directory, or the file is not a cache.

@@ -46,22 +46,16 @@ def create_app(
     Queries of concurrent requests are looked up together, in a thread, one batch at a time.
 
     Args:
-        index (`Searchable`):
-            What to search.
-        topk (`int`, *optional*, defaults to `3`):
-            Passages per query for requests without `topk`.
-        max_batch (`int`, *optional*, defaults to `256`):
-            Maximum number of queries per call of the index.
-        max_wait (`float`, *optional*, defaults to `0.002`):
-            Seconds that a query waits for others before an idle index is searched.
-        max_queries (`int`, *optional*, defaults to `1024`):
-            Maximum number of queries per request.
-        max_topk (`int`, *optional*, defaults to `100`):
-            Maximum number of passages per query.
-        max_body (`int`, *optional*, defaults to 4 MiB):
-            Maximum size of a request, in bytes.
-        max_waiting (`int`, *optional*, defaults to `16384`):
-            Maximum number of waiting queries; a request that exceeds it gets status 503, so the client tries again.
+        index (`Searchable`): What to search.
+        topk (`int`, *optional*, defaults to `3`): Passages per query for requests without `topk`.
+        max_batch (`int`, *optional*, defaults to `256`): Maximum number of queries per call of the index.
+        max_wait (`float`, *optional*, defaults to `0.002`): Seconds that a query waits for others before an idle index
+            is searched.
+        max_queries (`int`, *optional*, defaults to `1024`): Maximum number of queries per request.
+        max_topk (`int`, *optional*, defaults to `100`): Maximum number of passages per query.
+        max_body (`int`, *optional*, defaults to 4 MiB): Maximum size of a request, in bytes.
+        max_waiting (`int`, *optional*, defaults to `16384`): Maximum number of waiting queries; a request that exceeds
+            it gets status 503, so the client tries again.
 
     Raises:
         ImportError: starlette is not installed.
@@ -130,12 +124,10 @@ def serve(index: Searchable, host: str = "127.0.0.1", port: int = 8000, **limits
     only your own machines can reach.
 
     Args:
-        index (`Searchable`):
-            What to search.
-        host (`str`, *optional*, defaults to `"127.0.0.1"`):
-            Address to listen on; `"0.0.0.0"` for all addresses of this machine.
-        port (`int`, *optional*, defaults to `8000`):
-            Port to listen on; 0 for a free one.
+        index (`Searchable`): What to search.
+        host (`str`, *optional*, defaults to `"127.0.0.1"`): Address to listen on; `"0.0.0.0"` for all addresses of
+            this machine.
+        port (`int`, *optional*, defaults to `8000`): Port to listen on; 0 for a free one.
         limits:
             Those of [`create_app`].
 

@@ -32,29 +32,22 @@ class WebSearch(Retriever):
     what has been fetched is in the cache.
 
     Args:
-        cache (`str` or `Path`, *optional*):
-            Directory for the responses of the service.
-        mode (`str`, *optional*, defaults to `"live"`):
-            `"live"` uses cached responses and fetches the rest, `"record"` fetches and stores everything, `"replay"`
-            fetches nothing (and needs no key).
-        missing (`str`, *optional*, defaults to `"error"`):
-            What `"replay"` returns for a query that was not recorded with at least `k` results: a [`CacheMiss`], or
-            no passages (`"empty"`).
-        endpoint (`str`, *optional*):
-            Address of the service.
-        key_variable (`str`, *optional*, defaults to `"SERPER_API_KEY"`):
-            Environment variable of the key.
-        parameters (`Mapping`, *optional*):
-            Additional fields of each request, such as `{"gl": "us", "hl": "en"}`. They are stored in the cache: pass
-            no secrets here.
-        requests_per_second (`float`, *optional*, defaults to `5.0`):
-            Maximum rate of all threads of a process; `None` for no limit.
-        max_concurrent (`int`, *optional*, defaults to `16`):
-            Maximum number of concurrent requests of one `search_batch`.
+        cache (`str` or `Path`, *optional*): Directory for the responses of the service.
+        mode (`str`, *optional*, defaults to `"live"`): `"live"` uses cached responses and fetches the rest, `"record"`
+            fetches and stores everything, `"replay"` fetches nothing (and needs no key).
+        missing (`str`, *optional*, defaults to `"error"`): What `"replay"` returns for a query that was not recorded
+            with at least `k` results: a [`CacheMiss`], or no passages (`"empty"`).
+        endpoint (`str`, *optional*): Address of the service.
+        key_variable (`str`, *optional*, defaults to `"SERPER_API_KEY"`): Environment variable of the key.
+        parameters (`Mapping`, *optional*): Additional fields of each request, such as `{"gl": "us", "hl": "en"}`. They
+            are stored in the cache: pass no secrets here.
+        requests_per_second (`float`, *optional*, defaults to `5.0`): Maximum rate of all threads of a process; `None`
+            for no limit.
+        max_concurrent (`int`, *optional*, defaults to `16`): Maximum number of concurrent requests of one
+            `search_batch`.
         timeout, max_attempts:
             As for [`HTTPSearch`].
-        trust_env (`bool`, *optional*, defaults to `True`):
-            Whether to use the proxies of the environment.
+        trust_env (`bool`, *optional*, defaults to `True`): Whether to use the proxies of the environment.
 
     Raises:
         ValueError: An argument is out of range, or the mode needs a cache.
