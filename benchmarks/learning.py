@@ -61,7 +61,7 @@ def run_job(job: Job, steps: int, test_questions: int, warm: dict[str, Any]) -> 
         )
         questions = list(make_dataset(block + TEST, test_questions))
         base = Scores.of(roll_out(trainer, questions, sample=True, seed=seed))
-        run = train_with_curve(trainer, budget, block + CURVE, f"seed {seed} {method} KL {beta:g}")
+        run = train_with_curve(trainer, method, budget, block + CURVE, f"seed {seed} {method} KL {beta:g}")
         greedy = Scores.of(roll_out(trainer, questions))
         sampled = Scores.of(roll_out(trainer, questions, sample=True, seed=seed))
     return {

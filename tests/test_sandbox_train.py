@@ -81,7 +81,6 @@ def test_evaluation_reads_the_scripted_policy(policy, tmp_path, monkeypatch):
     assert scores.em == sum(gold in row["answers"] for row in questions) / 4
     # The settings for training are restored.
     assert trainer.generation_config.do_sample
-    assert trainer.sink is None
     trainer.model.train()
     roll_out(trainer, questions)
     assert trainer.model.training
@@ -112,7 +111,7 @@ def test_greedy_evaluation_repeats_and_sampling_follows_its_seed(policy, tmp_pat
 def test_two_steps_train(policy, tmp_path, method):
     trainer = make_trainer(method, policy, tmp_path, beta=0.1, budget=BUDGET, save_trajectories=True)
     before = [p.detach().clone() for p in trainer.model.parameters()]
-    run = train_with_curve(trainer, BUDGET, curve_seed=12)
+    run = train_with_curve(trainer, method, BUDGET, curve_seed=12)
     assert list(run.curve) == [0, 1, 2]
     assert len(run.reward) == len(run.collapse) == 2
     assert all(p.isfinite().all() for p in trainer.model.parameters())

@@ -25,13 +25,9 @@ def make_conversations(
     questions: "Dataset", passages: list[Passage], tool: Callable[[str], str], rng: random.Random
 ) -> Iterator[Messages]:
     """
-    Yields conversations without end. They alternate between the data set's questions and cloze questions.
+    Yields conversations without end. They alternate between the data set's questions and cloze questions on passages.
 
-    Args:
-        questions (`datasets.Dataset`): Questions with `prompt`, `answers` and `supporting_titles`.
-        passages (`list[Passage]`): Passages to make cloze questions from.
-        tool (`Callable`): The search tool, whose results become the observations.
-        rng (`random.Random`): Draws order, queries and clozes.
+    The observations are the results of `tool`. `rng` draws order, queries and clozes.
     """
     rows = list(questions)
     rng.shuffle(rows)

@@ -25,23 +25,14 @@ _TRAIN, _CURVE, _TEST = 1_000_001, 1_000_002, 1_000_003
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """
-    What a demo runs.
+    """What a demo runs."""
 
-    Args:
-        methods (`tuple`): Pairs of method and KL weight, in the order of the table. The default weights are those that
-            `benchmarks/learning.py` selected on its tuning seeds.
-        budget ([`Budget`]): Training budget of each method.
-        warm ([`WarmStartConfig`]): The warm start. Its seed is replaced by the demo's.
-        test_questions (`int`): Held-out questions, answered once greedily and once by sampling.
-        note (`str`): Text below the table.
-    """
-
+    # Methods and KL weights. The weights are those that `benchmarks/learning.py` selected on its tuning seeds.
     methods: tuple[tuple[str, float], ...] = (("grpo", 0.0), ("grpo_batch", 0.1), ("igpo_critic", 0.0))
-    budget: Budget = Budget()
-    warm: WarmStartConfig = WarmStartConfig()
-    test_questions: int = 512
-    note: str = "One seed: small differences are due to chance, see benchmarks/learning.py."
+    budget: Budget = Budget()  # of each method
+    warm: WarmStartConfig = WarmStartConfig()  # its seed is replaced by the demo's
+    test_questions: int = 512  # held out; answered once greedily and once by sampling
+    note: str = "One seed: small differences are due to chance, see benchmarks/learning.py."  # below the table
 
 
 QUICK = DemoPlan(
@@ -58,12 +49,8 @@ def run_demo(output_dir: Path, quick: bool = False, seed: int = 0, plan: DemoPla
     Trains GRPO and IGPO from one warm start with the same budget, evaluates them, prints a table, and writes learning
     curves and trajectories.
 
-    Args:
-        output_dir (`Path`): Created if missing. Files of an earlier demo are replaced.
-        quick (`bool`, *optional*, defaults to `False`): Take a minute or two instead of ten, with a shorter warm start
-            and fewer steps. This shows that everything runs; the numbers say nothing about the methods.
-        seed (`int`, *optional*, defaults to `0`): Seed of warm start, questions and sampling.
-        plan ([`DemoPlan`], *optional*): Used instead of the plan that `quick` selects.
+    A `quick` demo takes a minute or two instead of ten, and only shows that everything runs. Files of an earlier demo
+    are replaced.
     """
     plan = plan or (QUICK if quick else DemoPlan())
     output_dir = Path(output_dir)
@@ -97,27 +84,19 @@ def _run(output_dir: Path, seed: int, plan: DemoPlan, console: Console) -> dict[
     files: dict[Path, str] = {}
     table: list[tuple[str, TrainingRun | None, Scores, Scores]] = []
     for number, (method, beta) in enumerate(plan.methods, start=2):
-        budget = plan.budget
+        budget, folder = plan.budget, output_dir / method
         console.print(
             f"[bold]{number}. {LABELS[method]}[/bold]: {budget.steps} steps of {budget.questions} questions x "
             f"{budget.rollouts} rollouts, KL {beta:g}"
         )
-        folder = output_dir / method
-        (folder / "trajectories" / "rank0.jsonl").unlink(missing_ok=True)
-        trainer = make_trainer(
-            method,
-            model,
-            folder,
-            beta=beta,
-            budget=budget,
-            seed=seed,
-            data_seed=seed + _TRAIN,
-            save_trajectories=True,
-        )
+        rollouts = folder / "trajectories" / "rank0.jsonl"
+        rollouts.unlink(missing_ok=True)
+        seeds = {"seed": seed, "data_seed": seed + _TRAIN}
+        trainer = make_trainer(method, model, folder, beta=beta, budget=budget, save_trajectories=True, **seeds)
         if not table:
             table.append(("Warm start", None, *_evaluate(trainer, questions, seed, output_dir / "warm_start", files)))
-        run = train_with_curve(trainer, budget, seed + _CURVE)
-        files[folder / "trajectories" / "rank0.jsonl"] = "every training rollout"
+        run = train_with_curve(trainer, method, budget, seed + _CURVE)
+        files[rollouts] = "every training rollout"
         table.append((LABELS[method], run, *_evaluate(trainer, questions, seed, folder, files)))
     console.print(_table(table, plan))
     runs = [run for _, run, _, _ in table if run is not None]
@@ -165,12 +144,12 @@ def _table(rows: list[tuple[str, TrainingRun | None, Scores, Scores]], plan: Dem
 
 def _panels(runs: list[TrainingRun]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Learning curves of all runs, by panel and label."""
+    by_label = {LABELS[run.method]: run for run in runs}
+    em = {name: [(float(step), scores.em) for step, scores in run.curve.items()] for name, run in by_label.items()}
     return {
-        "Held-out EM, greedy": {
-            LABELS[run.method]: [(float(step), scores.em) for step, scores in run.curve.items()] for run in runs
-        },
-        "Reward (F1) in training": {LABELS[run.method]: _smooth(run.reward) for run in runs},
-        "Groups with equal outcomes": {LABELS[run.method]: _smooth(run.collapse) for run in runs},
+        "Held-out EM, greedy": em,
+        "Reward (F1) in training": {name: _smooth(run.reward) for name, run in by_label.items()},
+        "Groups with equal outcomes": {name: _smooth(run.collapse) for name, run in by_label.items()},
     }
 
 

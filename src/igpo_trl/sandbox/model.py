@@ -9,7 +9,7 @@ from .world import GIVEN_NAMES, RELATIONS, SURNAMES
 
 ANSWER_TEMPLATE = "<answer>{answer}</answer>"
 
-_END, _PAD, _UNKNOWN = "<|im_end|>", "<|endoftext|>", "<|unk|>"
+END, PAD, _UNKNOWN = "<|im_end|>", "<|endoftext|>", "<|unk|>"
 _USER, _ASSISTANT, _TOOL = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_start|>tool\n"
 # One token each: a call has five tokens, of which three are decisions, yet its text is ordinary JSON.
 _CALL_OPEN, _CALL_CLOSE = '<tool_call>{"name": "search", "arguments": {"query": "', '"}}</tool_call>'
@@ -59,7 +59,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     Decoding puts one space between words and none around markers and punctuation. Every sequence of ids decodes to a
     text that encodes to the same ids.
     """
-    special = (_PAD, _END, _UNKNOWN, _USER, _ASSISTANT, _TOOL)
+    special = (PAD, END, _UNKNOWN, _USER, _ASSISTANT, _TOOL)
     markers = (*special, *_GLUED)
     vocabulary = {token: i for i, token in enumerate((*markers, *_WORDS))}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
@@ -69,27 +69,30 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     core.decoder = decoders.Sequence([*spaced_words, *unglue])
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     core.add_tokens([AddedToken(token, normalized=False) for token in _GLUED])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token=_END,
-        pad_token=_PAD,
-        unk_token=_UNKNOWN,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        chat_template=_CHAT_TEMPLATE,
-    )
+    tokenizer = wrap_tokenizer(core, _CHAT_TEMPLATE, unk_token=_UNKNOWN)
     tokenizer.response_template = _RESPONSE_TEMPLATE
     return tokenizer
 
 
+def wrap_tokenizer(core: Tokenizer, chat_template: str, **options: Any) -> PreTrainedTokenizerFast:
+    """The tokenizer `core` for transformers, with the two special tokens of Qwen's that every model here uses."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token=END,
+        pad_token=PAD,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template=chat_template,
+        **options,
+    )
+
+
 def make_model(tokenizer: PreTrainedTokenizerFast, width: int = 64) -> Qwen2ForCausalLM:
     """
-    A two-layer Qwen2 with full attention in float32. The weights are drawn from torch's global generator.
+    A two-layer Qwen2. The weights are drawn from torch's global generator.
 
-    Args:
-        tokenizer (`PreTrainedTokenizerFast`): Determines the size of the vocabulary and the special ids.
-        width (`int`, *optional*, defaults to `64`): Size of the hidden states. There are `width // 16` heads of 32
-            dimensions. With 16, rotary positions are too coarse to attend to the previous token, as copying requires.
+    Heads have 32 dimensions. With 16, rotary positions are too coarse to attend to the previous token, as copying
+    requires.
     """
     return make_qwen2(
         tokenizer,
@@ -97,7 +100,6 @@ def make_model(tokenizer: PreTrainedTokenizerFast, width: int = 64) -> Qwen2ForC
         intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=width // 16,
-        num_key_value_heads=width // 16,
         head_dim=32,
         max_position_embeddings=256,
         initializer_range=width**-0.5,
@@ -108,6 +110,7 @@ def make_qwen2(tokenizer: PreTrainedTokenizerFast, **shape: Any) -> Qwen2ForCaus
     """A Qwen2 with full attention and tied embeddings in float32. `shape` goes to `Qwen2Config`."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
+        num_key_value_heads=None,  # as many as attention heads
         use_sliding_window=False,
         tie_word_embeddings=True,
         bos_token_id=None,

@@ -22,8 +22,8 @@ from ..files import replace_when_complete
 from ..search import BM25Index, Passage, SearchTool
 from ..search.passages import read_passages
 from .conversations import Messages, make_conversations
-from .model import make_qwen2
-from .warm_start import IGNORE, Example, pad_batch
+from .model import END, PAD, make_qwen2, wrap_tokenizer
+from .warm_start import IGNORE, Example, make_optimizer, pad_batch, predict_targets, update
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 SYSTEM_PROMPT = "Search, then answer inside <answer> and </answer>."
 """System prompt of the model. It is short because every token costs time on a CPU."""
 
-_END, _PAD = "<|im_end|>", "<|endoftext|>"
-_SPECIAL = (_PAD, "<|im_start|>", _END)
+_SPECIAL = (PAD, "<|im_start|>", END)
 _MARKERS = (
     *("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
     *("<think>", "</think>", "<answer>", "</answer>"),
@@ -66,23 +65,9 @@ def make_tiny_model(
     the question, the result of the BM25 index, sometimes a search for a title in that result, and the gold answer. The
     loss is on the assistant's tokens only.
 
-    Args:
-        directory (`str` or `Path`): Where to save. The directory must be new or empty.
-        corpus (`str` or `Path`): Passages, JSONL or JSONL.gz with `id`, `title` and `text`.
-        questions (`str` or `Path`): Questions, a file that `load_questions` reads.
-        minutes (`float`, *optional*, defaults to `5.0`): Training time. The learning rate falls to zero at its end.
-        max_steps (`int`, *optional*): Optimizer steps after which training ends early.
-        k (`int`, *optional*, defaults to `2`): Passages per search.
-        max_words (`int`, *optional*, defaults to `40`): Longest passage, in words.
-        eval_questions (`int`, *optional*, defaults to `100`): Questions held out from training, at most half, see
-            [`hold_out`].
-        vocab_size, hidden_size, num_layers (`int`, *optional*, default to `6144`, `192` and `3`): Size of the model;
-            the defaults give 2.5 million parameters. Heads have 64 dimensions.
-        batch_size (`int`, *optional*, defaults to `8`): Conversations per step.
-        learning_rate (`float`, *optional*, defaults to `1.5e-3`): Peak learning rate.
-        seed (`int`, *optional*, defaults to `0`): Seed of weights and conversations. The number of steps still depends
-            on the machine's speed.
-        show_progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
+    Training ends after `minutes`, or earlier after `max_steps`; the learning rate falls from its peak to zero until
+    then. So the number of steps depends on the machine's speed, whatever the `seed`. At most half of the questions are
+    held out, see [`hold_out`]. The default sizes give 2.5 million parameters.
 
     Returns:
         `dict`: `parameters`, `steps`, the final `loss` (running mean), and `valid_search_share`: the share of sampled
@@ -132,18 +117,8 @@ def learn_tokenizer(
     core.normalizer, core.pre_tokenizer = qwen2.normalizer, qwen2.pre_tokenizer
     core.decoder = decoders.ByteLevel()
 
-    def wrap() -> PreTrainedTokenizerFast:
-        return PreTrainedTokenizerFast(
-            tokenizer_object=core,
-            eos_token=_END,
-            pad_token=_PAD,
-            padding_side="left",
-            clean_up_tokenization_spaces=False,
-            chat_template=qwen2_5_chat_template,
-        )
-
     prompts = questions["prompt"][:]
-    frame = wrap().apply_chat_template(prompts[0], tools=[tool], tokenize=False)
+    frame = wrap_tokenizer(core, qwen2_5_chat_template).apply_chat_template(prompts[0], tools=[tool], tokenize=False)
 
     def texts() -> Iterator[str]:
         yield from [frame] * 50  # its words are in every prompt, so they should become single tokens
@@ -160,7 +135,8 @@ def learn_tokenizer(
     )
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in _SPECIAL])
     core.add_tokens([AddedToken(token, special=False, normalized=False) for token in _MARKERS])
-    return add_response_schema(wrap())  # a new wrapper, because it copies properties of the trained tokenizer
+    # A new wrapper, because it copies properties of the trained tokenizer.
+    return add_response_schema(wrap_tokenizer(core, qwen2_5_chat_template))
 
 
 def make_copying_model(
@@ -171,14 +147,12 @@ def make_copying_model(
 
     The weights are drawn from torch's global generator.
     """
-    heads = hidden_size // _HEAD_SIZE
     model = make_qwen2(
         tokenizer,
         hidden_size=hidden_size,
         intermediate_size=hidden_size * 5 // 2,
         num_hidden_layers=num_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_attention_heads=hidden_size // _HEAD_SIZE,
         max_position_embeddings=4096,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
@@ -265,7 +239,7 @@ def _fit(
     show_progress: bool,
 ) -> tuple[int, float]:
     """Trains until the time or the steps are used up; returns the number of steps and the running mean of the loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = make_optimizer(model, 0.0)
     # Twice as fast on processors that have it.
     bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     started, steps, average = time.monotonic(), 0, float("nan")
@@ -279,16 +253,10 @@ def _fit(
                 break
             # Rises over the first twentieth, then falls to zero.
             optimizer.param_groups[0]["lr"] = learning_rate * min(20 * progress + 0.02, (1 - progress) / 0.95)
-            ids, labels = next(batches)
-            is_target = labels[:, 1:] != IGNORE
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-                logits = model.lm_head(hidden[is_target])
-            loss = torch.nn.functional.cross_entropy(logits.float(), labels[:, 1:][is_target])
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+                logits, targets = predict_targets(model, *next(batches))
+            loss = torch.nn.functional.cross_entropy(logits.float(), targets)
+            update(model, optimizer, loss)
             steps += 1
             average = loss.item() if steps == 1 else 0.95 * average + 0.05 * loss.item()
             bar.update(int(100 * progress) - bar.n)

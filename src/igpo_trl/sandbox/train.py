@@ -7,12 +7,11 @@ Both get the same model, questions and budget, and their rollout loops make the 
 
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -46,46 +45,26 @@ _COMPLETION_TOKENS = MAX_SEARCHES * (_TURN_TOKENS + 12) + _TURN_TOKENS
 
 @dataclass(frozen=True)
 class Budget:
-    """
-    How much to train and to evaluate.
-
-    Args:
-        steps (`int`): Optimizer steps.
-        questions (`int`): Questions per step.
-        rollouts (`int`): Rollouts per question.
-        learning_rate (`float`): Constant over training.
-        eval_every (`int`): Steps between two points of the learning curve.
-        curve_questions (`int`): Held-out questions per point of the learning curve, answered greedily.
-    """
+    """How much to train and to evaluate."""
 
     steps: int = 120
-    questions: int = 16
-    rollouts: int = 8
-    learning_rate: float = 5e-4
-    eval_every: int = 10
-    curve_questions: int = 128
+    questions: int = 16  # per step
+    rollouts: int = 8  # per question
+    learning_rate: float = 5e-4  # constant over training
+    eval_every: int = 10  # steps between two points of the learning curve
+    curve_questions: int = 128  # held-out questions per point, answered greedily
 
 
 @dataclass
 class TrainingRun:
-    """
-    Measurements of one training run.
-
-    Args:
-        method (`str`): Key of [`METHODS`].
-        beta (`float`): Weight of the KL term.
-        curve (`dict[int, Scores]`): Greedy held-out scores by step, from step 0.
-        collapse (`list[float]`): Per step, the share of groups whose rollouts all have the same outcome.
-        reward (`list[float]`): Per step, the mean outcome.
-        seconds (`float`): Wall time of the training, without evaluations.
-    """
+    """Measurements of one training run."""
 
     method: str
     beta: float
-    curve: dict[int, Scores] = field(default_factory=dict)
-    collapse: list[float] = field(default_factory=list)
-    reward: list[float] = field(default_factory=list)
-    seconds: float = 0.0
+    curve: dict[int, Scores] = field(default_factory=dict)  # greedy held-out scores by step, from step 0
+    collapse: list[float] = field(default_factory=list)  # by step, share of groups in which all outcomes are the same
+    reward: list[float] = field(default_factory=list)  # by step, the mean outcome
+    seconds: float = 0.0  # wall time of the training, without evaluations
 
     @property
     def area(self) -> float:
@@ -97,58 +76,45 @@ class TrainingRun:
 
 
 class SandboxGRPOTrainer(GRPOTrainer):
-    """
-    TRL's trainer with the parent's rollouts, which also records outcomes and passes each scored batch to `sink`.
+    """TRL's trainer with TRL's rollouts. If `save_to` is set, it records them as [`IGPOTrainer`] does."""
 
-    It caches the token ids of tool results, because TRL renders two conversations for each and the sandbox has few
-    different ones.
-    """
-
-    run: TrainingRun
-    sink: Callable[[list[dict[str, Any]], dict[str, Any]], None] | None = None
+    save_to: Path | None = None
 
     def _get_tool_suffix_ids(self, tool_messages: list[dict[str, str]]) -> list[int]:
+        # TRL renders two conversations for each result of a tool, and the sandbox has few different results.
         cache: dict[Any, list[int]] = self.__dict__.setdefault("_suffixes", {})
         key = tuple((message["name"], message["content"]) for message in tool_messages)
         if key not in cache:
             cache[key] = super()._get_tool_suffix_ids(tool_messages)
         return list(cache[key])
 
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if self.model.training:
-            groups = rewards.sum(dim=1).view(-1, self.num_generations)
-            self.run.reward.append(groups.mean().item())
-            self.run.collapse.append((groups.amax(dim=1) == groups.amin(dim=1)).float().mean().item())
-        return rewards
-
     def _generate_and_score_completions(self, inputs: Any) -> Any:
         output = super()._generate_and_score_completions(inputs)
-        if self.sink is not None:
-            self.sink(inputs, output)
+        if self.save_to is not None and self.model.training:
+            state = {"num_generations": self.num_generations, "optimizer_step": self.state.global_step}
+            write_jsonl(self.save_to, to_trajectories(self, inputs, output, training=True, **state), append=True)
         return output
 
 
-class SandboxIGPOTrainer(SandboxGRPOTrainer, IGPOTrainer):
-    """`IGPOTrainer` with the same additions."""
+class _Measure(TrainerCallback):
+    """Measures every step and a point of the learning curve every few, and shows the latest values in `bar`."""
 
-
-class _CurveCallback(TrainerCallback):
-    """Adds a point to the learning curve every few steps, and shows the latest values in the progress bar."""
-
-    def __init__(self, every: int, measure: Callable[[], Scores], run: TrainingRun, bar: Any):
-        self.every, self.measure, self.run, self.bar = every, measure, run, bar
-        self.seconds = 0.0
+    def __init__(self, trainer: GRPOTrainer, run: TrainingRun, questions: list[Any], every: int, bar: Any):
+        self.trainer, self.run, self.questions, self.every, self.bar = trainer, run, questions, every, bar
 
     def _add_point(self, step: int) -> None:
         started = time.perf_counter()
-        self.run.curve[step] = self.measure()
-        self.seconds += time.perf_counter() - started
+        self.run.curve[step] = Scores.of(roll_out(self.trainer, self.questions))
+        self.run.seconds -= time.perf_counter() - started  # evaluations do not count
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._add_point(0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        (rewards,) = self.trainer._logs["rewards"].values()  # of the step's rollouts, group by group
+        groups = torch.tensor(rewards).view(-1, self.trainer.num_generations)
+        self.run.reward.append(groups.mean().item())
+        self.run.collapse.append((groups.amax(dim=1) == groups.amin(dim=1)).float().mean().item())
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             self._add_point(state.global_step)
         scores = self.run.curve[max(self.run.curve)]
@@ -168,21 +134,13 @@ def make_trainer(
     data_seed: int = 1,
     save_trajectories: bool = False,
     **options: Any,
-) -> SandboxGRPOTrainer:
+) -> GRPOTrainer:
     """
     Makes the trainer of a method, with the arguments that a user would pass.
 
-    Args:
-        method (`str`): Key of [`METHODS`].
-        model_path (`Path`): Directory of the warm-started model.
-        output_dir (`Path`): Directory for trajectories. Nothing else is written.
-        beta (`float`, *optional*, defaults to `0.0`): Weight of the KL term to the warm-started model.
-        budget ([`Budget`], *optional*): Steps, questions, rollouts and learning rate. Defaults to `Budget()`.
-        seed (`int`, *optional*, defaults to `0`): Seed of the sampling.
-        data_seed (`int`, *optional*, defaults to `1`): Seed of the training worlds.
-        save_trajectories (`bool`, *optional*, defaults to `False`): Write every training rollout to
-            `output_dir/trajectories`.
-        **options: Further options of the method's configuration.
+    `beta` is the weight of the KL term to the warm-started model, `data_seed` the stream of the training worlds. With
+    `save_trajectories`, every training rollout is written to `output_dir/trajectories`, and nothing else. `options`
+    are further ones of the method's configuration.
     """
     budget = budget or Budget()
     options = METHODS[method] | options
@@ -194,7 +152,7 @@ def make_trainer(
     args = config_class(output_dir=str(output_dir), beta=beta, seed=seed, **_training_options(budget), **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*environment_factory.*experimental", category=UserWarning)
-        trainer = (SandboxIGPOTrainer if is_igpo else SandboxGRPOTrainer)(
+        trainer = (IGPOTrainer if is_igpo else SandboxGRPOTrainer)(
             model=AutoModelForCausalLM.from_pretrained(model_path),
             reward_funcs=make_answer_reward(format_penalty=0.0),
             args=args,
@@ -203,9 +161,8 @@ def make_trainer(
             environment_factory=SearchEnvironment,
         )
     trainer.remove_callback(PrinterCallback)
-    trainer.run = TrainingRun(method, beta)
-    if save_trajectories and not is_igpo:  # IGPOTrainer writes its own, with beliefs and advantages
-        trainer.sink = partial(_write_trajectories, trainer, output_dir / "trajectories" / "rank0.jsonl")
+    if save_trajectories and not is_igpo:
+        trainer.save_to = output_dir / "trajectories" / "rank0.jsonl"
     return trainer
 
 
@@ -233,34 +190,15 @@ def _training_options(budget: Budget) -> dict[str, Any]:
     }
 
 
-def _write_trajectories(
-    trainer: SandboxGRPOTrainer, path: Path, inputs: list[dict[str, Any]], output: dict[str, Any]
-) -> None:
-    if trainer.model.training:
-        records = to_trajectories(trainer, inputs, output)
-        for i, record in enumerate(records):
-            record.step, record.group = trainer.state.global_step, i // trainer.num_generations
-        write_jsonl(path, records, append=True)
-
-
 def train_with_curve(
-    trainer: SandboxGRPOTrainer, budget: Budget, curve_seed: int, description: str = ""
+    trainer: GRPOTrainer, method: str, budget: Budget, curve_seed: int, description: str = ""
 ) -> TrainingRun:
-    """
-    Trains, and measures a learning curve of greedy scores on held-out questions.
-
-    Args:
-        trainer ([`SandboxGRPOTrainer`]): Trainer from [`make_trainer`].
-        budget ([`Budget`]): The budget that the trainer was made with.
-        curve_seed (`int`): Seed of the held-out worlds of the curve.
-        description (`str`, *optional*): Label of the progress bar. Defaults to the method's.
-    """
+    """Trains, and measures a learning curve of greedy scores on held-out questions of the stream `curve_seed`."""
     questions = list(make_dataset(curve_seed, budget.curve_questions))
-    run = trainer.run
-    with tqdm(total=budget.steps, desc=description or LABELS[run.method], unit="step") as bar:
-        curve = _CurveCallback(budget.eval_every, lambda: Scores.of(roll_out(trainer, questions)), run, bar)
-        trainer.add_callback(curve)
+    run = TrainingRun(method, trainer.args.beta)
+    with tqdm(total=budget.steps, desc=description or LABELS[method], unit="step") as bar:
+        trainer.add_callback(_Measure(trainer, run, questions, budget.eval_every, bar))
         started = time.perf_counter()
         trainer.train()
-        run.seconds = time.perf_counter() - started - curve.seconds
+        run.seconds += time.perf_counter() - started
     return run

@@ -35,28 +35,18 @@ Example = tuple[torch.Tensor, torch.Tensor]  # token ids and labels, both (T,)
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """
-    Everything besides the code that determines the warm-started weights.
-
-    Args:
-        seed (`int`): Seed of worlds, demonstrations and initial weights.
-        demonstrations (`int`): Number of demonstrations, half trajectories and half reading.
-        epochs (`int`): Passes over them.
-        batch_size (`int`): Demonstrations per optimizer step.
-        learning_rate (`float`): Peak of a one-cycle schedule.
-        width (`int`): Hidden size of the model.
-        random_queries (`float`): Share of the trajectories' queries in which the person or the relation is random.
-        relevant_reads (`float`): Share of the reading demonstrations' passages that are the next fact of the chain.
-    """
+    """Everything besides the code that determines the warm-started weights."""
 
     seed: int = 0
-    demonstrations: int = 24_000
+    demonstrations: int = 24_000  # half trajectories and half reading
     epochs: int = 5
     batch_size: int = 32
-    learning_rate: float = 6e-3
-    width: int = 64
-    # At one half, this model succeeds in one of a hundred sampled rollouts, which is too few to learn from.
+    learning_rate: float = 6e-3  # peak of a one-cycle schedule
+    width: int = 64  # hidden size
+    # Share of the trajectories' queries in which the person or the relation is random. At one half, this model
+    # succeeds in one of a hundred sampled rollouts, which is too few to learn from.
     random_queries: float = 0.3
+    # Share of the reading demonstrations' passages that are the next fact of the chain.
     relevant_reads: float = 0.85
 
 
@@ -64,11 +54,8 @@ def demonstration(world: World, rng: np.random.Generator, random_share: float) -
     """
     One conversation: the question, 0 to 4 searches, the gold answer.
 
-    Args:
-        world (`World`): The question's world.
-        rng (`numpy.random.Generator`): Draws the number of searches and the random queries.
-        random_share (`float`): Probability that a query is not the next one of the chain: either the person or the
-            relation is random. After the end of the chain both are.
+    With probability `random_share`, a query is not the next one of the chain: either the person or the relation is
+    random. After the end of the chain both are.
     """
     question = world.question
     messages: list[dict[str, Any]] = [{"role": "user", "content": question.text}]
@@ -127,6 +114,25 @@ def pad_batch(examples: list[Example], pad_token_id: int) -> Example:
     )
 
 
+def predict_targets(model: Qwen2ForCausalLM, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Logits (N, vocabulary) and labels (N,) of the tokens that have a label. No other logits are computed."""
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    is_target = labels[:, 1:] != IGNORE
+    return model.lm_head(hidden[is_target]), labels[:, 1:][is_target]
+
+
+def make_optimizer(model: Qwen2ForCausalLM, learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+
+
+def update(model: Qwen2ForCausalLM, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """One optimizer step, with clipped gradients."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
 def _batches(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Shuffled batches of examples of similar length."""
     order = np.lexsort((rng.random(len(lengths)), lengths))
@@ -144,7 +150,7 @@ def train_warm_start(config: WarmStartConfig) -> tuple[Qwen2ForCausalLM, PreTrai
         torch.manual_seed(config.seed)
         model = make_model(tokenizer, config.width)
     steps = config.epochs * -(-config.demonstrations // config.batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = make_optimizer(model, config.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=steps, pct_start=0.1, anneal_strategy="linear"
     )
@@ -159,18 +165,14 @@ def train_warm_start(config: WarmStartConfig) -> tuple[Qwen2ForCausalLM, PreTrai
         for _ in range(config.epochs):
             for batch in _batches(lengths, config.batch_size, rng):
                 ids, labels = pad_batch([examples[i] for i in batch], tokenizer.pad_token_id)
-                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-                is_target = labels[:, 1:] != IGNORE
-                targets = labels[:, 1:][is_target]
-                losses = torch.nn.functional.cross_entropy(model.lm_head(hidden[is_target]), targets, reduction="none")
-                is_name = ((ids[:, :-1] == opening).cumsum(dim=1) > 0)[is_target] & ~torch.isin(targets, closing)
+                logits, targets = predict_targets(model, ids, labels)
+                losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+                in_answer = ((ids == opening).cumsum(dim=1) > 0)[:, :-1][labels[:, 1:] != IGNORE]
+                is_name = in_answer & ~torch.isin(targets, closing)
                 # The answer's two names get their own mean: among thirty other tokens they would be learned last. The
                 # other losses are divided by a constant, so that short rollouts do not get a larger weight.
                 loss = losses[is_name].mean() + losses[~is_name].sum() / others_per_batch
-                optimizer.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
+                update(model, optimizer, loss)
                 schedule.step()
                 average = 0.95 * average + 0.05 * loss.item()
                 bar.update()
@@ -200,10 +202,7 @@ def warm_start(
     """
     Directory of the warm-started model and its tokenizer. Trains them if they are not cached.
 
-    Args:
-        config ([`WarmStartConfig`], *optional*): What to train. Defaults to `WarmStartConfig()`.
-        directory (`Path`, *optional*): The cache. Defaults to [`cache_dir`]. Incomplete entries never appear in it.
-        train (`Callable`, *optional*): Trains a model and a tokenizer, which both have `save_pretrained`.
+    Incomplete entries never appear in the cache, which is [`cache_dir`] unless a `directory` is given.
     """
     config = config or WarmStartConfig()
     entry = cache_entry(config, directory)

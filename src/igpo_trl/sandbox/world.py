@@ -30,20 +30,12 @@ _RELATION_INDEX = {name: i for i, name in enumerate(RELATIONS)}
 
 @dataclass(frozen=True)
 class Question:
-    """
-    A question and the chain of facts that answers it.
-
-    Args:
-        text (`str`): The question in words.
-        answer (`str`): The gold answer, a full name.
-        path (`tuple[int, ...]`): Indices of the `hops + 1` people, all different, from the one named to the answer.
-        relations (`tuple[int, ...]`): Index of the relation of each hop, in the order of the lookups.
-    """
+    """A question and the chain of facts that answers it."""
 
     text: str
     answer: str
-    path: tuple[int, ...]
-    relations: tuple[int, ...]
+    path: tuple[int, ...]  # the `hops + 1` people, all different, from the one named to the answer
+    relations: tuple[int, ...]  # the relation of each hop, in the order of the lookups
 
     @property
     def hops(self) -> int:
@@ -52,13 +44,7 @@ class Question:
 
 
 class World:
-    """
-    The graph of one question, determined by `(seed, index)`.
-
-    Args:
-        seed (`int`): Stream of worlds. Training, validation and test use different streams.
-        index (`int`): Position in the stream.
-    """
+    """The graph of one question: number `index` of the stream `seed`. Training and tests use different streams."""
 
     def __init__(self, seed: int, index: int) -> None:
         self.seed, self.index = seed, index
@@ -116,12 +102,7 @@ class World:
 
 
 def make_dataset(seed: int, count: int, start: int = 0) -> Dataset:
-    """
-    Questions of the worlds `(seed, start)` to `(seed, start + count - 1)`.
-
-    Returns:
-        `datasets.Dataset`: `prompt`, `answers`, `hops`, `id`, and `world_seed` and `world_index`.
-    """
+    """Questions of the worlds `(seed, start)` to `(seed, start + count - 1)`."""
     rows = []
     for index in range(start, start + count):
         question = World(seed, index).question
@@ -145,12 +126,7 @@ class SearchEnvironment:
         self._world: World | None = None
 
     def reset(self, **row: Any) -> None:
-        """
-        Switches to the world of a data set row.
-
-        Args:
-            **row: A row of `make_dataset`, of which `world_seed` and `world_index` are read.
-        """
+        """Switches to the world of a row of `make_dataset`."""
         self._world = World(row["world_seed"], row["world_index"])
 
     def search(self, query: str) -> str:
