@@ -167,6 +167,7 @@ def plot_curves(
         raise ValueError("got no panels, expected at least one: {title: {curve: [(x, y), ...]}}.")
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     colours = {name: CURVES[i % len(CURVES)] for i, name in enumerate(names)}
+    lines: dict[str, Any] = {}
     columns = min(len(panels), 3) if len(panels) != 4 else 2
     rows = math.ceil(len(panels) / columns)
     figure = _figure(3.6 * columns + 0.4, 2.7 * rows + 0.7)
@@ -174,9 +175,8 @@ def plot_curves(
         axes = figure.add_subplot(rows, columns, i)
         for name, points in curves.items():
             finite = [point for point in points if math.isfinite(point[1])]
-            axes.plot(
-                *zip(*finite, strict=True) if finite else ([], []), color=colours[name], linewidth=1.8, label=name
-            )
+            x_and_y = zip(*finite, strict=True) if finite else ([], [])
+            (lines[name],) = axes.plot(*x_and_y, color=colours[name], linewidth=1.8, label=name)
         axes.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold")
         axes.grid(axis="y", color=PALE, linewidth=0.8)
         axes.spines[["top", "right", "left"]].set_visible(False)
@@ -186,8 +186,8 @@ def plot_curves(
         axes.locator_params(axis="x", integer=True)
         if i > len(panels) - columns:
             axes.set_xlabel(xlabel, fontsize=9, color=GREY)
-    handles = [_legend_line(colours[name], name) for name in names]
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.36 / figure.get_figheight()))
+    handles = list(lines.values())
     figure.legend(handles=handles, loc="upper left", ncols=len(names), frameon=False, fontsize=9, labelcolor=INK)
     _save(figure, path)
 
@@ -327,12 +327,6 @@ def _figure(width: float, height: float) -> "Figure":
     except ImportError as error:
         raise ImportError('Plots need matplotlib. Install the extra: pip install "igpo-trl[plots]".') from error
     return Figure(figsize=(width, height), dpi=160, facecolor="white")
-
-
-def _legend_line(colour: str, label: str) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], color=colour, linewidth=1.8, label=label)
 
 
 def _save(figure: "Figure", path: str | Path) -> None:

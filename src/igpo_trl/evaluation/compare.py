@@ -14,24 +14,14 @@ RIGHT_OR_WRONG = ("em", "judge", "in_evidence", "answered")
 
 
 class Difference(NamedTuple):
-    """
-    How a metric differs between two runs, on the questions that both have.
-
-    Attributes:
-        questions (`int`): number of these questions.
-        first (`float`): mean of the first run.
-        second (`float`): mean of the second run.
-        difference ([`Interval`]): second minus first, with a 95 % bootstrap interval over questions.
-        p (`float` or `None`): p-value of the paired permutation test.
-        mcnemar (`float` or `None`): p-value of the exact McNemar test, for right-or-wrong metrics with one sample.
-    """
+    """How a metric differs between two runs, on the questions that both have."""
 
     questions: int
-    first: float
+    first: float  # mean of the first run
     second: float
-    difference: Interval
-    p: float | None
-    mcnemar: float | None
+    difference: Interval  # second minus first, with a 95 % bootstrap interval over questions
+    p: float | None  # of the paired permutation test
+    mcnemar: float | None  # p-value of the exact McNemar test, for right-or-wrong metrics with one sample
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Confidence intervals and tests over questions, with SciPy. All are seeded: equal scores give equal results."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,9 +44,16 @@ def bootstrap_interval(
     mean = float(np.mean([scores.mean() for scores in values]))
     if min(len(scores) for scores in values) < 2:
         return Interval(mean, None, None)
-    options = {"confidence_level": confidence, "method": "percentile", **_sampling(resamples, seed)}
-    interval = bootstrap(values, _mean_of_means, **options).confidence_interval
-    return Interval(mean, float(interval.low), float(interval.high))
+    result = bootstrap(
+        values,
+        lambda *sets, axis: sum(scores.mean(axis=axis) for scores in sets) / len(sets),
+        n_resamples=resamples,
+        batch=_BATCH,
+        confidence_level=confidence,
+        method="percentile",
+        rng=seed,
+    )
+    return Interval(mean, *map(float, result.confidence_interval))
 
 
 def permutation_test(*differences: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> float | None:
@@ -71,9 +78,9 @@ def permutation_test(*differences: Sequence[float], resamples: int = RESAMPLES, 
     weighted = np.concatenate([values / len(values) / len(sets) for values in sets])
     if len(weighted) < 2:
         return None
-    pairs = weighted, np.zeros_like(weighted)
-    options = {"permutation_type": "samples", **_sampling(resamples, seed)}
-    return float(scipy_test(pairs, lambda a, b, axis: (a - b).sum(axis=axis), **options).pvalue)
+    # With a single sample, "samples" flips signs.
+    options = {"permutation_type": "samples", "n_resamples": resamples, "batch": _BATCH, "rng": seed}
+    return float(scipy_test((weighted,), np.sum, **options).pvalue)
 
 
 def mcnemar_test(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -97,12 +104,3 @@ def mcnemar_test(first: Sequence[float], second: Sequence[float]) -> float | Non
         return None
     better, worse = int((b > a).sum()), int((b < a).sum())
     return float(binomtest(better, better + worse, 0.5).pvalue) if better + worse else 1.0
-
-
-def _sampling(resamples: int, seed: int) -> dict[str, Any]:
-    rng = np.random.default_rng(seed)
-    return {"n_resamples": resamples, "batch": _BATCH, "vectorized": True, "rng": rng}
-
-
-def _mean_of_means(*sets: Any, axis: int) -> Any:
-    return sum(values.mean(axis=axis) for values in sets) / len(sets)

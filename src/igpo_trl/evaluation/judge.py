@@ -42,16 +42,10 @@ class Judge:
     """
     Asks a language model whether an answer is right, at temperature 0.
 
-    Args:
-        url (`str`): Address of the API up to its version, as in `http://127.0.0.1:8000/v1`.
-        model (`str`): Name of the model there.
-        key (`str`, *optional*): Sent as a bearer token. It is never stored, and is removed from error messages.
-        timeout (`float`, *optional*, defaults to `60.0`): Seconds for one reply.
-        max_attempts (`int`, *optional*, defaults to `6`): Requests for one reply, if they fail.
-        max_readings (`int`, *optional*, defaults to `2`): Replies for one verdict, if they cannot be read.
-
-    Raises:
-        ValueError: `url` is not an absolute `http://` or `https://` address.
+    `url` is the address of the API up to its version, as in `http://127.0.0.1:8000/v1`; anything but an absolute
+    `http://` or `https://` address raises `ValueError`. `key` is sent as a bearer token. It is never stored, and is
+    removed from error messages. There are up to `max_attempts` requests for one reply, each of `timeout` seconds, if
+    they fail, and up to `max_readings` replies for one verdict, if they cannot be read.
     """
 
     def __init__(
@@ -75,12 +69,7 @@ class Judge:
         self._client = httpx2.Client(timeout=timeout)
 
     def __call__(self, question: str, answers: Sequence[str], prediction: str) -> Verdict:
-        """
-        The verdict on one answer.
-
-        Raises:
-            SearchError: The endpoint cannot be reached, or refuses the request.
-        """
+        """The verdict on one answer. Raises `SearchError` if the endpoint cannot be reached, or refuses."""
         messages = [
             {"role": "system", "content": INSTRUCTIONS},
             {"role": "user", "content": self._request(question, answers, prediction)},
@@ -160,18 +149,9 @@ def judge_run(
     A missing answer is wrong without a request. Equal answers to the same question share one request. A verdict is a
     line with `dataset`, `id`, `sample`, `prediction`, `correct`, `reason`, `model` and `cache`.
 
-    Args:
-        judge ([`Judge`]): The judge.
-        trajectories (sequence of [`Trajectory`]): Rollouts of [`roll_out`].
-        file (`Path`): File of the verdicts.
-        workers (`int`, *optional*, defaults to `8`): Requests at a time.
-        progress (`Callable`, *optional*): Called with the number of rollouts that have just been judged.
-
-    Returns:
-        `int`: Number of rollouts without a verdict, because the replies could not be read.
-
-    Raises:
-        SearchError: The endpoint cannot be reached, or refuses a request. The verdicts before are saved.
+    `workers` is the number of requests at a time; `progress` is called with the number of rollouts that have just been
+    judged. Returns the number of rollouts without a verdict, because the replies could not be read. Raises
+    `SearchError` as the judge does; the verdicts before are saved.
     """
     drop_torn_line(file)
     saved = read_verdicts(file)

@@ -50,7 +50,6 @@ class AnswerMetric(evaluate.Metric):
     """
 
     score: Callable[[str | None, str | Sequence[str], Variant], float]
-    key: str
 
     def __init__(
         self, config_name: str | None = None, keep_in_memory: bool | None = None, num_process: int = 1, **options: Any
@@ -91,7 +90,7 @@ class AnswerMetric(evaluate.Metric):
                 scores.append(format_penalty if answer is None else type(self).score(answer, answers, variant))
             else:
                 scores.append(type(self).score(text if text.strip() else None, answers, variant))
-        return {self.key: sum(scores) / len(scores)}
+        return {self.name.removeprefix("answer_"): sum(scores) / len(scores)}
 
 
 class AnswerF1(AnswerMetric):
@@ -106,18 +105,15 @@ class AnswerF1(AnswerMetric):
     """
 
     score = staticmethod(f1_score)
-    key = "f1"
 
 
 class AnswerExactMatch(AnswerMetric):
     """Share of answers that equal an alias after normalisation, see [`rewards.exact_match`]; key `exact_match`."""
 
     score = staticmethod(exact_match)
-    key = "exact_match"
 
 
 class AnswerCoverExactMatch(AnswerMetric):
     """Share of answers that contain an alias, see [`rewards.cover_exact_match`]; key `cover_exact_match`."""
 
     score = staticmethod(cover_exact_match)
-    key = "cover_exact_match"

@@ -19,6 +19,7 @@ from ..records import trajectories_of
 from ..rewards import Variant, exact_match, extract_answer, f1_score, last_assistant_text, make_answer_reward
 from ..rollout.tool_results import ToolErrorKind
 from ..search import Passage, Searchable, SearchTool, open_search
+from ..search.searchable import Retriever
 from ..trainer import IGPOTrainer
 from ..trajectory import Trajectory
 from .run import RolloutKey, RunDirectory, append_lines, key_of
@@ -66,16 +67,13 @@ def roll_out(settings: EvaluationSettings, out: str | Path, batch_size: int | No
         return run.trajectories() if state.is_main_process else []
 
 
-class _CurrentIndex:
+class _CurrentIndex(Retriever):
     """The index of the data set that is being run."""
 
     def __init__(self, indexes: Sequence[Searchable]):
         self.indexes, self.number = indexes, 0
 
-    def search(self, query: str, k: int = 3) -> list[Passage]:
-        return self.indexes[self.number].search(query, k)
-
-    def search_batch(self, queries: Sequence[str], k: int = 3) -> list[list[Passage]]:
+    def _search_batch(self, queries: list[str], k: int) -> list[list[Passage]]:
         return self.indexes[self.number].search_batch(queries, k)
 
 
@@ -192,12 +190,7 @@ class EvaluationTrainer(IGPOTrainer):
     """[`IGPOTrainer`] in evaluation mode, which returns its rollouts as records."""
 
     def rollouts(self, rows: Sequence[Row], settings: EvaluationSettings) -> list[Trajectory]:
-        """
-        One rollout for each row. Every process has to call it with the same number of rows.
-
-        Raises:
-            ConnectionError: A search failed, which is not the model's fault.
-        """
+        """One rollout for each row; every process needs the same number. Raises `ConnectionError` if searches fail."""
         with torch.no_grad():
             self._generate_and_score_completions(
                 [{"prompt": row["prompt"], "answers": row["answers"]} for row in rows]

@@ -47,26 +47,16 @@ def key_of(trajectory: Trajectory) -> RolloutKey:
 
 
 class RunDirectory:
-    """
-    The directory of an evaluation, while it is being made.
-
-    Args:
-        folder (`Path`): The directory, which [`RunDirectory.open`] creates.
-    """
+    """The directory of an evaluation, while it is being made."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def open(self, settings: dict[str, Any], questions: str) -> None:
         """
-        Starts a run, or resumes one and cuts off incomplete last lines.
+        Starts a run, or resumes one and cuts off incomplete last lines. `questions` is their [`questions_digest`].
 
-        Args:
-            settings (`dict`): Everything that the rollouts depend on, JSON-serialisable.
-            questions (`str`): Digest of the questions, see [`questions_digest`].
-
-        Raises:
-            FileExistsError: The directory holds other files, or a run with other settings, questions or weights.
+        Raises `FileExistsError` if the directory has other files, or a run with other settings, questions or weights.
         """
         record = {
             "version": VERSION,

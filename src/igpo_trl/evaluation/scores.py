@@ -12,7 +12,7 @@ from ..rewards import Variant, exact_match, extract_answer, f1_score
 from ..trajectory import Trajectory
 from .intervals import Interval, bootstrap_interval
 from .run import key_of
-from .tables import Table, format_interval, format_number, format_percent, format_probability, format_share, to_plain
+from .tables import Table, format_interval, format_number, format_percent, format_share, to_plain
 
 AVERAGE = "average"
 
@@ -27,8 +27,8 @@ METRICS = {
     "tokens_sampled": ("Sampled", format_number),
     "tokens_observed": ("Observed", format_number),
     "in_evidence": ("In evidence", format_percent),
-    "belief_start": ("Belief before", format_probability),
-    "belief_end": ("Belief at the end", format_probability),
+    "belief_start": ("Belief before", "{:.2g}".format),
+    "belief_end": ("Belief at the end", "{:.2g}".format),
     "answered": ("Answered", format_percent),
 }
 WITH_INTERVAL = ("f1", "em", "judge", "in_evidence")
@@ -117,21 +117,14 @@ def question_values(
 
 @dataclass(frozen=True)
 class SetScores:
-    """
-    Scores of one data set, or the average over all.
-
-    Attributes:
-        questions (`int`): number of questions.
-        rollouts (`int`): number of rollouts.
-        metrics (`dict[str, Interval]`): mean over the questions with a 95 % interval, by the names in [`METRICS`];
-            without the metrics that apply to no question, such as beliefs that were not scored.
-        stops (`dict[str, float]`): share of the rollouts by stop reason.
-    """
+    """Scores of one data set, or the average over all."""
 
     questions: int
     rollouts: int
+    # Mean over the questions with a 95 % interval, by the names in `METRICS`; without the metrics that apply to no
+    # question, such as beliefs that were not scored.
     metrics: dict[str, Interval]
-    stops: dict[str, float]
+    stops: dict[str, float]  # share of the rollouts by stop reason
 
 
 @dataclass(frozen=True)
@@ -148,20 +141,14 @@ class RunScores:
     def tables(self) -> list[Table]:
         """A table of the scores, and one of the stop reasons."""
         shown = [name for name in METRICS if any(name in scores.metrics for scores in self.sets.values())]
-        rows = [
-            [
-                name,
-                str(scores.questions),
-                *(format_interval(scores.metrics.get(m), METRICS[m][1], m in WITH_INTERVAL) for m in shown),
-            ]
-            for name, scores in self.sets.items()
-        ]
-        note = f"F1 and EM ({self.variant}), judge and shares in percent; 95 % bootstrap intervals over questions."
         reasons = sorted({reason for scores in self.sets.values() for reason in scores.stops})
-        stops = [
-            [name, str(scores.rollouts), *(format_share(scores.stops.get(reason, 0.0)) for reason in reasons)]
-            for name, scores in self.sets.items()
-        ]
+        rows, stops = [], []
+        for name, scores in self.sets.items():
+            cells = [format_interval(scores.metrics.get(m), METRICS[m][1], m in WITH_INTERVAL) for m in shown]
+            rows.append([name, str(scores.questions), *cells])
+            cells = [format_share(scores.stops.get(reason, 0.0)) for reason in reasons]
+            stops.append([name, str(scores.rollouts), *cells])
+        note = f"F1 and EM ({self.variant}), judge and shares in percent; 95 % bootstrap intervals over questions."
         return [
             Table("Scores", ["Set", "Questions", *(METRICS[metric][0] for metric in shown)], rows, note),
             Table("Why rollouts ended", ["Set", "Rollouts", *reasons], stops, "Percent of rollouts."),

@@ -105,13 +105,10 @@ class EvaluationSettings:
 
 def make_settings(options: Mapping[str, Any], config: str | Path | None = None) -> EvaluationSettings:
     """
-    Settings from options, then from a training configuration, then the defaults of `igpo eval`.
+    Settings from options, then from the configuration of a training run, then the defaults of `igpo eval`.
 
-    Args:
-        options (mapping):
-            Options by the names of fields of [`EvaluationSettings`] and [`IGPOConfig`]. Other names are ignored, and
-            `None` means that the option is not given.
-        config (`str` or `Path`, *optional*): YAML file of a training run, see [`settings_of_training`].
+    Options have the names of fields of [`EvaluationSettings`] and [`IGPOConfig`]. Other names are ignored, and `None`
+    means that the option is not given.
     """
     given = {name: value for name, value in options.items() if value is not None}
     from_file = settings_of_training(config) if config is not None else {}
@@ -122,18 +119,7 @@ def make_settings(options: Mapping[str, Any], config: str | Path | None = None) 
 
 
 def settings_of_training(config: str | Path) -> dict[str, Any]:
-    """
-    What a training configuration says about rollouts: limits, template, prompt, search and model options.
-
-    Args:
-        config (`str` or `Path`): YAML file of `train.py`.
-
-    Returns:
-        `dict`: Arguments of [`EvaluationSettings`].
-
-    Raises:
-        ValueError: The file does not hold a mapping.
-    """
+    """The [`EvaluationSettings`] in a training configuration: limits, template, prompt, search and model options."""
     values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{config} holds {type(values).__name__}, expected the options of a training run.")
@@ -146,8 +132,7 @@ def load_rows(settings: EvaluationSettings) -> list[Row]:
     """
     The questions, one row per rollout: `sample` is the number of the sample, `index` that of the index to search.
 
-    Raises:
-        FileNotFoundError, ValueError: As [`load_questions`], and where two sources have the same question.
+    Raises as [`load_questions`], and `ValueError` where two sources have the same question.
     """
     rows: list[Row] = []
     seen: dict[tuple[str, str], str] = {}
@@ -175,10 +160,7 @@ def choose_questions(rows: Sequence[Row], limit: int | None) -> list[Row]:
     """
     Up to `limit` questions of each data set: those whose ids have the smallest hashes, as in [`hold_out`].
 
-    A smaller choice is part of a larger one.
-
-    Raises:
-        ValueError: `limit` is not positive.
+    A smaller choice is part of a larger one. Raises `ValueError` unless `limit` is positive.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"`limit` must be at least 1, got {limit}.")

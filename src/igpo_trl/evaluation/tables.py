@@ -12,20 +12,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Table:
-    """
-    A table of text cells.
-
-    Attributes:
-        title (`str`): heading of the table.
-        header (`list[str]`): column headings; the first column holds names, the others hold values.
-        rows (`list[list[str]]`): cells, as many per row as in the header.
-        note (`str`): explanation below the table.
-    """
+    """A table of text cells. The first column holds names, the others hold values."""
 
     title: str
     header: list[str]
     rows: list[list[str]]
-    note: str = ""
+    note: str = ""  # below the table
 
     def to_markdown(self) -> str:
         """The table in Markdown, with its title as a heading and its note."""
@@ -34,29 +26,22 @@ class Table:
         lines = [f"| {' | '.join(row)} |" for row in cells]
         return "\n".join([f"## {self.title}", "", *lines, *(["", self.note] if self.note else [])]) + "\n"
 
-    def transposed(self) -> "Table":
-        """The table with rows and columns swapped."""
-        header, *rows = map(list, zip(self.header, *self.rows, strict=True))
-        return Table(self.title, header, rows, self.note)
-
     @property
     def width(self) -> int:
         """Width in print, in characters."""
         return sum(max(map(len, column)) + 2 for column in zip(self.header, *self.rows, strict=True))
 
     def render(self, width: int | None = None) -> "RenderableType":
-        """
-        A Rich table, without the columns that are empty throughout.
-
-        Args:
-            width (`int`, *optional*): Width of the console. A wider table is transposed if that makes it narrower.
-        """
+        """A Rich table without empty columns. If it is wider than `width`, it is transposed where that helps."""
         from rich import box
         from rich.markup import escape
         from rich.table import Table as RichTable
 
-        if width is not None and self.width > width and self.transposed().width < self.width:
-            return self.transposed().render()
+        if width is not None and self.width > width:
+            header, *rows = map(list, zip(self.header, *self.rows, strict=True))
+            transposed = Table(self.title, header, rows, self.note)
+            if transposed.width < self.width:
+                return transposed.render()
         table = RichTable(title=self.title, caption=self.note or None, box=box.SIMPLE_HEAD, title_justify="left")
         columns = [i for i in range(len(self.header)) if i == 0 or any(row[i] for row in self.rows)]
         for i in columns:
@@ -88,11 +73,6 @@ def format_share(value: float) -> str:
 def format_number(value: float) -> str:
     """Two decimals below 100, none from there on."""
     return f"{value:.{2 if abs(value) < 100 else 0}f}"
-
-
-def format_probability(value: float) -> str:
-    """Two significant digits, however small the value is."""
-    return f"{value:.2g}"
 
 
 def format_p(value: float | None) -> str:

@@ -28,13 +28,14 @@ class Scores:
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory]) -> "Scores":
         """Scores of trajectories from [`roll_out`]."""
+        info = [trajectory.info for trajectory in trajectories]
+        hops = sorted({row["hops"] for row in info})
+        by_hops = {number: _mean("em", [row for row in info if row["hops"] == number]) for number in hops}
+        return cls(_mean("em", info), _mean("f1", info), by_hops, _mean("searches", info))
 
-        def mean(name: str, *hops: int) -> float:
-            values = [t.info[name] for t in trajectories if not hops or t.info["hops"] in hops]
-            return sum(values) / len(values) if values else float("nan")
 
-        hops = sorted({trajectory.info["hops"] for trajectory in trajectories})
-        return cls(mean("em"), mean("f1"), {number: mean("em", number) for number in hops}, mean("searches"))
+def _mean(name: str, rows: list[dict[str, Any]]) -> float:
+    return sum(row[name] for row in rows) / len(rows) if rows else float("nan")
 
 
 def roll_out(
@@ -72,10 +73,16 @@ def roll_out(
 
 
 def to_trajectories(
-    trainer: GRPOTrainer, rows: list[dict[str, Any]], output: dict[str, Any], beliefs: bool = False, **fields: Any
+    trainer: GRPOTrainer,
+    rows: list[dict[str, Any]],
+    output: dict[str, Any],
+    *,
+    beliefs: bool = False,
+    training: bool = False,
+    **fields: Any,
 ) -> list[Trajectory]:
-    """Records of a scored batch, see [`roll_out`]. `fields` are those of [`Step`] which TRL's trainer does not set."""
-    step = Step.from_output(rows, output, **{"training": False} | fields)
+    """Records of a scored batch, see [`roll_out`]. `fields` are further ones of its [`Step`]."""
+    step = Step.from_output(rows, output, training=training, **fields)
     if beliefs:
         probes = [build_probes(trainer.processing_class, row["answers"], ANSWER_TEMPLATE) for row in rows]
         log_probs = score_beliefs(trainer.model, step.sequences, step.boundaries, probes, batch_size=len(rows))
