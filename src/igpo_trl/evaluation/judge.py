@@ -171,7 +171,9 @@ def judge_run(
     free = [(cache, known[cache]) for cache in waiting if cache in known]
     cases = {cache: _case(group[0]) for cache, group in waiting.items() if cache not in known}
     for cache, verdict in chain(free, _ask_all(judge, cases, workers)):
-        append_lines(file, [json.dumps(_record(each, verdict, judge.model, cache)) for each in waiting[cache]])
+        shared = {**verdict._asdict(), "model": judge.model, "cache": cache}
+        records = [{**key_of(t)._asdict(), "prediction": t.info.get("prediction"), **shared} for t in waiting[cache]]
+        append_lines(file, map(json.dumps, records))
         unreadable += len(waiting[cache]) * (verdict.correct is None)
         progress(len(waiting[cache]))
     return unreadable
@@ -192,13 +194,3 @@ def _ask_all(judge: Judge, cases: Mapping[str, Case], workers: int) -> Iterator[
 def _case(trajectory: Trajectory) -> Case:
     info = trajectory.info
     return info.get("question", trajectory.prompt), trajectory.answers, info.get("prediction") or ""
-
-
-def _record(trajectory: Trajectory, verdict: Verdict, model: str, cache: str) -> dict[str, Any]:
-    return {
-        **key_of(trajectory)._asdict(),
-        "prediction": trajectory.info.get("prediction"),
-        **verdict._asdict(),
-        "model": model,
-        "cache": cache,
-    }

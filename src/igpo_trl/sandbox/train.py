@@ -111,7 +111,7 @@ class _Measure(TrainerCallback):
         self._add_point(0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        (rewards,) = self.trainer._logs["rewards"].values()  # of the step's rollouts, group by group
+        (rewards,) = self.trainer._logs["rewards"].values()  # those of this step's rollouts, group by group
         groups = torch.tensor(rewards).view(-1, self.trainer.num_generations)
         self.run.reward.append(groups.mean().item())
         self.run.collapse.append((groups.amax(dim=1) == groups.amin(dim=1)).float().mean().item())
@@ -138,9 +138,9 @@ def make_trainer(
     """
     Makes the trainer of a method, with the arguments that a user would pass.
 
-    `beta` is the weight of the KL term to the warm-started model, `data_seed` the stream of the training worlds. With
-    `save_trajectories`, every training rollout is written to `output_dir/trajectories`, and nothing else. `options`
-    are further ones of the method's configuration.
+    `beta` is the weight of the KL term to the warm-started model, `data_seed` the stream of the training worlds, and
+    `options` are further ones of the method's configuration. With `save_trajectories`, every training rollout is
+    written to `output_dir/trajectories`. Nothing else is written.
     """
     budget = budget or Budget()
     options = METHODS[method] | options
