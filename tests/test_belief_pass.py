@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 import igpo_trl.beliefs.scorer
 import igpo_trl.rollout.loop
 from igpo_trl import IGPOConfig, IGPOTrainer
-from igpo_trl.beliefs import HeldContexts, held_obstacle, score_beliefs, scoring
+from igpo_trl.beliefs import CachedContexts, cached_obstacle, score_beliefs, scoring
 from igpo_trl.trajectory import read_jsonl
 from igpo_trl.turns import gain_spans
 
@@ -194,24 +194,24 @@ def test_dropout_is_off_in_the_belief_pass(tmp_path, searching, scored):
     assert_right(scored)
 
 
-def test_held_obstacles():
+def test_cached_obstacles():
     model = tiny.make_model("qwen3").train()
-    assert held_obstacle(model) is None
+    assert cached_obstacle(model) is None
     model.config.attention_dropout = 0.1
-    assert held_obstacle(model) == "dropout was on"
-    assert held_obstacle(model.eval()) is None
-    assert "absolute" in held_obstacle(tiny.make_model("gpt2").eval(), offset=True)
-    assert held_obstacle(tiny.make_model("gpt2").eval()) is None
+    assert cached_obstacle(model) == "dropout was on"
+    assert cached_obstacle(model.eval()) is None
+    assert "absolute" in cached_obstacle(tiny.make_model("gpt2").eval(), offset=True)
+    assert cached_obstacle(tiny.make_model("gpt2").eval()) is None
 
 
 def test_wrong_keys_and_values_are_found_and_not_used(tmp_path, searching, scored, monkeypatch, caplog):
-    class Shifted(HeldContexts):
+    class Shifted(CachedContexts):
         def trunk(self, rollouts):
             trunk = super().trunk(rollouts)
             trunk.padding = [skip + 1 for skip in trunk.padding]
             return trunk
 
-    monkeypatch.setattr(igpo_trl.belief_trainer, "HeldContexts", Shifted)
+    monkeypatch.setattr(igpo_trl.belief_trainer, "CachedContexts", Shifted)
     trainer = make(tmp_path, max_steps=3)
     with caplog.at_level(logging.WARNING, "igpo_trl.beliefs.scorer"):
         trainer.train()
@@ -232,7 +232,7 @@ def left_padded(model, batch, slots):
         model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
     padding = [width - len(row) for row in sequences]
     rows = list(range(len(sequences)))[::-1]
-    return HeldContexts(cache, rows, padding[::-1], [0] * len(rows))
+    return CachedContexts(cache, rows, padding[::-1], [0] * len(rows))
 
 
 @pytest.mark.parametrize("tokens_per_batch", [30, 10_000])
@@ -240,11 +240,11 @@ def left_padded(model, batch, slots):
 @pytest.mark.parametrize("family", [*ROTARY, "gpt2"])
 def test_any_cache_equals_oracle(family, attention, tokens_per_batch):
     model, batch = tiny.make_model(family, attn_implementation=attention).eval(), ragged_batch()
-    held = left_padded(model, batch, 3)
-    before = [layer.keys.clone() for layer in held.cache.layers]
-    actual = score_beliefs(model, *batch, held=held, tokens_per_batch=tokens_per_batch)
+    cached = left_padded(model, batch, 3)
+    before = [layer.keys.clone() for layer in cached.cache.layers]
+    actual = score_beliefs(model, *batch, cached=cached, tokens_per_batch=tokens_per_batch)
     assert_beliefs(actual, oracles.beliefs(model, *batch))
-    for layer, keys in zip(held.cache.layers, before, strict=True):
+    for layer, keys in zip(cached.cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys)  # it is left as it was
 
 
@@ -263,10 +263,10 @@ def test_nothing_is_scored_twice():
 
 def test_what_cannot_branch_is_not_scored_against_a_cache():
     model, batch = tiny.make_model("qwen3").eval(), ragged_batch()
-    held = left_padded(model, batch, 0)
+    cached = left_padded(model, batch, 0)
     model.config.model_type = "unknown"
     with pytest.raises(ValueError, match="unknown"):
-        score_beliefs(model, *batch, held=held)
+        score_beliefs(model, *batch, cached=cached)
 
 
 # --- which turns -----------------------------------------------------------------------------------------------------

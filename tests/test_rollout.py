@@ -20,8 +20,8 @@ from trl.chat_template_utils import add_response_schema, parse_response
 import igpo_trl.rollout.loop
 from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.rollout import ToolRunner, read_calls
-from igpo_trl.rollout.call_syntax import CallSyntax
 from igpo_trl.rollout.observations import TRUNCATION_MARKER
+from igpo_trl.rollout.tool_calls import CallSyntax
 from igpo_trl.tools import tool
 from igpo_trl.trajectory import read_jsonl
 from igpo_trl.turns import turn_spans

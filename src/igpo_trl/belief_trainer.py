@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .beliefs import HeldContexts
+from .beliefs import CachedContexts
 from .beliefs.probes import fit_template
 from .beliefs.scorer import BeliefPass, KeepsKeysAndValues
 from .checks import answers_of, check_tool_names
@@ -102,16 +102,16 @@ class BeliefTrainer(MultiTurnTrainer):
         scored = []
         for rollout in rollouts:
             sequence = rollout.prompt + rollout.ids
-            row, padding, length = cache.held(rollout.index, sequence)
+            row, padding, length = cache.cached_row(rollout.index, sequence)
             bounds = self._boundaries_to_score(rollout.prompt, rollout.ids, rollout.mask, rollout.called)
             if bounds := [bound for bound in bounds if bound <= length]:
                 scored.append((rollout.index, sequence, bounds, row, padding))
         if scored:
             numbers, sequences, boundaries, rows, paddings = map(list, zip(*scored, strict=True))
             # `generate` counts positions from a row's first token.
-            held = HeldContexts(cache.keys_and_values, rows, paddings, [0] * len(rows))
+            cached = CachedContexts(cache.cache, rows, paddings, [0] * len(rows))
             with self._belief_clock(), self.accelerator.autocast():
-                self._belief_pass.score_held(self.model, held, numbers, sequences, boundaries)
+                self._belief_pass.score_held(self.model, cached, numbers, sequences, boundaries)
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *args: Any, **kwargs: Any
@@ -143,9 +143,9 @@ class BeliefTrainer(MultiTurnTrainer):
         ]
         # TRL counts positions from a row's first slot.
         skips = [padding[i] for i in rows]
-        held = HeldContexts(cache, range(size), skips, skips)
+        cached = CachedContexts(cache, range(size), skips, skips)
         with self._belief_clock(), self.accelerator.autocast():
-            self._belief_pass.score_held(self.model, held, rows, sequences, boundaries, in_step=True)
+            self._belief_pass.score_held(self.model, cached, rows, sequences, boundaries, in_step=True)
 
     # ------------------------------------------------------------------------------------------------------- scores
 

@@ -19,15 +19,15 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from ..config import IGPOConfig
 from ..turns import gain_spans
 from . import (
-    HeldContexts,
+    CachedContexts,
     build_probes,
+    cached_obstacle,
     check_beliefs,
-    held_obstacle,
     packed_obstacle,
     reduce_aliases,
     score_beliefs,
 )
-from .scoring import AliasReduction, rounding
+from .scoring import AliasReduction, rounding_error
 
 logger = logging.getLogger(__name__)
 
@@ -91,12 +91,12 @@ class BeliefPass:
         """Whether the keys and values of another forward of this model may be used, and there is a use for them."""
         if not self._answers or not self._trusts_held or "per_turn" in (self._method, self._args.belief_method):
             return False
-        return packed_obstacle(model, longest) is None and held_obstacle(model, offset) is None
+        return packed_obstacle(model, longest) is None and cached_obstacle(model, offset) is None
 
     def score_held(
         self,
         model: nn.Module,
-        held: HeldContexts,
+        cached: CachedContexts,
         rollouts: Sequence[int],
         sequences: Sequence[Sequence[int]],
         boundaries: Sequence[Sequence[int]],
@@ -108,7 +108,7 @@ class BeliefPass:
 
         Args:
             model: what they were made by, with the weights that it had.
-            held: keys and values, in the order of `rollouts`.
+            cached: keys and values, in the order of `rollouts`.
             rollouts: numbers of the rollouts in this process's batch.
             sequences, boundaries: as for [`score_beliefs`].
             in_step: whether every process calls this, as often, and must make the same number of forwards.
@@ -120,7 +120,7 @@ class BeliefPass:
             [self._probes_of[self._answers[i]] for i in rollouts],
             tokens_per_batch=self._args.belief_tokens_per_batch,
             synchronize=self._most_of_all_processes if in_step else None,
-            held=held,
+            cached=cached,
             memo=self._memo,
         )
 
@@ -161,7 +161,7 @@ class BeliefPass:
             (abs(value - anew[key]) / max(1.0, abs(anew[key])) for key, value in self._memo.items() if key in anew),
             default=0.0,
         )
-        wrong = not apart <= (allowed := rounding(model))  # NaN is
+        wrong = not apart <= (allowed := rounding_error(model))  # NaN is
         if self._most_of_all_processes(int(wrong)):
             self._trusts_held = False
             logger.warning(

@@ -52,7 +52,7 @@ def reduce_aliases(log_probs: torch.Tensor, reduction: AliasReduction = "max") -
     raise ValueError(f"`reduction` must be 'max', 'mean' or 'first', got {reduction!r}.")
 
 
-class HeldContexts(NamedTuple):
+class CachedContexts(NamedTuple):
     """
     Keys and values of rollouts, as another forward of the same model has left them.
 
@@ -84,7 +84,7 @@ def score_beliefs(
     tokens_per_batch: int = 16384,
     batch_size: int | None = None,
     synchronize: Callable[[int], int] | None = None,
-    held: HeldContexts | None = None,
+    cached: CachedContexts | None = None,
     memo: dict[Hashable, float] | None = None,
 ) -> list[torch.Tensor]:
     """
@@ -106,7 +106,7 @@ def score_beliefs(
         synchronize (`Callable`, *optional*): given the number of forwards that this process needs, returns how many
             all processes run (the maximum over processes). The difference is run on dummies, so that every process
             makes the same number of forwards: ZeRO-3 and FSDP hang otherwise.
-        held ([`HeldContexts`], *optional*): keys and values of the rollouts that another forward of this model has
+        cached ([`CachedContexts`], *optional*): keys and values of the rollouts that another forward of this model has
             left, such as that of a generation. Only the probes are run then, packed.
         memo (`dict`, *optional*): scores by context and probe. What is in it is not run, and what is run is added. It
             must be dropped when the model's weights change.
@@ -123,16 +123,16 @@ def score_beliefs(
     memo = {} if memo is None else memo
     units = _plan(rollouts, memo, results)
     budget = Budget(tokens_per_batch, batch_size, _vocabulary(model))
-    packed = _choose(model, "packed" if held else method, _longest(units)) == "packed"
+    packed = _choose(model, "packed" if cached else method, _longest(units)) == "packed"
     batches = pack_trunks(units, budget) if packed else pack_rows(units, budget)
     idle = 0
     if synchronize is not None:
-        needed = sum(batch.num_forwards - (held is not None) for batch in batches)
+        needed = sum(batch.num_forwards - (cached is not None) for batch in batches)
         idle = synchronize(needed) - needed
     model = uncompiled(model)
     with evaluating(model), torch.no_grad():
         for batch in batches:
-            for target, value in _run(model, batch, held):
+            for target, value in _run(model, batch, cached):
                 memo[target.key] = value
                 for rollout, boundary, probe in target.places:
                     results[rollout][boundary, probe] = value
@@ -156,7 +156,7 @@ def packed_obstacle(model: nn.Module, longest: int | None = None) -> str | None:
     return branching_obstacle(model, longest)
 
 
-def held_obstacle(model: nn.Module, offset: bool = False) -> str | None:
+def cached_obstacle(model: nn.Module, offset: bool = False) -> str | None:
     """
     Why the keys and values of another forward must not be scored against, or `None` where they may.
 
@@ -217,7 +217,7 @@ def check_beliefs(
             row = [*sequence[: target.limit], *target.tokens]
             plain += run_rows(uncompiled(model), PlainBatch([row], [target]))
     apart = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(packed[:, 0].tolist(), plain, strict=True))
-    allowed = rounding(model) if tolerance is None else tolerance
+    allowed = rounding_error(model) if tolerance is None else tolerance
     agree = apart <= allowed  # NaN does not
     if not together(int(not agree)):
         return None
@@ -333,21 +333,21 @@ def _longest(units: Sequence[Unit]) -> int:
 
 
 def _run(
-    model: nn.Module, batch: PackedBatch | PlainBatch, held: HeldContexts | None
+    model: nn.Module, batch: PackedBatch | PlainBatch, cached: CachedContexts | None
 ) -> Iterator[tuple[Target, float]]:
     """The score of each target of a batch."""
     if isinstance(batch, PlainBatch):
         yield from zip(batch.targets, run_rows(model, batch), strict=True)
         return
-    if held is None:
+    if cached is None:
         trunk = run_trunk(model, [unit.context for unit in batch.units])
     else:
-        trunk = held.trunk([unit.rollout for unit in batch.units])
+        trunk = cached.trunk([unit.rollout for unit in batch.units])
     for rows in batch.chunks:
         yield from zip([target for row in rows for target in row], run_branches(model, trunk, rows), strict=True)
 
 
-def rounding(model: nn.Module) -> float:
+def rounding_error(model: nn.Module) -> float:
     """What rounding explains, in nats: sixteen times that of the least exact number format on the way."""
     device = next(model.parameters()).device
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}

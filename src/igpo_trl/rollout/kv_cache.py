@@ -89,13 +89,13 @@ class PrefixCache:
     def __contains__(self, rollout: int) -> bool:
         return rollout in self._row_of
 
-    def held(self, rollout: int, tokens: Sequence[int]) -> tuple[int, int, int]:
+    def cached_row(self, rollout: int, tokens: Sequence[int]) -> tuple[int, int, int]:
         """The cache's row of a rollout, its left padding, and how many of these first tokens it holds."""
         row = self._row_of[rollout]
         return row, int(self._padding[row]), self._shared(rollout, torch.tensor(tokens))
 
     @property
-    def keys_and_values(self) -> Any:
+    def cache(self) -> Any:
         """The cache itself, a `DynamicCache` with a row for each rollout."""
         return self._cache
 

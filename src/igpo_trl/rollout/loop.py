@@ -24,11 +24,10 @@ from trl.chat_template_utils import parse_response
 
 from ..rewards import extract_answer
 from ..trajectory import StopReason
-from .call_syntax import CallSyntax
 from .kv_cache import PrefixCache, reuse_obstacle
 from .observations import ObservationEncoder
 from .round_log import RoundLog
-from .tool_calls import ToolCall, read_calls
+from .tool_calls import CallSyntax, ToolCall, read_calls
 from .tool_results import ToolErrorKind, ToolResult
 from .tool_runner import ToolRunner
 

@@ -5,6 +5,8 @@ import reprlib
 from enum import StrEnum
 from typing import Any, NamedTuple
 
+from ..files import encodable
+
 MAX_ERROR_CHARACTERS = 500
 MEDIA_TYPES = frozenset(
     f"{prefix}{kind}{suffix}"
@@ -40,16 +42,6 @@ class ToolResult(NamedTuple):
     seconds: float | None = None
 
 
-def clean(text: str) -> str:
-    """The same text, plain and encodable: a lone surrogate becomes U+FFFD."""
-    text = str.__str__(text)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
 def cut(text: str, limit: int = MAX_ERROR_CHARACTERS) -> str:
     """At most `limit` characters, the last an ellipsis if some are left out."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
@@ -65,7 +57,7 @@ def show(value: Any) -> str:
 
 def error_result(kind: ToolErrorKind, text: str, seconds: float | None = None) -> ToolResult:
     """An error for the policy to read, of bounded length."""
-    return ToolResult(cut(clean(f"Error: {text}")), kind, seconds)
+    return ToolResult(cut(encodable(f"Error: {text}")), kind, seconds)
 
 
 def describe(error: BaseException) -> str:
@@ -93,7 +85,7 @@ def as_text(name: str, value: Any, returns: tuple[type, ...]) -> str | None:
         ValueError: The value holds an image, sound or video.
     """
     if isinstance(value, str):
-        return clean(value)
+        return encodable(value)
     if isinstance(value, list) and value:
         kinds = [block.get("type") if isinstance(block, dict) else None for block in value]
         media = [kind for kind in kinds if isinstance(kind, str) and kind in MEDIA_TYPES]
@@ -104,10 +96,12 @@ def as_text(name: str, value: Any, returns: tuple[type, ...]) -> str | None:
             )
         texts = [block.get("text") for block, kind in zip(value, kinds, strict=True) if kind == "text"]
         if len(texts) == len(value) and all(isinstance(text, str) for text in texts):
-            return clean("\n".join(texts))
+            return encodable("\n".join(texts))
     if not isinstance(value, returns):
         return None
     try:
-        return clean(str(value) if isinstance(value, (bool, int, float)) else json.dumps(value, ensure_ascii=False))
+        return encodable(
+            str(value) if isinstance(value, (bool, int, float)) else json.dumps(value, ensure_ascii=False)
+        )
     except Exception:  # values that are no JSON, cycles, integers of thousands of digits
         return None
