@@ -72,7 +72,7 @@ class ToolRunner:
             RuntimeError: Called on the event loop itself, which would wait for itself, or the loop has stopped.
         """
         round_ = Round(calls, self.max_concurrent, self.timeout, self._running, self._warned)
-        if round_.plain or round_.units:
+        if round_.units:
             loop = self._start()
             try:
                 future = asyncio.run_coroutine_threadsafe(round_.run(), loop)
