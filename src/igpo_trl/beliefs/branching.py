@@ -1,7 +1,7 @@
 """Running a causal language model once and branching off its KV cache.
 
-A trunk of tokens runs causally, and its keys and values are kept. Branches are short runs of tokens that leave the trunk
-at different places. They run together in one forward, where each sees the trunk up to its own limit, and itself:
+A trunk of tokens runs causally, and its keys and values are kept. Branches are short runs of tokens that leave the
+trunk at different places. They run together in one forward, where each sees the trunk up to its limit, and itself:
 
     position    0  1  2  3  4  5  6  7        mask of that forward
     trunk       c0 c1 c2 c3 c4 c5 c6 c7            c0 c1 c2 c3 c4 c5   a3 a4 b6 b7
@@ -19,18 +19,15 @@ The functions take models without a `packed_obstacle`, and return the mean log-p
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import DynamicCache
 
-from . import attention
-from .models import LAYERED, TAKE_MASKS, base_model, layer_kinds
+from .models import LAYERED, base_model, layer_kinds
 from .packing import Forest, PlainBatch, Target, grow
-
-attention.register()
 
 __all__ = ["Trunk", "evaluating", "run_branches", "run_rows", "run_trunk"]
 
@@ -58,8 +55,6 @@ class Trunk(DynamicCache):
         self._rows: torch.Tensor | None = None
         self.complete = False
         self.reach = 0
-        self.apart = False  # whether `update` keeps the trunk's part to itself
-        self.held: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def of_rows(
@@ -84,9 +79,6 @@ class Trunk(DynamicCache):
                 keys, values = keys[rows], values[rows]
             # Under autocast, cached and new keys can differ in dtype.
             keys, values = keys.to(key_states.dtype), values.to(value_states.dtype)
-            if self.apart:
-                self.held = (keys, values)
-                return key_states, value_states
             return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
         keys_and_values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if self._stop and layer_idx == self._last_layer:
@@ -120,7 +112,7 @@ def run_branches(model: nn.Module, trunk: Trunk, rows: Sequence[Sequence[Target]
     total = nodes.tokens.shape[1]
     trunk.reach = int(nodes.limits.max())  # no branch sees later tokens
     offset = torch.tensor(trunk.offset, device=nodes.begin.device) - nodes.begin
-    with _branch_attention(model, trunk, forests, total) as kind:
+    with _masked_attention(base_model(model)) as kind:
         logits = model(
             input_ids=nodes.tokens,
             position_ids=nodes.positions + offset[:, None],
@@ -154,7 +146,8 @@ class _Nodes(NamedTuple):
     """
     The forests of R rows as tensors (R, W), padded on the left.
 
-    Predicting nodes p are then the last columns of all rows, which one slice of the hidden states sends to the LM head:
+    The nodes p that predict a label are then the last columns of all rows, and one slice of the hidden states goes
+    through the LM head:
 
         row 0    n n p p p p
         row 1    · · · n p p
@@ -206,36 +199,19 @@ def _masks(config: Any, nodes: _Nodes, trunk_length: int, attention: str) -> Any
 
 
 @contextmanager
-def _branch_attention(model: nn.Module, trunk: Trunk, forests: Sequence[Forest], width: int) -> Iterator[str]:
-    """Switch to the attention that the branches are run with, and back."""
-    base = base_model(model)
+def _masked_attention(base: Any) -> Iterator[str]:
+    """Switch to an attention that takes any mask, and back: SDPA, or eager for what SDPA does not support."""
     own = base.config._attn_implementation
-    wanted = _attention_for_branches(base, own)
-    trunk.apart = wanted == attention.NAME
-    plan: AbstractContextManager[None] = nullcontext()
-    if trunk.apart:
-        limits = [
-            [skip + limit for limit in forest.limits] for skip, forest in zip(trunk.padding, forests, strict=True)
-        ]
-        plan = attention.segmented(trunk, attention.make_segments(limits, width, _device(model)))
-    if wanted != own:
-        base.set_attn_implementation(wanted)  # a name in the config, read at each call: the weights are not touched
-    try:
-        with plan:
-            yield wanted
-    finally:
-        trunk.held = None
-        if wanted != own:
-            base.set_attn_implementation(own)
-
-
-def _attention_for_branches(base: Any, own: str) -> str:
-    """Segments where the model's attention is the plain one; else eager, which takes a mask on every model."""
-    if own == "eager":
-        return own
     config = base.config.get_text_config()
     plain = getattr(base, "_supports_sdpa", True) and not getattr(config, "attn_logit_softcapping", None)
-    return attention.NAME if plain else TAKE_MASKS[-1]
+    wanted = "sdpa" if plain and own != "eager" else "eager"
+    if wanted != own:
+        base.set_attn_implementation(wanted)  # a name in the config, read at each call: weights are not touched
+    try:
+        yield wanted
+    finally:
+        if wanted != own:
+            base.set_attn_implementation(own)
 
 
 def _may_stop(model: nn.Module) -> bool:

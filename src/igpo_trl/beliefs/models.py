@@ -48,9 +48,6 @@ LAYERED = {
 # Learned positions. The others have rotary positions, of which only differences matter, or none.
 ABSOLUTE = {"gpt2"}
 
-# Attention implementations that take an arbitrary mask.
-TAKE_MASKS = ("sdpa", "eager")
-
 # Adapters that only change weights, so that a token's place in the row does not matter to them.
 _ADAPTERS = {"ADALORA", "BOFT", "HRA", "IA3", "LOHA", "LOKR", "LORA", "OFT", "RANDLORA", "VERA"}
 
@@ -88,7 +85,7 @@ def packed_obstacle(model: Any, longest: int | None = None) -> str | None:
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         return f"{name} is configured for bidirectional attention"
     attention = config._attn_implementation
-    if attention not in TAKE_MASKS and "flash" not in attention and attention != "flex_attention":
+    if attention not in ("sdpa", "eager", "flex_attention") and "flash" not in attention:
         return f"attention {attention!r} is unknown"
     return _adapter_obstacle(model) or _rope_obstacle(base, longest)
 

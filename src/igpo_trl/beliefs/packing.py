@@ -19,15 +19,16 @@ A forest has one such tree for every context length and first token.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 # Most elements of a forward's attention mask and logits, which a budget in tokens does not bound: 64 MB of booleans
 # and 512 MB in bfloat16.
 _MASK_ELEMENTS = 1 << 26
 _LOGITS = 1 << 28
-# Most nodes of a row in a forward. Beyond that, attention among nodes costs more than a second forward, which also
-# needs only the keys of its own contexts.
-_NODES = 1024
+# Most nodes of a row in a forward. A further forward costs less than attention among more nodes, and needs only the
+# keys of its own contexts: over many turns, half of all keys.
+_NODES = 256
 
 
 class Target(NamedTuple):
@@ -70,7 +71,6 @@ class Budget(NamedTuple):
             (self.rows is None or rows <= self.rows)
             and rows * width <= self.tokens
             and rows * width * keys <= _MASK_ELEMENTS
-            and (not keys or width <= _NODES)
             and rows * logits * self.vocabulary <= _LOGITS
         )
 
@@ -167,8 +167,8 @@ def pack_trunks(units: Sequence[Unit], budget: Budget) -> list[PackedBatch]:
     """
     Batch trunks with their targets. `units` come longest first, and their targets sorted by [`in_order`].
 
-    Trunks share a batch if the budget allows it for them and for all their targets. Otherwise a trunk has a batch to
-    itself, and its targets as many forwards as they need.
+    Trunks share a batch if the budget allows it for them and for all their targets. The targets of a batch run in as
+    many forwards as the row with the most targets needs.
     """
     batches: list[list[Unit]] = []
     nodes = logits = 0  # maxima over the units of the last batch
@@ -186,7 +186,7 @@ def pack_trunks(units: Sequence[Unit], budget: Budget) -> list[PackedBatch]:
     return [
         PackedBatch(
             batch,
-            [[unit.targets for unit in batch]] if len(batch) > 1 else [[chunk] for chunk in _split(batch[0], budget)],
+            [list(rows) for rows in zip_longest(*(_split(unit, budget) for unit in batch), fillvalue=[])],
         )
         for batch in batches
     ]
@@ -197,7 +197,7 @@ def _split(unit: Unit, budget: Budget) -> list[list[Target]]:
     nodes = logits = 0
     for shared, target in _shared_with_previous(unit.targets):
         nodes, logits = nodes + len(target.tokens) - shared, logits + len(target.labels)
-        if not chunks or not budget.allows(1, nodes, logits, target.limit + nodes):
+        if not chunks or nodes > _NODES or not budget.allows(1, nodes, logits, target.limit + nodes):
             chunks.append([])
             nodes, logits = len(target.tokens), len(target.labels)
         chunks[-1].append(target)
