@@ -264,7 +264,7 @@ def test_the_trunk_ends_with_the_last_keys():
     ran = []
     handles = [module.register_forward_hook(lambda module, *_: ran.append(module)) for module in (mlp, head)]
     assert_close(score_beliefs(model, *batch, method="packed"), expected)
-    assert ran == [mlp, head]  # of the probes alone
+    assert ran == [mlp, head]  # only for the probes
 
     # Whoever waits for the end of a forward gets to see it.
     ends = []
