@@ -12,8 +12,8 @@ Compares, in turns and several times over:
 - `method="per_turn"`, which computes the logits of the answer only.
 
 Prints medians, tokens run, the share of the plain forward's tokens per second, peak memory of the new tensors, medians
-of the run-by-run ratios with their targets, and the difference between packed and per-turn scores. Anything slower than
-a minute runs once. The weights are random, because only time and memory are measured.
+of the run-by-run ratios with their targets, and the difference between packed and per-turn scores. Anything slower
+than a minute runs once. The weights are random, because only time and memory are measured.
 """
 
 import argparse
