@@ -131,7 +131,7 @@ def test_module_imports_only_from_entries_above(file):
     [
         ("turns.py", "from .beliefs import score_beliefs", f"turns imports beliefs, which stands below it ({RULE})"),
         ("search/b.py", "from ..trainer import IGPO", f"search.b imports trainer, which stands below it ({RULE})"),
-        ("search/b.py", "def f():\n  import igpo_trl.trainer", f"search.b imports trainer, which stands below it ({RULE})"),
+        ("search.py", "def f(): import igpo_trl.trainer", f"search imports trainer, which stands below it ({RULE})"),
         ("search/bm25.py", "from .passage import Passage", None),
         ("search/bm25.py", "from .passage import _split", "search.bm25 imports igpo_trl.search.passage._split"),
         ("beliefs/scoring.py", "def f():\n    import trl.trainer", "beliefs.scoring imports trl"),
