@@ -4,9 +4,9 @@
 
 Trains from one warm-started model, in turns and several times over: TRL's `GRPOTrainer`; `IGPOTrainer` with
 `info_gain_weight=0`, which is GRPO on this package's rollout loop; and IGPO with beliefs scored against the
-rollout's KV cache (the default), against the forward of the old log-probabilities (`reuse_prefixes=False` and two iterations, for
-which TRL runs that forward), and against separate forwards. Prints medians over all steps but the first two of each
-run, of the step and of the belief pass in it.
+rollout's KV cache (the default), against the forward of the old log-probabilities (`reuse_prefixes=False` and two
+iterations, for which TRL runs that forward), and against separate forwards. Prints medians over all steps but the
+first two of each run, of the step and of the belief pass in it.
 """
 
 import argparse

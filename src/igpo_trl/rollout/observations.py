@@ -1,9 +1,9 @@
 """Observations: the token ids of what a policy reads between two of its turns.
 
 A tool may return any text, including role markers, tool calls, answers and end-of-turn strings. In the policy's
-context they must remain plain text. A marker that is one token of the tokenizer (`<|im_end|>`, `<tool_call>`, …) is therefore
-encoded in two pieces if it occurs in a message's content, and as that token only where the chat template wrote it.
-Content without markers is encoded exactly like the rendering of the chat template.
+context they must remain plain text. A marker that is one token of the tokenizer (`<|im_end|>`, `<tool_call>`, …) is
+therefore encoded in two pieces if it occurs in a message's content, and as that token only where the chat template
+wrote it. Content without markers is encoded exactly like the rendering of the chat template.
 """
 
 import itertools
