@@ -1,9 +1,9 @@
 """Observations: the token ids of what a policy reads between two of its turns.
 
 A tool may return any text, including role markers, tool calls, answers and end-of-turn strings. In the policy's
-context they must remain plain text. So a marker that is one token of the tokenizer (`<|im_end|>`, `<tool_call>`, …) is
-encoded in two pieces if it occurs in a message's content, and as that token only where the chat template wrote it.
-Content without markers is encoded exactly like the rendering of the chat template.
+context they must remain plain text. A marker that is one token of the tokenizer (`<|im_end|>`, `<tool_call>`, …) is
+therefore encoded in two pieces if it occurs in a message's content, and as that token only where the chat template
+wrote it. Content without markers is encoded exactly like the rendering of the chat template.
 """
 
 import itertools
@@ -25,11 +25,14 @@ class ObservationEncoder:
     Renders the messages after an assistant turn with the chat template, and encodes them once.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): A tokenizer with a prefix-preserving chat template.
-        chat_template (`str`, *optional*): Replaces the tokenizer's chat template.
-        chat_template_kwargs (`dict`, *optional*): Passed on to the template.
-        max_tokens (`int`, *optional*): Longest content of a tool message, in tokens, truncation marker included;
-            `None` for no limit.
+        tokenizer (`PreTrainedTokenizerBase`):
+            A tokenizer with a prefix-preserving chat template.
+        chat_template (`str`, *optional*):
+            Replaces the tokenizer's chat template.
+        chat_template_kwargs (`dict`, *optional*):
+            Passed on to the template.
+        max_tokens (`int`, *optional*):
+            Longest content of a tool message, in tokens, truncation marker included; `None` for no limit.
 
     Raises:
         ValueError: `max_tokens` leaves no room beside the truncation marker, or the tokenizer gives no offsets.
