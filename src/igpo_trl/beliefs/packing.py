@@ -58,7 +58,7 @@ class Unit(NamedTuple):
     rollout: int = 0
 
 
-class Budget(NamedTuple):
+class ForwardBudget(NamedTuple):
     """Limits of a forward: tokens with padding, and rows (`None` for no limit)."""
 
     tokens: int
@@ -163,7 +163,7 @@ class PackedBatch(NamedTuple):
         return 1 + len(self.chunks)
 
 
-def pack_trunks(units: Sequence[Unit], budget: Budget) -> list[PackedBatch]:
+def pack_trunks(units: Sequence[Unit], budget: ForwardBudget) -> list[PackedBatch]:
     """
     Batch trunks with their targets. `units` come longest first, and their targets sorted by [`in_order`].
 
@@ -192,7 +192,7 @@ def pack_trunks(units: Sequence[Unit], budget: Budget) -> list[PackedBatch]:
     ]
 
 
-def _split(unit: Unit, budget: Budget) -> list[list[Target]]:
+def _split(unit: Unit, budget: ForwardBudget) -> list[list[Target]]:
     chunks: list[list[Target]] = []
     nodes = logits = 0
     for shared, target in _shared_with_previous(unit.targets):
@@ -224,7 +224,7 @@ class PlainBatch(NamedTuple):
         return range(len(self.rows[row]) - len(self.targets[row].labels), len(self.rows[row]))
 
 
-def pack_rows(units: Sequence[Unit], budget: Budget) -> list[PlainBatch]:
+def pack_rows(units: Sequence[Unit], budget: ForwardBudget) -> list[PlainBatch]:
     """Batch one row per context and target, longest first."""
     rows = [([*unit.context[: target.limit], *target.tokens], target) for unit in units for target in unit.targets]
     batches: list[PlainBatch] = []

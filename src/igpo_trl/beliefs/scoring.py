@@ -23,7 +23,7 @@ from torch import nn
 
 from .branching import Trunk, evaluating, run_branches, run_rows, run_trunk
 from .models import base_model, packed_obstacle, uncompiled
-from .packing import Budget, PackedBatch, PlainBatch, Target, Unit, in_order, pack_rows, pack_trunks
+from .packing import ForwardBudget, PackedBatch, PlainBatch, Target, Unit, in_order, pack_rows, pack_trunks
 from .probes import AnswerProbe
 
 AliasReduction = Literal["max", "mean", "first"]
@@ -126,7 +126,7 @@ def score_beliefs(
     results = [torch.zeros(len(rollout.boundaries), len(rollout.probes)) for rollout in rollouts]
     memo = {} if memo is None else memo
     units = _plan(rollouts, memo, results)
-    budget = Budget(tokens_per_batch, batch_size, _vocabulary(model))
+    budget = ForwardBudget(tokens_per_batch, batch_size, _vocabulary(model))
     packed = _choose(model, "packed" if cached else method, _longest(units)) == "packed"
     batches = pack_trunks(units, budget) if packed else pack_rows(units, budget)
     idle = 0
