@@ -128,7 +128,8 @@ def fetch(
     """
     Fetches the page with the address `text`, which must have one of the content types `kinds`.
 
-    The other arguments are those of [`PageReader`]. The timeout does not cover the look-up of names.
+    Networks in `allowed` may be reached although they are not public. Limits, `look_up` and `ssl_context` are those of
+    [`PageReader`]; the timeout does not cover the look-up of names. Raises a [`PageError`].
     """
     backend = _CheckedBackend(look_up, lambda address: is_public(address, allowed), time.monotonic() + timeout)
     try:

@@ -72,7 +72,7 @@ def _close(clients: dict[int, httpx2.Client]) -> None:
 
 
 class RateLimit:
-    """Spaces the requests of all threads of a process evenly. `None` is no limit."""
+    """Spaces the requests of all threads of a process evenly; `None` is for no limit."""
 
     def __init__(self, per_second: float | None) -> None:
         self._per_second = per_second
@@ -137,7 +137,8 @@ def post_json(
 
     Tries again, each time after a longer pause, if the service cannot be reached, takes too long, or responds with
     status 429 or 5xx. Logs and errors show the address. A `secret` in the headers is replaced in responses and errors.
-    The `hint` is appended to errors that suggest that this is another kind of service.
+    The `hint` is appended to errors that suggest that this is another kind of service. `before_attempt` may wait for a
+    [`RateLimit`].
     """
     request = f"POST {url.copy_with(userinfo=b'')}"
     content = json.dumps(body).encode()

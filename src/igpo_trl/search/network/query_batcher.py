@@ -1,4 +1,4 @@
-"""What a search server uses to look up the queries of concurrent requests together."""
+"""Looks up the queries of concurrent requests in batches."""
 
 import asyncio
 import contextlib
@@ -44,7 +44,10 @@ class QueryBatcher:
         self._full = asyncio.Event()
 
     async def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
-        """The results of `index.search_batch(queries, k)`. Its errors do not affect other requests."""
+        """
+        The results of `index.search_batch(queries, k)`, whose errors do not affect other requests. Raises
+        [`Overloaded`] if too many queries are waiting.
+        """
         if not queries:
             return []
         if self._waiting and len(self._waiting) + len(queries) > self._max_waiting:
