@@ -3,13 +3,17 @@
     python benchmarks/beliefs.py [--device cpu] [--contexts 8] [--tokens 1536] [--answer-tokens 16] [--shape 7M]
     python benchmarks/beliefs.py --device cuda    # 0.5B and 3B in bfloat16, 8k to 32k tokens, 10 to 200 turns
 
-Runs, in turn and several times over: a plain forward of the trajectories; packed scoring (the trajectory once, then
-all probes against its cache); the probes alone, as they are run where the cache of the rollout or of the old
-log-probabilities is there anyway; one full forward per turn with the logits of every position, as it is usually
-written; and our own `method="per_turn"`, which computes the logits of the answer alone. Prints medians, tokens run,
-the share of the plain forward's tokens per second, peak memory of the tensors made on the way, the medians of the
-run-by-run ratios beside their targets, and how far packed and per-turn scores are apart. What takes more than a minute
-is run once. The model has random weights: only time and memory are measured.
+Compares, in turns and several times over:
+
+- a plain forward of the trajectories;
+- packed scoring: the trajectory once, then all probes against its cache;
+- the probes alone, for which the keys and values of the rollout or of the old log-probabilities are available;
+- one full forward per turn with the logits of every position, the usual implementation;
+- `method="per_turn"`, which computes the logits of the answer only.
+
+Prints medians, tokens run, the share of the plain forward's tokens per second, peak memory of the new tensors, medians
+of the run-by-run ratios with their targets, and the difference between packed and per-turn scores. Anything slower
+than a minute runs once. The weights are random, because only time and memory are measured.
 """
 
 import argparse
@@ -113,7 +117,7 @@ def compare(
     model: Qwen2ForCausalLM, args: argparse.Namespace, num_tokens: int, num_contexts: int, template_tokens: int
 ) -> None:
     """Run all of them and print their table."""
-    print(f"\n{num_tokens} tokens, {num_contexts} contexts, answers behind {template_tokens} template tokens")
+    print(f"\n{num_tokens} tokens, {num_contexts} contexts, answers after {template_tokens} template tokens")
     functions = make_functions(model, args, num_tokens, num_contexts, template_tokens)
     tokens, memory = {}, {}
     for name, function in list(functions.items()):
@@ -227,11 +231,11 @@ def peak_memory(function: Callable[[], object], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    held = peak = 0
+    allocated = peak = 0
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
     return peak
 
 

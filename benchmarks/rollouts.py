@@ -1,8 +1,8 @@
-"""What a rollout costs, side by side with TRL's own tool loop in the same run.
+"""The cost of a rollout, compared with TRL's tool loop in the same run.
 
-(a) a slow tool: one round of calls, one of every rollout, sampling left out;
-(b) generation: a trajectory of several turns on the transformers backend, greedy, the same tokens from both loops;
-(c) overhead: as (a) with a tool that answers at once.
+(a) slow tool: one round with one call per rollout, without sampling;
+(b) generation: trajectories of several turns on the transformers backend, greedy, the same tokens from both loops;
+(c) overhead: like (a), with an instant tool.
 
     python benchmarks/rollouts.py
 """
@@ -68,7 +68,7 @@ def generate(trainer: Any, num_rollouts: int) -> tuple[float, Any]:
 
 
 def round_seconds(latency: float, num_rollouts: int, rounds: int, repeats: int) -> list[float]:
-    """Median seconds of one round with TRL's loop and with ours; every rollout says the same at once."""
+    """Median seconds of a round with TRL's loop and with ours. Sampling is replaced by a constant turn."""
 
     def search(query: str) -> str:
         """
@@ -98,13 +98,13 @@ def round_seconds(latency: float, num_rollouts: int, rounds: int, repeats: int) 
                 return generate(trainer, num_rollouts)[0]
 
         batch(1)  # warms up: threads, schemas, caches of templates
-        # What a batch costs without any call is not the loop's.
+        # The difference to a batch without calls is the cost of the rounds.
         medians.append(statistics.median((batch(rounds) - batch(0)) / rounds for _ in range(repeats)))
     return medians
 
 
 def every_turn_calls(turns: int) -> Any:
-    """In place of the parser, which finds no call in what a random model says: all turns but the last are calls."""
+    """A parser that takes all turns but the last for calls, because a random model writes none."""
 
     def parse(tokenizer: Any, ids: Any, prefix: Any = None, tools: Any = None) -> dict[str, Any]:
         found = re.findall(r"turn (\d+)", tokenizer.decode(prefix[-600:]))
@@ -119,7 +119,7 @@ def every_turn_calls(turns: int) -> Any:
 
 
 def generation_seconds(num_rollouts: int, turns: int, sampled: int, observed: int, repeats: int) -> list[list[float]]:
-    """Seconds of the generation of whole trajectories with TRL's loop and with ours; raises if the tokens differ."""
+    """Seconds to generate whole trajectories with TRL's loop and with ours. Exits if the tokens differ."""
     import tiny
 
     words = "Paris is the capital of France. "
@@ -179,7 +179,7 @@ def main() -> None:
 
     logging.set_verbosity_error()
 
-    print(f"(a) {args.rollouts} rollouts, {args.latency} s per call, sampling left out", flush=True)
+    print(f"(a) {args.rollouts} rollouts, {args.latency} s per call, without sampling", flush=True)
     theirs, ours = round_seconds(args.latency, args.rollouts, rounds=2, repeats=args.repeats)
     print(f"    seconds per round: TRL {theirs:.3f}, ours {ours:.3f}")
     print(f"    TRL : ours = {theirs / ours:.1f} (target: at least 20)")
@@ -193,7 +193,7 @@ def main() -> None:
     )
     print(f"    TRL : ours = {statistics.median(ratios):.2f} (target: at least 3)")
 
-    print(f"(c) {args.rollouts} rollouts, a tool that answers at once", flush=True)
+    print(f"(c) {args.rollouts} rollouts, an instant tool", flush=True)
     theirs, ours = round_seconds(0.0, args.rollouts, rounds=4, repeats=2 * args.repeats + 1)
     print(f"    milliseconds per round: TRL {1000 * theirs:.1f}, ours {1000 * ours:.1f}")
     print(f"    TRL : ours = {theirs / ours:.2f} (target: at least 1)")

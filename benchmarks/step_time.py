@@ -1,12 +1,12 @@
-"""What information gain adds to a training step: GRPO and IGPO in the sandbox, on the same rollout loop, in one run.
+"""The time that information gain adds to a training step: GRPO and IGPO in the sandbox, on the same rollout loop.
 
     python benchmarks/step_time.py [--steps 12] [--rounds 3]
 
-Trains, in turn and several times over, from the same warm-started model: TRL's `GRPOTrainer`; `IGPOTrainer` with
-`info_gain_weight=0`, which is GRPO on this package's rollout loop; and IGPO with its beliefs scored against the
-rollout's own KV cache (the default), against the forward of the old log-probabilities (`reuse_prefixes=False` and two
-iterations, where TRL makes that forward anyway), and against forwards of its own. Prints medians over all steps but
-the first two of each run, of the step and of the belief pass within it.
+Trains from one warm-started model, in turns and several times over: TRL's `GRPOTrainer`; `IGPOTrainer` with
+`info_gain_weight=0`, which is GRPO on this package's rollout loop; and IGPO with beliefs scored against the
+rollout's KV cache (the default), against the forward of the old log-probabilities (`reuse_prefixes=False` and two
+iterations, for which TRL runs that forward), and against separate forwards. Prints medians over all steps but the
+first two of each run, of the step and of the belief pass in it.
 """
 
 import argparse
@@ -22,12 +22,12 @@ import torch
 from transformers.utils import logging
 
 IGPO = "igpo_separate"
-# Method of the sandbox, its options, and whether beliefs get forwards of their own.
+# Method of the sandbox, its options, and whether beliefs are scored against separate forwards.
 CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "GRPO, TRL's loop": ("grpo", {}, False),
     "GRPO, our loop": (IGPO, {"info_gain_weight": 0.0}, False),
     "IGPO, rollout's cache": (IGPO, {}, False),
-    "IGPO, own forwards": (IGPO, {}, True),
+    "IGPO, separate forwards": (IGPO, {}, True),
     "GRPO, our loop, old log-probs": (
         IGPO,
         {"info_gain_weight": 0.0, "reuse_prefixes": False, "num_iterations": 2},
@@ -37,18 +37,18 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
 }
 COMPARED = {
     "IGPO, rollout's cache": "GRPO, our loop",
-    "IGPO, own forwards": "GRPO, our loop",
+    "IGPO, separate forwards": "GRPO, our loop",
     "IGPO, forward of old log-probs": "GRPO, our loop, old log-probs",
 }
 WARM_UP = 2
 
 
 def run(case: str, model: Path, steps: int, seed: int) -> tuple[list[float], list[float]]:
-    """Seconds of each generation batch with the steps on it, and of the belief pass within."""
-    from igpo_trl.beliefs.scorer import BeliefPass
+    """Seconds of each generation batch with its optimizer steps, and of the belief pass in it."""
+    from igpo_trl.beliefs.scorer import BeliefScorer
     from igpo_trl.sandbox.train import Budget, make_trainer
 
-    method, options, own_forwards = CASES[case]
+    method, options, separate_forwards = CASES[case]
     iterations = options.get("num_iterations", 1)
     ends: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -70,9 +70,9 @@ def run(case: str, model: Path, steps: int, seed: int) -> tuple[list[float], lis
 
         trainer.training_step = timed
         refuse = mock.patch.object(
-            BeliefPass, "can_use_held", lambda *args, **kwargs: not own_forwards and can(*args, **kwargs)
+            BeliefScorer, "can_use_cache", lambda *args, **kwargs: not separate_forwards and can(*args, **kwargs)
         )
-        can = BeliefPass.can_use_held
+        can = BeliefScorer.can_use_cache
         with refuse:
             trainer.train()
     batches = ends[iterations - 1 :: iterations]

@@ -26,8 +26,12 @@ from pathlib import Path  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 torch.set_num_threads(1)
+# How long an example takes says how busy the machine is, not whether the code is right.
+settings.register_profile("igpo_trl", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("igpo_trl")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -57,7 +57,7 @@ def ragged_batch():
     boundaries = [[10, 25, 40], [4], [1, 2, 30, 31, 73], [23, 12]]
     probes = [
         [probe(6, 3, seed=5), probe(6, 1, seed=6)],
-        [probe(0, 4, seed=7)],  # the answer comes right behind the context
+        [probe(0, 4, seed=7)],  # the answer follows the context directly
         [probe(3, 1, 0, seed=8), probe(0, 1, 0, seed=9), probe(11, 7, 5, seed=10)],
         [probe(2, 2, seed=11)],
     ]
@@ -159,7 +159,7 @@ def test_alone_or_in_a_batch(models, method):
 
 
 @pytest.mark.parametrize("method", ["packed", "per_turn"])
-def test_mistake_1_a_longer_earlier_batch_leaves_nothing_behind(models, method):
+def test_mistake_1_a_longer_earlier_batch_changes_nothing(models, method):
     model, batch = models("qwen3"), ragged_batch()
     short = [tokens(5, 1)], [[3, 5]], [[probe(1, 2)]]
     before = score_beliefs(model, *short, method=method)
@@ -174,11 +174,11 @@ def test_only_the_context_and_what_precedes_an_answer_token_count(models, method
     base = probe(3, 2, 2, seed=5)
     (expected,) = score_beliefs(model, [sequence], [boundaries], [[base]], method=method)
 
-    changed = sequence[:14] + tokens(6, 99)  # behind the last boundary
+    changed = sequence[:14] + tokens(6, 99)  # after the last boundary
     (actual,) = score_beliefs(model, [changed], [boundaries], [[base]], method=method)
     torch.testing.assert_close(actual, expected, atol=NATS, rtol=0.0)
 
-    suffix = AnswerProbe(base.token_ids[:5] + [7, 8, 9], 3, 5)  # behind the answer
+    suffix = AnswerProbe(base.token_ids[:5] + [7, 8, 9], 3, 5)  # after the answer
     (actual,) = score_beliefs(model, [sequence], [boundaries], [[suffix]], method=method)
     torch.testing.assert_close(actual, expected, atol=NATS, rtol=0.0)
 
@@ -260,7 +260,7 @@ def test_softmax_is_in_float32_for_a_bfloat16_model(method):
     # What bfloat16 rounds in the hidden states may differ (a few hundredths of a nat); the softmax adds nothing to it.
     assert_beliefs(score_beliefs(model, *batch, method=method), oracles.beliefs(model, *batch), nats=0.15)
 
-    # One token of context, one answer token behind it: the same bfloat16 logits by either way.
+    # One token of context, one answer token after it: the same bfloat16 logits either way.
     ids = torch.tensor([[5]])
     with torch.no_grad():
         logits = model(ids).logits[0, -1]
@@ -465,7 +465,7 @@ def test_masks_and_logits_are_bounded_however_many_turns(models, monkeypatch, me
 
 def test_what_probes_begin_with_in_common_is_run_once(models):
     model, base = models("qwen3"), tokens(9, 1)
-    # Three aliases behind 6 template tokens: 3, 3 and 1 of their own, the last of each predicting nothing.
+    # Three aliases after 6 template tokens, with 3, 3 and 1 tokens, the last of which predict nothing.
     aliases = [[4, 5, 6], [4, 5, 7], [8]]
     probes = [AnswerProbe([*base[:6], *alias, 3], 6, 6 + len(alias)) for alias in aliases]
     batch = [tokens(30)], [[10, 30]], [probes]
@@ -473,7 +473,7 @@ def test_what_probes_begin_with_in_common_is_run_once(models):
     shapes, logits = forwards_of(model, lambda: actual.extend(score_beliefs(model, *batch, method="packed")))
     assert_beliefs(actual, oracles.beliefs(model, *batch))
     assert shapes == [(1, 30), (1, 2 * 8)]  # six of the template, 4 and 5
-    assert logits == [2 * 3]  # behind the template, behind 4, behind 5
+    assert logits == [2 * 3]  # after the template, after 4, after 5
 
 
 def test_equal_probes_after_equal_contexts_are_run_once(models):
@@ -481,7 +481,7 @@ def test_equal_probes_after_equal_contexts_are_run_once(models):
     model, prompt = models("qwen3"), tokens(10, 1)
     sequences = [prompt + tokens(10, 2), prompt + tokens(6, 3), prompt + tokens(10, 2)]
     boundaries = [[10, 20, 20], [10, 16], [10, 20]]
-    twice = [probe(2, 2, 0), probe(2, 2, 5)]  # what stands behind the answer does not count
+    twice = [probe(2, 2, 0), probe(2, 2, 5)]  # tokens after the answer do not count
     batch = sequences, boundaries, [twice, [probe(2, 2)], [probe(2, 2)]]
     actual = []
     shapes, _ = forwards_of(model, lambda: actual.extend(score_beliefs(model, *batch, method="packed")))
@@ -531,7 +531,7 @@ def test_check_finds_what_packing_gets_wrong(monkeypatch, caplog, family, sabota
     expected = oracles.beliefs(model, *batch)
     sabotage(monkeypatch, model)
     reason = check_beliefs(model, *batch)
-    assert "nats apart" in reason
+    assert "differ from those of plain forwards" in reason
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert reason in caplog.text
     assert all(module.training for module in model.modules())
@@ -542,7 +542,7 @@ def test_check_finds_what_packing_gets_wrong(monkeypatch, caplog, family, sabota
 def test_check_does_not_take_nan_for_agreement(monkeypatch):
     model = tiny.make_model("qwen3", VOCABULARY)
     not_a_number(monkeypatch, model)
-    assert "nan nats apart" in check_beliefs(model, *ragged_batch())
+    assert "by nan nats" in check_beliefs(model, *ragged_batch())
 
 
 def test_check_names_what_packing_cannot_do():

@@ -5,9 +5,12 @@ import pytest
 import tiny
 import torch
 from test_beliefs import NATS, VOCABULARY, assert_beliefs, probe, ragged_batch, tokens
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from igpo_trl.beliefs import attention, packed_obstacle, score_beliefs
 from igpo_trl.beliefs import models as support
+from igpo_trl.beliefs import packed_obstacle, packing, score_beliefs
 
 WINDOW = {"sliding_window": 8}
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"] * 2, **WINDOW}
@@ -217,77 +220,41 @@ def test_unknown_attention_is_refused():
 # --- how the model is run --------------------------------------------------------------------------------------------
 
 
-def test_the_attention_is_switched_for_the_probes_and_back():
+def test_an_attention_without_masks_is_switched_for_the_probes_and_back(monkeypatch):
+    # The kernel itself needs an accelerator.
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flex_attention", sdpa_attention_forward)
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, "flex_attention", sdpa_mask)
     model, batch = tiny.make_model("qwen3", VOCABULARY, attn_implementation="sdpa"), ragged_batch()
     expected = oracles.beliefs(model, *batch)
+    model.set_attn_implementation("flex_attention")
     weight, seen = model.lm_head.weight.data_ptr(), []
     model.register_forward_pre_hook(lambda *_: seen.append(model.config._attn_implementation))
 
     assert_beliefs(score_beliefs(model, *batch, method="packed"), expected)
-    assert seen == ["sdpa", attention.NAME]  # trunk, probes
-    assert model.config._attn_implementation == "sdpa"
+    assert seen == ["flex_attention", "sdpa"]  # trunk, probes
+    assert model.config._attn_implementation == "flex_attention"
     assert model.lm_head.weight.data_ptr() == weight
 
     def fail(*_):
-        if model.config._attn_implementation != "sdpa":
+        if model.config._attn_implementation == "sdpa":
             raise MemoryError
 
     model.register_forward_pre_hook(fail)
     with pytest.raises(MemoryError):
         score_beliefs(model, *batch, method="packed")
-    assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "flex_attention"
 
 
-@pytest.mark.parametrize("least", [1, 5, 1000])
+@pytest.mark.parametrize("nodes", [1, 5, 1000])
 @pytest.mark.parametrize("case", ["llama", "qwen2-window", "qwen3-window", "smollm3-window", "gpt2"])
-def test_segments_of_any_size_equal_plain_forwards(monkeypatch, case, least):
-    monkeypatch.setattr(attention, "_LEAST_NODES", {"cpu": least})
+def test_probes_in_any_number_of_forwards_equal_plain_forwards(monkeypatch, case, nodes):
+    monkeypatch.setattr(packing, "_NODES", nodes)
     model, batch = make_model(*PACKED[case]), ragged_batch()
+    forwards = []
+    model.register_forward_hook(lambda *_: forwards.append(1))
     assert_beliefs(score_beliefs(model, *batch, method="packed"), oracles.beliefs(model, *batch))
-
-
-@pytest.mark.parametrize("case", ["llama", "qwen3-window"])
-def test_devices_without_shared_heads_get_the_same(monkeypatch, case):
-    stacked = []
-
-    def attend(*arguments):
-        stacked.append(attention._attend_stacked(*arguments))
-        return stacked[-1]
-
-    monkeypatch.setattr(attention, "_attend_grouped", attend)
-    model, batch = make_model(*PACKED[case]), ragged_batch()
-    assert model.config.num_attention_heads > model.config.num_key_value_heads > 1
-    assert_beliefs(score_beliefs(model, *batch, method="packed"), oracles.beliefs(model, *batch))
-    assert stacked
-
-
-def test_no_segment_looks_further_than_its_branches(monkeypatch):
-    monkeypatch.setattr(attention, "_LEAST_NODES", {"cpu": 8})
-    segments = attention.make_segments([[7, 7, 3, 9, 9], [5, 4, 4]], 5, torch.device("cpu"))
-    assert [(segment.columns.tolist(), segment.reach) for segment in segments] == [
-        ([[2, 0, 1, 3, 4], [3, 4, 2, 5, 5]], 9)  # together fewer than are worth an attention of their own
-    ]
-    wide = attention.make_segments([[30] * 9 + [10] * 9, [20] * 4], 18, torch.device("cpu"))
-    assert [(segment.columns.tolist(), segment.reach) for segment in wide] == [
-        ([list(range(9, 18)), [14, 15, 16, 17, *[18] * 5]], 20),
-        ([list(range(9)), [18] * 9], 30),
-    ]
-    assert [segment.spans for segment in wide] == [None, None]
-    same = attention.make_segments([[9, 9, 5, 5, 5, 9, 5]] * 2, 7, torch.device("cpu"))
-    assert [segment.spans for segment in same] == [[(2, 5), (6, 7), (0, 2), (5, 6)]]
-    x = torch.randn(2, 3, 7, 4)
-    expected = same[0]._replace(spans=None).take(x)
-    assert torch.equal(same[0].take(x), expected)
-    places = [torch.zeros(2, 8, 3, 4), torch.zeros(2, 8, 3, 4)]
-    same[0].put(expected.transpose(1, 2), places[0])
-    same[0]._replace(spans=None).put(expected.transpose(1, 2), places[1])
-    assert torch.equal(*places) and torch.equal(places[0][:, :7].transpose(1, 2), x)
-
-
-def test_what_segments_cannot_do_is_refused():
-    heads = torch.zeros(1, 2, 3, 4)
-    with attention.segmented(None, []), pytest.raises(ValueError, match="soft-capping"):
-        attention.attend(torch.nn.Module(), heads, heads, heads, torch.ones(1, 1, 3, 3).bool(), softcap=5.0)
+    # One of all trunks; then one of all probes, or as many as the row with the most probes needs.
+    assert len(forwards) >= {1: 16, 5: 5, 1000: 2}[nodes]
 
 
 def test_the_trunk_ends_with_the_last_keys():
@@ -297,7 +264,7 @@ def test_the_trunk_ends_with_the_last_keys():
     ran = []
     handles = [module.register_forward_hook(lambda module, *_: ran.append(module)) for module in (mlp, head)]
     assert_close(score_beliefs(model, *batch, method="packed"), expected)
-    assert ran == [mlp, head]  # of the probes alone
+    assert ran == [mlp, head]  # only for the probes
 
     # Whoever waits for the end of a forward gets to see it.
     ends = []

@@ -81,7 +81,7 @@ def test_bad_files(tmp_path):
         load_questions(write(tmp_path / "q.txt", QUESTION))
     path = tmp_path / "q.parquet"
     path.write_bytes(b"not parquet at all")
-    with pytest.raises(ValueError, match="not a readable parquet file"):
+    with pytest.raises(ValueError, match="damaged after row 0, or not a parquet file"):
         load_questions(path)
 
 

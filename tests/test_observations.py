@@ -28,7 +28,7 @@ def tool_message(content, name="search"):
 @pytest.mark.parametrize("template", [qwen2_5_chat_template, qwen3_training_chat_template])
 @pytest.mark.parametrize("contents", [["Rome."], ["a\n\n", " b"], [""], ["é 你好 🙂\n"], ["\ue000 private"]])
 def test_plain_text_is_encoded_as_the_template_renders_it(template, contents):
-    """One rendering, tokenized in one go, cut behind the end-of-turn token: that is what TRL trains on."""
+    """One rendering, tokenized in one go, cut after the end-of-turn token, as TRL trains on it."""
     tokenizer = tiny.make_tokenizer(template)
     call = {"type": "function", "function": {"name": "search", "arguments": {}}}
     before = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]

@@ -1,7 +1,7 @@
 import oracles
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from igpo_trl.turns import expand_to_tokens, gain_spans, information_gain, turn_spans
@@ -51,7 +51,6 @@ def test_mistake_8_length_is_not_the_count_of_ones():
     assert starts.tolist() == [[0, 3]]
 
 
-@settings(deadline=None)
 @given(masks)
 def test_equals_oracle(rollouts):
     index, starts, num_turns = turn_spans(*padded(rollouts))
@@ -65,7 +64,6 @@ def test_equals_oracle(rollouts):
         assert (starts[i, num_turns[i] :] == len(rollout)).all()
 
 
-@settings(deadline=None)
 @given(masks, st.integers(0, 3))
 def test_padding_is_not_read(rollouts, extra):
     # Whatever stands behind the rollout, ones included, changes nothing.
@@ -77,7 +75,6 @@ def test_padding_is_not_read(rollouts, extra):
     assert torch.equal(wide_num_turns, num_turns)
 
 
-@settings(deadline=None)
 @given(masks)
 def test_turns_partition_the_sampled_tokens(rollouts):
     mask, lengths = padded(rollouts)
@@ -130,7 +127,6 @@ def ragged(rollouts):
     return torch.tensor([row + [float("nan")] * (width - len(row)) for row in rollouts], dtype=torch.float64)
 
 
-@settings(deadline=None)
 @given(log_beliefs, st.sampled_from(["prob_diff", "log_prob_diff"]), st.none() | st.integers(1, 4))
 def test_gains_are_those_of_the_oracle(rollouts, kind, every):
     spans = None if every is None else [gain_spans(len(row), every=every) for row in rollouts]
@@ -149,7 +145,6 @@ def test_gains_by_hand():
     torch.testing.assert_close(log_gains[0, :2], torch.tensor([4.0, 0.75]).log())
 
 
-@settings(deadline=None)
 @given(log_beliefs)
 def test_gains_in_probability_telescope(rollouts):
     gains = information_gain(ragged(rollouts)).nan_to_num(0.0).sum(dim=1)

@@ -25,6 +25,87 @@ _SCALES: dict[bool | str, str] = {True: "group", False: "none", "group": "group"
 _RIDGE, _RIDGE_INTERCEPT = 1e-4, 1e-5
 
 
+def turn_advantages(
+    info_gain: torch.Tensor,
+    outcome: torch.Tensor,
+    num_turns: torch.Tensor,
+    num_generations: int,
+    *,
+    normalization: Normalization = "separate",
+    gamma: float = 1.0,
+    scale: bool | str = True,
+    info_gain_weight: float = 1.0,
+    outcome_weight: float = 1.0,
+    std_floor: float = 1e-2,
+    beliefs: torch.Tensor | None = None,
+    gae_lambda: float = 0.8,
+) -> torch.Tensor:
+    r"""
+    Advantage of every turn, from its information gain and the outcome of its rollout (IGPO, arXiv 2510.14967).
+
+    The estimators are [`joint_advantages`], [`separate_advantages`], [`per_turn_advantages`] and
+    [`critic_advantages`]; their docstrings have the formulas.
+
+    Degenerate cases of all of them: a rollout whose outcome is NaN (no reward function applied to it) leaves every
+    pool and has advantage 0, as in TRL. A gain that is not finite counts as no reward of that turn; the rollout's
+    other turns keep theirs.
+
+    Args:
+        info_gain (`torch.Tensor` of shape (B, K)): Gain of each turn (difference of probabilities, or of
+            log-probabilities in nats). Read for `k < num_turns - 1` only.
+        outcome (`torch.Tensor` of shape (B,)): Outcome reward of each rollout.
+        num_turns (`torch.Tensor` of shape (B,)): Number of turns of each rollout, between 1 and K.
+        num_generations (`int`): Group size G; rows `iG … (i+1)G - 1` answer the same question.
+        normalization (`str`, *optional*, defaults to `"separate"`): Name of the estimator: `"joint"`, `"separate"`,
+            `"per_turn"` or `"critic"`.
+        gamma (`float`, *optional*, defaults to `1.0`): Discount per turn (not per token).
+        scale (`bool` or `str`, *optional*, defaults to `True`): What to divide by: `True` or `"group"` the pool's
+            standard deviation, `"batch"` that of the whole batch, `False` or `"none"` nothing. The critic divides by
+            the root mean square over the batch unless this is `"none"`.
+        info_gain_weight (`float`, *optional*, defaults to `1.0`): Weight of the gains, applied after normalisation
+            (before it, a z-score would undo it).
+        outcome_weight (`float`, *optional*, defaults to `1.0`): Weight of the outcome, likewise.
+        std_floor (`float`, *optional*, defaults to `1e-2`): Smallest standard deviation divided by, in units of the
+            reward, so that noise is not blown up to unit scale.
+        beliefs (`torch.Tensor` of shape (B, K), *optional*): Probability of the answer before turn k; read by the
+            critic only. Defaults to the running sum of `info_gain`, which is the belief relative to the prompt's.
+        gae_lambda (`float`, *optional*, defaults to `0.8`): λ of the critic's generalised advantage estimation.
+
+    Returns:
+        `torch.Tensor` of shape (B, K), of the dtype of `info_gain`: advantages, 0 beyond `num_turns`.
+
+    Raises:
+        `ValueError`: if shapes do not fit, B is not a multiple of G, a turn count lies outside 1…K, or a name is
+        unknown.
+    """
+    _check(info_gain, outcome, num_turns, num_generations, normalization, scale, beliefs)
+    # Statistics in float64: sums then do not depend on padding or on the other groups to float32 precision.
+    last = (num_turns - 1)[:, None]
+    turn = torch.arange(info_gain.shape[1], device=info_gain.device)
+    is_scored = ~outcome.isnan()[:, None]
+    is_turn = (turn <= last) & is_scored
+    is_gain = (turn < last) & is_scored & info_gain.isfinite()
+    gain = info_gain.double().masked_fill(~is_gain, 0.0)
+    belief = gain.cumsum(dim=1) - gain if beliefs is None else beliefs.double().nan_to_num(0.0)
+    rewards = TurnRewards(
+        gain=gain,
+        outcome=outcome.double()[:, None].masked_fill(~is_scored, 0.0),
+        belief=belief.masked_fill_(~is_turn, 0.0),
+        is_gain=is_gain,
+        is_turn=is_turn,
+        is_scored=is_scored,
+        last=last,
+        num_generations=num_generations,
+        gain_weight=info_gain_weight,
+        outcome_weight=outcome_weight,
+        gamma=gamma,
+        gae_lambda=gae_lambda,
+        scale=_SCALES[scale],
+        std_floor=std_floor,
+    )
+    return ESTIMATORS[normalization](rewards).to(info_gain.dtype)
+
+
 @dataclass
 class TurnRewards:
     """
@@ -171,87 +252,6 @@ ESTIMATORS: dict[str, Callable[[TurnRewards], torch.Tensor]] = {
     "critic": critic_advantages,
 }
 NORMALIZATIONS = tuple(ESTIMATORS)
-
-
-def turn_advantages(
-    info_gain: torch.Tensor,
-    outcome: torch.Tensor,
-    num_turns: torch.Tensor,
-    num_generations: int,
-    *,
-    normalization: Normalization = "separate",
-    gamma: float = 1.0,
-    scale: bool | str = True,
-    info_gain_weight: float = 1.0,
-    outcome_weight: float = 1.0,
-    std_floor: float = 1e-2,
-    beliefs: torch.Tensor | None = None,
-    gae_lambda: float = 0.8,
-) -> torch.Tensor:
-    r"""
-    Advantage of every turn, from its information gain and the outcome of its rollout (IGPO, arXiv 2510.14967).
-
-    The estimators are [`joint_advantages`], [`separate_advantages`], [`per_turn_advantages`] and
-    [`critic_advantages`]; their docstrings have the formulas.
-
-    Degenerate cases of all of them: a rollout whose outcome is NaN (no reward function applied to it) leaves every
-    pool and has advantage 0, as in TRL. A gain that is not finite counts as no reward of that turn; the rollout's
-    other turns keep theirs.
-
-    Args:
-        info_gain (`torch.Tensor` of shape (B, K)): Gain of each turn (difference of probabilities, or of
-            log-probabilities in nats). Read for `k < num_turns - 1` only.
-        outcome (`torch.Tensor` of shape (B,)): Outcome reward of each rollout.
-        num_turns (`torch.Tensor` of shape (B,)): Number of turns of each rollout, between 1 and K.
-        num_generations (`int`): Group size G; rows `iG … (i+1)G - 1` answer the same question.
-        normalization (`str`, *optional*, defaults to `"separate"`): Name of the estimator: `"joint"`, `"separate"`,
-            `"per_turn"` or `"critic"`.
-        gamma (`float`, *optional*, defaults to `1.0`): Discount per turn (not per token).
-        scale (`bool` or `str`, *optional*, defaults to `True`): What to divide by: `True` or `"group"` the pool's
-            standard deviation, `"batch"` that of the whole batch, `False` or `"none"` nothing. The critic divides by
-            the root mean square over the batch unless this is `"none"`.
-        info_gain_weight (`float`, *optional*, defaults to `1.0`): Weight of the gains, applied after normalisation
-            (before it, a z-score would undo it).
-        outcome_weight (`float`, *optional*, defaults to `1.0`): Weight of the outcome, likewise.
-        std_floor (`float`, *optional*, defaults to `1e-2`): Smallest standard deviation divided by, in units of the
-            reward, so that noise is not blown up to unit scale.
-        beliefs (`torch.Tensor` of shape (B, K), *optional*): Probability of the answer before turn k; read by the
-            critic only. Defaults to the running sum of `info_gain`, which is the belief relative to the prompt's.
-        gae_lambda (`float`, *optional*, defaults to `0.8`): λ of the critic's generalised advantage estimation.
-
-    Returns:
-        `torch.Tensor` of shape (B, K), of the dtype of `info_gain`: advantages, 0 beyond `num_turns`.
-
-    Raises:
-        `ValueError`: if shapes do not fit, B is not a multiple of G, a turn count lies outside 1…K, or a name is
-        unknown.
-    """
-    _check(info_gain, outcome, num_turns, num_generations, normalization, scale, beliefs)
-    # Statistics in float64: sums then do not depend on padding or on the other groups to float32 precision.
-    last = (num_turns - 1)[:, None]
-    turn = torch.arange(info_gain.shape[1], device=info_gain.device)
-    is_scored = ~outcome.isnan()[:, None]
-    is_turn = (turn <= last) & is_scored
-    is_gain = (turn < last) & is_scored & info_gain.isfinite()
-    gain = info_gain.double().masked_fill(~is_gain, 0.0)
-    belief = gain.cumsum(dim=1) - gain if beliefs is None else beliefs.double().nan_to_num(0.0)
-    rewards = TurnRewards(
-        gain=gain,
-        outcome=outcome.double()[:, None].masked_fill(~is_scored, 0.0),
-        belief=belief.masked_fill_(~is_turn, 0.0),
-        is_gain=is_gain,
-        is_turn=is_turn,
-        is_scored=is_scored,
-        last=last,
-        num_generations=num_generations,
-        gain_weight=info_gain_weight,
-        outcome_weight=outcome_weight,
-        gamma=gamma,
-        gae_lambda=gae_lambda,
-        scale=_SCALES[scale],
-        std_floor=std_floor,
-    )
-    return ESTIMATORS[normalization](rewards).to(info_gain.dtype)
 
 
 def _leave_one_out_mean(values: torch.Tensor, scored: torch.Tensor, num_generations: int) -> torch.Tensor:

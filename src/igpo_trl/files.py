@@ -16,7 +16,7 @@ FILE_ENDINGS = tuple(f".{kind}{packed}" for kind in ("jsonl", "json", "csv", "ts
 )
 """Endings of the files that [`read_records`] can read."""
 
-_DAMAGE = (EOFError, zlib.error, gzip.BadGzipFile)
+_AS_TEXT = {"mode": "rt", "encoding": "utf-8-sig", "newline": ""}  # with or without a byte order mark
 
 
 def read_records(
@@ -60,27 +60,21 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}. Expected a .jsonl or .jsonl.gz file.")
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                try:
-                    record = json.loads(line)
-                except ValueError as error:  # malformed JSON, or bytes that are not UTF-8
-                    raise ValueError(f"{where}: not valid JSON ({error}). Expected one object per line.") from error
-                if not isinstance(record, dict):
-                    raise ValueError(f"{where}: got {type(record).__name__}, expected a JSON object.")
-                yield where, record
-    except _DAMAGE as error:
-        raise ValueError(f"{path}: damaged or cut off after line {number} ({error}). Copy the file again.") from error
+    for number, line in enumerate(_read_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # malformed JSON, or bytes that are not UTF-8
+            raise ValueError(f"{where}: not valid JSON ({error}). Expected one object per line.") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: got {type(record).__name__}, expected a JSON object.")
+        yield where, record
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with _open_text(path) as file:
-        text = file.read()
+    text = "".join(_read_lines(path, **_AS_TEXT))
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -94,18 +88,16 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _read_csv(path: Path, delimiter: str, strict: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(2**31 - 1)
-    with _open_text(path) as file:
-        reader = csv.DictReader(file, delimiter=delimiter, strict=strict)
-        try:
-            for record in reader:
-                where = f"{path}:{reader.line_num}"
-                if None in record or None in record.values():
-                    raise ValueError(
-                        f"{where}: the number of cells differs from the {len(reader.fieldnames or [])} columns."
-                    )
-                yield where, record
-        except csv.Error as error:
-            raise ValueError(f"{path}:{reader.line_num}: not a readable table ({error}).") from error
+    rows = csv.reader(_read_lines(path, **_AS_TEXT), delimiter=delimiter, strict=strict)
+    try:
+        header = next(rows, [])
+        for cells in filter(None, rows):  # blank lines are skipped
+            where = f"{path}:{rows.line_num}"
+            if len(cells) != len(header):
+                raise ValueError(f"{where}: got {len(cells)} columns, expected {header}.")
+            yield where, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path}:{rows.line_num}: not a readable table ({error}).") from error
 
 
 def _read_parquet(
@@ -114,26 +106,31 @@ def _read_parquet(
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
+    row = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns = select_columns(file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=4096, columns=columns):
-                yield from ((str(path), record) for record in batch.to_pylist())
+                for record in batch.to_pylist():
+                    row += 1
+                    yield str(path), record
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a readable parquet file ({error}).") from error
+        raise ValueError(f"{path}: damaged after row {row}, or not a parquet file ({error}).") from error
 
 
-@contextmanager
-def _open_text(path: Path) -> Iterator[Any]:
-    """Opens a UTF-8 file, compressed or not, with or without a byte order mark. Errors of reading name the file."""
+def _read_lines(path: Path, mode: str = "rb", **options: Any) -> Iterator[Any]:
+    """Yields the lines of a file, compressed or not: bytes, or text with the options `_AS_TEXT`."""
     open_file: Any = gzip.open if path.suffix == ".gz" else open
+    number = 0
     try:
-        with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
-            yield file
-    except _DAMAGE as error:
-        raise ValueError(f"{path}: damaged or cut off ({error}). Copy the file again.") from error
+        with open_file(path, mode, **options) as file:
+            for line in file:
+                number += 1
+                yield line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: damaged or cut off after line {number} ({error}). Copy the file again.") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}).") from error
+        raise ValueError(f"{path}: not UTF-8 text after line {number} ({error}).") from error
 
 
 @contextmanager

@@ -51,6 +51,7 @@ class Step:
         round_log ([`RoundLog`]): counts of the rollout loop.
         prompt_ids, completion_ids (list of list of `int`): token ids.
         turn_index (`torch.Tensor` of shape (B, T)), starts (B, K), num_turns (B,): see [`turn_spans`].
+        turn_starts (list of list of `int`): `starts` without padding.
         completions (list): the completions as messages or text.
 
         global_rewards (`torch.Tensor` of shape (N, reward functions)): NaN where a function does not apply.
@@ -120,6 +121,7 @@ class Step:
         sampled_mask = pad_sequence([torch.tensor(mask, dtype=torch.long) for mask in masks], batch_first=True)
         lengths = torch.tensor([len(ids) for ids in self.completion_ids])
         self.turn_index, self.starts, self.num_turns = turn_spans(sampled_mask, lengths)
+        self.turn_starts = [row[:n] for row, n in zip(self.starts.tolist(), self.num_turns.tolist(), strict=True)]
 
     @classmethod
     def from_output(cls, rows: list[dict[str, Any]], output: dict[str, Any], **fields: Any) -> "Step":
@@ -137,11 +139,6 @@ class Step:
             None if sampled_mask is None else unpadded(sampled_mask, completion_mask),
         )
         return step
-
-    @property
-    def turn_starts(self) -> list[list[int]]:
-        """Completion position at which each turn of each rollout begins."""
-        return [row[:n] for row, n in zip(self.starts.tolist(), self.num_turns.tolist(), strict=True)]
 
     @property
     def tools_called(self) -> Sequence[Sequence[tuple[str, ...]]]:
@@ -198,8 +195,11 @@ class Step:
         rows = slice(first, first + size)
         # TRL counts positions from a row's first slot.
         contexts = CachedContexts(cache, range(size), padding[rows], padding[rows])
-        indices, sequences, boundaries = range(first, first + size), self.sequences[rows], self.boundaries[rows]
-        scorer.score_cached(model, self.belief_batch, contexts, indices, sequences, boundaries, in_step=True)
+        indices = range(first, first + size)
+        sequences = [self.prompt_ids[i] + self.completion_ids[i] for i in indices]
+        scorer.score_cached(
+            model, self.belief_batch, contexts, indices, sequences, self.boundaries[rows], in_step=True
+        )
 
     def score_beliefs(self, scorer: BeliefScorer, model: nn.Module) -> None:
         """Beliefs and gains of the batch; what no cache has given yet takes a forward. Every rank must call this."""

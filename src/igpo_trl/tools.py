@@ -1,4 +1,4 @@
-"""How a tool wants to be run: options that its author attaches to the function."""
+"""Options of a tool, attached to its function by the decorator [`tool`]."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,11 +10,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 @dataclass(frozen=True)
 class ToolOptions:
     """
-    How a tool wants to be run; attached to a function by [`tool`], which describes the fields.
+    How to run a tool. [`tool`] attaches the options to a function and describes the fields.
 
     Raises:
         ValueError: `max_attempts` or `timeout` is not positive.
-        TypeError: `batch` cannot be called, or `retry_on` holds something that is not an exception class.
+        TypeError: `batch` cannot be called, or `retry_on` contains something that is not an exception class.
     """
 
     pure: bool = False
@@ -27,7 +27,7 @@ class ToolOptions:
         if self.max_attempts < 1:
             raise ValueError(f"got max_attempts={self.max_attempts}, expected at least 1 (1: no retry).")
         if self.timeout is not None and not self.timeout > 0:
-            raise ValueError(f"got timeout={self.timeout}, expected seconds above 0, or None for the runner's own.")
+            raise ValueError(f"got timeout={self.timeout}, expected seconds above 0, or None for the runner's limit.")
         if self.batch is not None and not callable(self.batch):
             raise TypeError(f"got batch={self.batch!r}, expected a function that takes lists.")
         for kind in self.retry_on:
@@ -56,22 +56,21 @@ def tool(
     timeout: float | None = None,
 ) -> F | Callable[[F], F]:
     """
-    Say how a tool is to be run; with or without arguments.
+    Declare how to run a tool. Works with and without arguments.
 
-    The function itself is returned, with an attribute `tool_options`: chat templates take plain functions only, and
-    anyone may call it as before. Synchronous and asynchronous functions and methods of environments all work.
+    Returns the same function with an attribute `tool_options`, so that chat templates and callers can use it as
+    before. Works for synchronous and asynchronous functions and for methods of environments.
 
     Args:
-        pure (`bool`, *optional*, defaults to `False`): Equal arguments give equal results and nothing else happens:
-            equal calls of one round are run once.
-        batch (`Callable`, *optional*): Answers all calls of a round at once. It takes the tool's parameters, each a
-            list with one value per call (defaults filled in), and returns one result per call, in order. May be
-            asynchronous. Not used for methods of environments, whose calls run in order.
+        pure (`bool`, *optional*, defaults to `False`): The result depends only on the arguments, and there are no side
+            effects. Equal calls of a round run once.
+        batch (`Callable`, *optional*): A function that answers all calls of a round at once. It takes each of the
+            tool's parameters as a list with one value per call, defaults filled in, and returns one result per call,
+            in order. It may be asynchronous. Not used for methods of environments, whose calls run in order.
         retry_on (exception class or `tuple` of them, *optional*):
-            Transient errors, after which the call is tried again, each time after a longer pause.
-        max_attempts (`int`, *optional*, defaults to `3`): Attempts in all, the first included. Only with `retry_on`.
-        timeout (`float`, *optional*): Seconds that one call may take, its retries included; `None` for the runner's
-            own limit.
+            Transient errors. The call is tried again after each, with growing pauses.
+        max_attempts (`int`, *optional*, defaults to `3`): Total number of attempts. Only used with `retry_on`.
+        timeout (`float`, *optional*): Seconds that one call may take, retries included; `None` for the runner's limit.
 
     Example:
 
@@ -91,6 +90,6 @@ def tool(
 
 
 def options_of(function: Callable[..., Any]) -> ToolOptions:
-    """The options attached to a tool (for a method, to its function), or those that mean nothing special."""
+    """The options attached to a tool (for a method, to its function), or else the defaults."""
     options = getattr(function, "tool_options", None)
     return options if isinstance(options, ToolOptions) else ToolOptions()

@@ -1,7 +1,8 @@
-"""Beliefs: the policy's own teacher-forced log-probability of the right answer, at every turn of a rollout."""
+"""Beliefs: the policy's teacher-forced log-probability of the right answer before every turn of a rollout."""
 
+from .models import cached_obstacle, packed_obstacle
 from .probes import DEFAULT_TEMPLATE, NO_THINK_TEMPLATE, AnswerProbe, build_probes
-from .scoring import CachedContexts, cached_obstacle, check_beliefs, packed_obstacle, reduce_aliases, score_beliefs
+from .scoring import CachedContexts, check_beliefs, reduce_aliases, score_beliefs
 
 __all__ = [
     "DEFAULT_TEMPLATE",

@@ -1,44 +1,50 @@
 """Running a causal language model once and branching off its KV cache.
 
-A trunk of tokens is run causally and its keys and values are kept. Branches, short runs of tokens that leave the trunk
-at different places, are then run together in one forward: each sees the trunk up to where it leaves it, and itself, at
-the positions that it would have in a sequence of its own. Masks are computed from positions, not from places in the
-cache, so sliding windows come out right.
+A trunk of tokens runs causally, and its keys and values are kept. Branches are short runs of tokens that leave the
+trunk at different places. They run together in one forward, where each sees the trunk up to its limit, and itself:
 
-The functions take models that `branching_obstacle` lets pass, and targets whose mean log-probabilities they return.
+    position    0  1  2  3  4  5  6  7        mask of that forward
+    trunk       c0 c1 c2 c3 c4 c5 c6 c7            c0 c1 c2 c3 c4 c5   a3 a4 b6 b7
+                      │        │              a3   x  x  x             x
+    branch a          └─ a3 a4 │              a4   x  x  x             x  x
+    branch b                   └─ b6 b7       b6   x  x  x  x  x  x          x
+                                              b7   x  x  x  x  x  x          x  x
+    a has limit 3, b has limit 6
+
+No branch sees c6 and c7, so the forward leaves them out. Positions are those that a branch would have in a sequence by
+itself. Masks are computed from positions and not from slots of the cache, so sliding windows are correct.
+
+The functions take models without a `packed_obstacle`, and return the mean log-probabilities of targets.
 """
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import DynamicCache
 
-from . import attention
-from .models import LAYERED, TAKE_MASKS, base_model, layer_kinds
+from .models import LAYERED, base_model, layer_kinds
 from .packing import Forest, PlainBatch, Target, grow
-
-attention.register()
 
 __all__ = ["Trunk", "evaluating", "run_branches", "run_rows", "run_trunk"]
 
-# Rows of logits turned to float32 at a time: bounds the memory of a 150k-token vocabulary to about 150 MB.
+# Rows of logits converted to float32 at a time: about 150 MB for a vocabulary of 150k tokens.
 _LOGIT_ROWS = 256
 
 
 class Trunk(DynamicCache):
     """
-    Every key and value of the trunk, in every layer: windows are the masks' business.
+    Every key and value of the trunk in every layer, whatever the layer's window.
 
-    Once it is complete, tokens that are run against it see its first `reach` slots and each other, and leave nothing
-    behind.
+    Once the trunk is complete, tokens that run against it see its first `reach` slots and each other, and are not
+    added to it.
 
     Attributes:
-        padding (list of `int`): slots before the first token of each row.
-        offset (list of `int`): position of the first token of each row.
+        padding (`Sequence[int]`): Slots before the first token of each row.
+        offset (`Sequence[int]`): Position of the first token of each row.
     """
 
     def __init__(self, num_layers: int, padding: Sequence[int], offset: Sequence[int], *, stop: bool = False) -> None:
@@ -49,14 +55,12 @@ class Trunk(DynamicCache):
         self._rows: torch.Tensor | None = None
         self.complete = False
         self.reach = 0
-        self.apart = False  # whether `update` keeps the trunk's part to itself
-        self.held: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @classmethod
     def of_rows(
         cls, cache: DynamicCache, rows: Sequence[int], padding: Sequence[int], offset: Sequence[int]
     ) -> "Trunk":
-        """Some rows of a cache that another forward has filled; nothing is copied before it is needed."""
+        """Some rows of a cache that another forward has filled. Layers are copied only while they are used."""
         trunk = cls(len(cache.layers), padding, offset)
         trunk.layers = cache.layers
         if list(rows) != list(range(cache.layers[0].keys.shape[0])):
@@ -73,11 +77,8 @@ class Trunk(DynamicCache):
             if self._rows is not None:
                 rows = self._rows.to(keys.device)
                 keys, values = keys[rows], values[rows]
-            # A model in autocast keeps what it has cast, and runs what it has not.
+            # Under autocast, cached and new keys can differ in dtype.
             keys, values = keys.to(key_states.dtype), values.to(value_states.dtype)
-            if self.apart:
-                self.held = (keys, values)
-                return key_states, value_states
             return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
         keys_and_values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if self._stop and layer_idx == self._last_layer:
@@ -86,17 +87,16 @@ class Trunk(DynamicCache):
 
 
 class _Complete(Exception):
-    """The last layer's keys and values are there: its attention, its MLP and the LM head have nothing to add."""
+    """Ends a forward when the last layer's keys and values are known; the rest of it is not needed."""
 
 
 def run_trunk(model: nn.Module, contexts: Sequence[Sequence[int]]) -> Trunk:
-    """Run contexts causally, one to a row, and keep their keys and values."""
+    """Run contexts causally, one per row, and keep their keys and values."""
     input_ids = _pad(contexts).to(_device(model))
     start = [0] * len(contexts)
     trunk = Trunk(base_model(model).config.num_hidden_layers, start, start, stop=_may_stop(model))
     try:
-        # No mask: padding stands on the right, where causal attention never looks, and the plain causal kernel is
-        # the fastest.
+        # No mask: causal attention never sees padding on the right, and the plain causal kernel is the fastest.
         model(input_ids=input_ids, past_key_values=trunk, use_cache=True, **_options(model, [0]))
     except _Complete:
         pass
@@ -105,14 +105,14 @@ def run_trunk(model: nn.Module, contexts: Sequence[Sequence[int]]) -> Trunk:
 
 
 def run_branches(model: nn.Module, trunk: Trunk, rows: Sequence[Sequence[Target]]) -> list[float]:
-    """Mean log-probability of the labels of each target in turn; a row's targets leave that row's context."""
+    """Mean log-probability of the labels of each target in turn. `rows[i]` are the targets that leave row i."""
     forests = [grow(targets) for targets in rows]
     nodes = _Nodes.of(forests, trunk.padding, _device(model))
     width = max(forest.num_predicting for forest in forests)
     total = nodes.tokens.shape[1]
-    trunk.reach = int(nodes.limits.max())  # nobody sees what is behind
+    trunk.reach = int(nodes.limits.max())  # no branch sees later tokens
     offset = torch.tensor(trunk.offset, device=nodes.begin.device) - nodes.begin
-    with _branch_attention(model, trunk, forests, total) as kind:
+    with _masked_attention(base_model(model)) as kind:
         logits = model(
             input_ids=nodes.tokens,
             position_ids=nodes.positions + offset[:, None],
@@ -128,7 +128,7 @@ def run_branches(model: nn.Module, trunk: Trunk, rows: Sequence[Sequence[Target]
 
 
 def run_rows(model: nn.Module, batch: PlainBatch) -> list[float]:
-    """Mean log-probability of the labels of each target, from one right-padded row for each."""
+    """Mean log-probability of the labels of each target, from one right-padded row per target."""
     device = _device(model)
     input_ids = _pad(batch.rows).to(device)
     lengths = torch.tensor([len(row) for row in batch.rows], device=device)
@@ -144,9 +144,15 @@ def run_rows(model: nn.Module, batch: PlainBatch) -> list[float]:
 
 class _Nodes(NamedTuple):
     """
-    Forests as tensors (R, W), padded in front so that the predicting nodes of all rows are the last ones.
+    The forests of R rows as tensors (R, W), padded on the left.
 
-    Positions and limits are slots of the trunk, whose first tokens stand at `begin`, (R,).
+    The nodes p that predict a label are then the last columns of all rows, and one slice of the hidden states goes
+    through the LM head:
+
+        row 0    n n p p p p
+        row 1    · · · n p p
+
+    Positions and limits are slots of the trunk. `begin` (R,) is the slot of each row's first token.
     """
 
     begin: torch.Tensor
@@ -159,10 +165,10 @@ class _Nodes(NamedTuple):
     @classmethod
     def of(cls, forests: Sequence[Forest], padding: Sequence[int], device: torch.device) -> "_Nodes":
         def pad(name: str, value: int = 0) -> torch.Tensor:
-            return _pad([getattr(forest, name) for forest in forests], value, in_front=True).to(device)
+            return _pad([getattr(forest, name) for forest in forests], value, left=True).to(device)
 
         begin = torch.tensor(padding, device=device)
-        # With first = -1 and last = 0 padding sees padding, so no row of the softmax is empty, and nothing else does.
+        # With first = -1 and last = 0, only padding sees padding, and no row of the softmax is empty.
         return cls(
             begin,
             pad("tokens"),
@@ -174,7 +180,7 @@ class _Nodes(NamedTuple):
 
 
 def _masks(config: Any, nodes: _Nodes, trunk_length: int, attention: str) -> Any:
-    """What each node sees of the trunk and of the nodes: (R, 1, W, T + W), or a dict of one for each layer kind."""
+    """Mask (R, 1, W, T + W) of the trunk and the nodes, or a dict with one for each layer kind."""
     place = torch.arange(trunk_length, device=nodes.tokens.device)
     of_trunk = (place >= nodes.begin[:, None, None]) & (place < nodes.limits[:, :, None])
     first = nodes.first[:, :, None]
@@ -186,50 +192,33 @@ def _masks(config: Any, nodes: _Nodes, trunk_length: int, attention: str) -> Any
         if kind == "sliding_attention":
             keys = torch.cat([place.expand(len(nodes.tokens), -1), nodes.positions], dim=-1)
             mask = visible & (keys[:, None, :] > (nodes.positions - config.sliding_window)[:, :, None])
-        if attention == "eager":  # which adds it to the scores; in float32, to which they are promoted
+        if attention == "eager":  # it adds the mask to the scores, and float32 promotes them
             mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
         masks[kind] = mask[:, None]
     return masks if config.model_type in LAYERED else masks.popitem()[1]
 
 
 @contextmanager
-def _branch_attention(model: nn.Module, trunk: Trunk, forests: Sequence[Forest], width: int) -> Iterator[str]:
-    """Switch to the attention that the branches are run with, and back."""
-    base = base_model(model)
+def _masked_attention(base: Any) -> Iterator[str]:
+    """Switch to an attention that takes any mask, and back: SDPA, or eager for what SDPA does not support."""
     own = base.config._attn_implementation
-    wanted = _attention_for_branches(base, own)
-    trunk.apart = wanted == attention.NAME
-    plan: AbstractContextManager[None] = nullcontext()
-    if trunk.apart:
-        limits = [
-            [skip + limit for limit in forest.limits] for skip, forest in zip(trunk.padding, forests, strict=True)
-        ]
-        plan = attention.segmented(trunk, attention.make_segments(limits, width, _device(model)))
+    config = base.config.get_text_config()
+    plain = getattr(base, "_supports_sdpa", True) and not getattr(config, "attn_logit_softcapping", None)
+    wanted = "sdpa" if plain and own != "eager" else "eager"
     if wanted != own:
-        base.set_attn_implementation(wanted)  # a name in the config, read at each call: the weights are not touched
+        base.set_attn_implementation(wanted)  # a name in the config, read at each call: weights are not touched
     try:
-        with plan:
-            yield wanted
+        yield wanted
     finally:
-        trunk.held = None
         if wanted != own:
             base.set_attn_implementation(own)
 
 
-def _attention_for_branches(base: Any, own: str) -> str:
-    """Segments where the model's attention is the plain one; else eager, which takes a mask on every model."""
-    if own == "eager":
-        return own
-    config = base.config.get_text_config()
-    plain = getattr(base, "_supports_sdpa", True) and not getattr(config, "attn_logit_softcapping", None)
-    return attention.NAME if plain else TAKE_MASKS[-1]
-
-
 def _may_stop(model: nn.Module) -> bool:
-    """Whether a forward may be left half-way: not where FSDP, DeepSpeed, offloading or a compiler awaits its end."""
+    """Whether a forward may be aborted: not if FSDP, DeepSpeed, offloading or a compiler waits for its end."""
     for module in model.modules():
         if next(module.children(), None) is None:
-            continue  # has ended, or not begun, when the last layer's keys are there
+            continue  # a leaf has ended or not started when the last layer's keys are known
         hooked = module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
         wrapper = isinstance(getattr(module, "module", None), nn.Module)
         compiled = hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
@@ -240,7 +229,7 @@ def _may_stop(model: nn.Module) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off; each module gets its own mode back, for some may be frozen in eval mode on purpose."""
+    """Turn dropout off, and restore the mode of every module: some may be frozen in eval mode on purpose."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -251,7 +240,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _options(model: nn.Module, columns: Sequence[int]) -> dict[str, Any]:
-    """Arguments for logits at these columns alone and nothing of a router's, where the model has them."""
+    """Arguments for logits at these columns only and without those of a router, if the model accepts them."""
     accepted = inspect.signature(type(base_model(model)).forward).parameters
     options = {
         "logits_to_keep": torch.tensor(columns, device=_device(model)),
@@ -261,7 +250,7 @@ def _options(model: nn.Module, columns: Sequence[int]) -> dict[str, Any]:
 
 
 def _mean_log_probs(logits: torch.Tensor, index: list[int], targets: Sequence[Target]) -> list[float]:
-    """Mean log-probability of each target's labels; `index` picks the row of logits (N, V) of each label in turn."""
+    """Mean log-probability of each target's labels. `index` has the row of `logits` (N, V) for each label in turn."""
     where = torch.tensor(index, device=logits.device)
     label = torch.tensor([label for target in targets for label in target.labels], device=logits.device)
     parts = []
@@ -272,10 +261,10 @@ def _mean_log_probs(logits: torch.Tensor, index: list[int], targets: Sequence[Ta
     return [log_probs.mean().item() for log_probs in per_target]
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int = 0, in_front: bool = False) -> torch.Tensor:
+def _pad(rows: Sequence[Sequence[int]], value: int = 0, left: bool = False) -> torch.Tensor:
     width = max(1, *(len(row) for row in rows))
     padding = [[value] * (width - len(row)) for row in rows]
-    padded = [[*pad, *row] if in_front else [*row, *pad] for row, pad in zip(rows, padding, strict=True)]
+    padded = [[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, padding, strict=True)]
     return torch.tensor(padded, dtype=torch.long)
 
 

@@ -1,9 +1,12 @@
-"""Which models can branch off their KV cache, told from their classes and configs."""
+"""Which models can be scored against a KV cache, decided from their classes and configs."""
 
 import inspect
 from typing import Any
 
-# Model types of transformers that a test has compared with plain forwards, by how they use `config.sliding_window`.
+from torch import nn
+
+# transformers model types that a test compares with plain forwards, by how they use `config.sliding_window`:
+# not at all, in every layer where it is set, or as `config.layer_types` says.
 FULL = {
     "apertus",
     "arcee",
@@ -27,8 +30,8 @@ FULL = {
     "seed_oss",
     "stablelm",
 }
-WINDOWED = {"ministral3", "mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2"}  # every layer, where it is set
-LAYERED = {  # as `config.layer_types` says
+WINDOWED = {"ministral3", "mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2"}
+LAYERED = {
     "cohere2",
     "exaone4",
     "gemma2",
@@ -42,25 +45,28 @@ LAYERED = {  # as `config.layer_types` says
     "smollm3",
 }
 
-# Those with learned positions; the others have rotary ones, which see differences alone, or none.
+# Learned positions. The others have rotary positions, of which only differences matter, or none.
 ABSOLUTE = {"gpt2"}
 
-# Adapters that change the weights and nothing else: the same for a token wherever it stands in the row.
+# Adapters that only change weights, so that a token's place in the row does not matter to them.
 _ADAPTERS = {"ADALORA", "BOFT", "HRA", "IA3", "LOHA", "LOKR", "LORA", "OFT", "RANDLORA", "VERA"}
-# Attention implementations that take an arbitrary mask.
-TAKE_MASKS = ("sdpa", "eager")
 
 
-def branching_obstacle(model: Any, longest: int | None = None) -> str | None:
+def packed_obstacle(model: Any, longest: int | None = None) -> str | None:
     """
-    Why branches off a trunk would not be exact on this model, or `None` where they are.
+    Say why packed scoring may be inexact on this model.
 
-    Anything not known to be safe is refused.
+    Packed scoring needs a cache that keeps every past token in every layer, a `position_ids` argument, and an
+    attention that takes an arbitrary mask. A model that is not known to have all three is refused.
 
     Args:
-        model (`Any`): causal language model, wrapped or not.
-        longest (`int`, *optional*): tokens of the longest sequence. Some position embeddings change for all tokens
-            beyond some length, which the trunk may pass and a branch may not; not given, those are refused.
+        model (`nn.Module`): Causal language model, with or without wrappers.
+        longest (`int`, *optional*): Tokens of the longest context with its probe. Some position embeddings change for
+            all tokens of a sequence beyond some length, which a trunk may reach and a branch may not. Without
+            `longest` they are refused.
+
+    Returns:
+        `str` or `None`: The reason, `None` if packed scoring is exact.
     """
     base = base_model(model)
     name = type(base).__name__
@@ -68,26 +74,49 @@ def branching_obstacle(model: Any, longest: int | None = None) -> str | None:
     if missing:
         return f"{name}.forward takes no {', '.join(sorted(missing))}"
     config = base.config
-    # FSDP2 gives a module a class that torch derives from the module's own.
+    # FSDP2 replaces a module's class by one that torch derives from it.
     own = next(cls for cls in type(base).__mro__ if not cls.__module__.startswith("torch."))
     if config.model_type not in FULL | WINDOWED | LAYERED or not own.__module__.startswith("transformers."):
-        return f"{name} (model type {config.model_type!r}) is not among the models that this was tested with"
-    odd = layer_kinds(config) - {"full_attention", "sliding_attention"}
-    if odd:
-        return f"{name} has layers that do not keep every past token ({', '.join(sorted(odd))})"
+        return f"{name} (model type {config.model_type!r}) is not among the tested models"
+    unsupported = layer_kinds(config) - {"full_attention", "sliding_attention"}
+    if unsupported:
+        return f"{name} has layers that do not keep every past token ({', '.join(sorted(unsupported))})"
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
-        return f"{name} is configured to look ahead"
+        return f"{name} is configured for bidirectional attention"
     attention = config._attn_implementation
-    if attention not in TAKE_MASKS and "flash" not in attention and attention != "flex_attention":
+    if attention not in ("sdpa", "eager", "flex_attention") and "flash" not in attention:
         return f"attention {attention!r} is unknown"
     return _adapter_obstacle(model) or _rope_obstacle(base, longest)
+
+
+def cached_obstacle(model: nn.Module, offset: bool = False) -> str | None:
+    """
+    Say why probes must not be scored against the keys and values of another forward.
+
+    Args:
+        model (`nn.Module`): The model of that forward, in the train or eval mode that it ran in.
+        offset (`bool`, *optional*, defaults to `False`): Whether that forward may have counted left padding as
+            positions.
+
+    Returns:
+        `str` or `None`: The reason, `None` if they may be used.
+    """
+    base = base_model(model)
+    if offset and base.config.model_type in ABSOLUTE:
+        return "its positions are absolute, and padding was counted among them"
+    if any(module.training and isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        return "dropout was on"
+    # Attention dropout is often a function call and not a module.
+    config = base.config.get_text_config()
+    functional = any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))
+    return "dropout was on" if functional and base.training else None
 
 
 def _adapter_obstacle(model: Any) -> str | None:
     for adapter in getattr(_unwrapped(model), "peft_config", {}).values():
         kind = getattr(adapter.peft_type, "value", adapter.peft_type)
         if kind not in _ADAPTERS or getattr(adapter, "alora_invocation_tokens", None):
-            return f"a {kind} adapter is not known to treat a token alike wherever it stands in the row"
+            return f"a {kind} adapter may treat a token differently depending on its place in the row"
     return None
 
 
@@ -105,6 +134,7 @@ def _rope_obstacle(base: Any, longest: int | None) -> str | None:
 
 
 def layer_kinds(config: Any) -> set[str]:
+    """The attention kinds of a model's layers, `"full_attention"` and `"sliding_attention"` among them."""
     if config.model_type in LAYERED:
         return set(config.layer_types)
     windowed = config.model_type in WINDOWED and config.sliding_window is not None
@@ -112,7 +142,7 @@ def layer_kinds(config: Any) -> set[str]:
 
 
 def uncompiled(model: Any) -> Any:
-    """The module behind `torch.compile`, whose graphs would be made anew for the shapes of every batch."""
+    """The module inside `torch.compile`, which would compile again for the shapes of every batch."""
     return getattr(model, "_orig_mod", model)
 
 

@@ -1,30 +1,46 @@
-"""Which probes are run in which forward, and where in it, so that no token is run twice.
+"""Planning the forwards of a belief pass: which probes run in which forward, so that no token runs twice.
 
-Nothing here knows of models or tensors: contexts and probes are lists of token ids.
+This module knows neither models nor tensors. Contexts and probes are lists of token ids.
+
+Targets that leave the same context share the tokens that they begin with. Three answers after the template t1 t2, each
+run up to its last token but one, which predicts the last one:
+
+    answer a d      run t1 t2 a         t1 ─ t2 ─┬─ a ─ b
+    answer a b c    run t1 t2 a b                └─ e
+    answer e f      run t1 t2 e
+
+    node            t1  t2   a   b   e
+    first            0   1   2   3   4      number in pre-order
+    last             5   5   4   4   5      number after the last descendant
+    predicts         –   a   d   c   f      t2 also predicts e, and a also predicts b
+
+Node i sees node j, which is i or an ancestor of i, where first[j] <= first[i] < last[j]: b sees t1, t2, a and itself.
+A forest has one such tree for every context length and first token.
 """
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
-# Whatever the budget in tokens, a forward's attention mask and logits have at most so many elements: 64 MB of booleans
-# and 512 MB in bfloat16. Both would grow with the square of something.
+# Most elements of a forward's attention mask and logits, which a budget in tokens does not bound: 64 MB of booleans
+# and 512 MB in bfloat16.
 _MASK_ELEMENTS = 1 << 26
 _LOGITS = 1 << 28
-# Nodes of a row in one forward: beyond that, what they compute of each other costs more than a further forward, which
-# also needs only the keys of its own contexts.
-_NODES = 1024
+# Most nodes of a row in a forward. A further forward costs less than attention among more nodes, and needs only the
+# keys of its own contexts: over many turns, half of all keys.
+_NODES = 256
 
 
 class Target(NamedTuple):
     """
-    A run of tokens behind a context, of which the last ones predict the labels.
+    A run of tokens after a context, the last of which predict the labels.
 
     Attributes:
-        limit: tokens of the context.
-        tokens: tokens to run behind it.
-        labels: what the last `len(labels)` of them predict.
-        places: where the score goes, each as (rollout, boundary, probe).
-        key: names the context and the probe among all that there are.
+        limit (`int`): Length of the context.
+        tokens (`list[int]`): Tokens to run after it.
+        labels (`list[int]`): Tokens that the last `len(labels)` of them must predict.
+        places (`list`): Entries of the result that get the score, each as (rollout, boundary, probe).
+        key (`Hashable`): Identifies the context and the probe.
     """
 
     limit: int
@@ -35,45 +51,44 @@ class Target(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """A trunk of tokens, the targets that leave it, and the number of the rollout that it is of."""
+    """A trunk of tokens, the targets that leave it, and the number of its rollout."""
 
     context: Sequence[int]
     targets: list[Target]
     rollout: int = 0
 
 
-class Budget(NamedTuple):
-    """What a forward may take: tokens with padding, and rows if that is limited."""
+class ForwardBudget(NamedTuple):
+    """Limits of a forward: tokens with padding, and rows (`None` for no limit)."""
 
     tokens: int
     rows: int | None
     vocabulary: int
 
     def allows(self, rows: int, width: int, logits: int, keys: int = 0) -> bool:
-        """Whether rows of so many tokens and logits are allowed, each token with a mask over so many keys."""
+        """Whether a forward may have `rows` × `width` tokens, `logits` per row and a mask over `keys` per token."""
         return (
             (self.rows is None or rows <= self.rows)
             and rows * width <= self.tokens
             and rows * width * keys <= _MASK_ELEMENTS
-            and (not keys or width <= _NODES)
             and rows * logits * self.vocabulary <= _LOGITS
         )
 
 
 class Forest(NamedTuple):
     """
-    The tokens of several targets as nodes: targets that share context and first tokens share these tokens' nodes.
+    The tokens of several targets as the nodes of trees; see the picture in the module.
 
-    Nodes that predict something come last, so that one slice of the hidden states goes through the LM head.
+    Nodes that predict a label come last, so that one slice of the hidden states goes through the LM head.
 
     Attributes:
-        tokens: token of each node.
-        positions: its position in the sequence that it continues.
-        limits: length of the context that it sees.
-        first: its number in pre-order.
-        last: number behind its last descendant: j is i or before it where `first[j] <= first[i] < last[j]`.
-        num_predicting: how many nodes predict something.
-        reads: for each label of each target in turn, which of the predicting nodes predicts it.
+        tokens (`list[int]`): Token of each node.
+        positions (`list[int]`): Its position in the sequence that it continues.
+        limits (`list[int]`): Length of the context that it sees.
+        first (`list[int]`): Its number in pre-order.
+        last (`list[int]`): The number after its last descendant.
+        num_predicting (`int`): Number of nodes that predict a label.
+        reads (`list[int]`): For each label of each target in turn, the predicting node that predicts it.
     """
 
     tokens: list[int]
@@ -86,13 +101,13 @@ class Forest(NamedTuple):
 
 
 def grow(targets: Sequence[Target]) -> Forest:
-    """The forest of targets that are [`in_order`]."""
+    """Build the forest of targets that are sorted by [`in_order`]."""
     tokens: list[int] = []  # all lists in pre-order
     positions: list[int] = []
     limits: list[int] = []
     last: list[int] = []
     reads: list[int] = []
-    path: list[int] = []  # nodes of the target at hand
+    path: list[int] = []  # nodes of the current target
     for shared, target in _shared_with_previous(targets):
         del path[shared:]
         for depth, token in enumerate(target.tokens[shared:], start=shared):
@@ -119,12 +134,12 @@ def grow(targets: Sequence[Target]) -> Forest:
 
 
 def in_order(targets: Iterable[Target]) -> list[Target]:
-    """Targets sorted so that those with the most in common are neighbours."""
+    """Sort targets so that those that share the most tokens are neighbours."""
     return sorted(targets, key=lambda target: (target.limit, target.tokens))
 
 
 def _shared_with_previous(targets: Sequence[Target]) -> Iterator[tuple[int, Target]]:
-    """Each target with how many of its first tokens the one before it runs at the same places."""
+    """Each target with the number of first tokens that it shares with the target before it."""
     previous = None
     for target in targets:
         shared = 0
@@ -138,7 +153,7 @@ def _shared_with_previous(targets: Sequence[Target]) -> Iterator[tuple[int, Targ
 
 
 class PackedBatch(NamedTuple):
-    """Trunks that are run at once, and for each forward against them the targets of each: `chunks[forward][row]`."""
+    """Trunks that run in one forward, and the targets of each later forward against them: `chunks[forward][row]`."""
 
     units: list[Unit]
     chunks: list[list[list[Target]]]
@@ -148,41 +163,41 @@ class PackedBatch(NamedTuple):
         return 1 + len(self.chunks)
 
 
-def pack_trunks(units: Sequence[Unit], budget: Budget) -> list[PackedBatch]:
+def pack_trunks(units: Sequence[Unit], budget: ForwardBudget) -> list[PackedBatch]:
     """
-    Batches of trunks with their targets; `units` come longest first, their targets [`in_order`].
+    Batch trunks with their targets. `units` come longest first, and their targets sorted by [`in_order`].
 
-    Trunks share a batch where they fit the budget and so do all their targets. A trunk that does not fit with its
-    targets has a batch of its own, and its targets as many forwards as they need.
+    Trunks share a batch if the budget allows it for them and for all their targets. The targets of a batch run in as
+    many forwards as the row with the most targets needs.
     """
     batches: list[list[Unit]] = []
-    nodes = logits = 0  # most of any unit of the last batch
+    nodes = logits = 0  # maxima over the units of the last batch
     for unit in units:
-        of_unit = sum(len(target.tokens) - shared for shared, target in _shared_with_previous(unit.targets))
+        unit_nodes = sum(len(target.tokens) - shared for shared, target in _shared_with_previous(unit.targets))
         labels = sum(len(target.labels) for target in unit.targets)
         if batches:
             rows, length = len(batches[-1]) + 1, len(batches[-1][0].context)
-            nodes, logits = max(nodes, of_unit), max(logits, labels)
+            nodes, logits = max(nodes, unit_nodes), max(logits, labels)
             if budget.allows(rows, length, 1) and budget.allows(rows, nodes, logits, length + nodes):
                 batches[-1].append(unit)
                 continue
         batches.append([unit])
-        nodes, logits = of_unit, labels
+        nodes, logits = unit_nodes, labels
     return [
         PackedBatch(
             batch,
-            [[unit.targets for unit in batch]] if len(batch) > 1 else [[chunk] for chunk in _split(batch[0], budget)],
+            [list(rows) for rows in zip_longest(*(_split(unit, budget) for unit in batch), fillvalue=[])],
         )
         for batch in batches
     ]
 
 
-def _split(unit: Unit, budget: Budget) -> list[list[Target]]:
+def _split(unit: Unit, budget: ForwardBudget) -> list[list[Target]]:
     chunks: list[list[Target]] = []
     nodes = logits = 0
     for shared, target in _shared_with_previous(unit.targets):
         nodes, logits = nodes + len(target.tokens) - shared, logits + len(target.labels)
-        if not chunks or not budget.allows(1, nodes, logits, target.limit + nodes):
+        if not chunks or nodes > _NODES or not budget.allows(1, nodes, logits, target.limit + nodes):
             chunks.append([])
             nodes, logits = len(target.tokens), len(target.labels)
         chunks[-1].append(target)
@@ -190,7 +205,7 @@ def _split(unit: Unit, budget: Budget) -> list[list[Target]]:
 
 
 class PlainBatch(NamedTuple):
-    """Contexts, each with one target behind it, that are run at once."""
+    """Contexts, each followed by one target, that run in one forward."""
 
     rows: list[list[int]]
     targets: list[Target]
@@ -201,7 +216,7 @@ class PlainBatch(NamedTuple):
 
     @property
     def columns(self) -> list[int]:
-        """The columns in which some row predicts a label."""
+        """The columns in which at least one row predicts a label."""
         return sorted({column for row in range(len(self.rows)) for column in self.reads(row)})
 
     def reads(self, row: int) -> range:
@@ -209,8 +224,8 @@ class PlainBatch(NamedTuple):
         return range(len(self.rows[row]) - len(self.targets[row].labels), len(self.rows[row]))
 
 
-def pack_rows(units: Sequence[Unit], budget: Budget) -> list[PlainBatch]:
-    """Batches of one row per context and target, longest first."""
+def pack_rows(units: Sequence[Unit], budget: ForwardBudget) -> list[PlainBatch]:
+    """Batch one row per context and target, longest first."""
     rows = [([*unit.context[: target.limit], *target.tokens], target) for unit in units for target in unit.targets]
     batches: list[PlainBatch] = []
     columns: set[int] = set()

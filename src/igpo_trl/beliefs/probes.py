@@ -1,4 +1,4 @@
-"""Answer probes: the right answer inside its template, as tokens, and which of them are the answer's own."""
+"""Answer probes: the right answer inside its template, as tokens, and the span of the answer among them."""
 
 import logging
 from collections.abc import Sequence
@@ -20,9 +20,12 @@ class AnswerProbe:
     An answer in its template, as tokens.
 
     Attributes:
-        token_ids (`list[int]`): tokens of the rendered template; what stands behind the answer is never run.
-        answer_start (`int`): index of the answer's first token.
-        answer_end (`int`): index behind its last token.
+        token_ids (`list[int]`): Tokens of the rendered template. Those after the answer are never run.
+        answer_start (`int`): Index of the answer's first token.
+        answer_end (`int`): Index after its last token.
+
+    Raises:
+        ValueError: The span is empty or not inside `token_ids`.
     """
 
     token_ids: list[int]
@@ -44,17 +47,20 @@ def build_probes(
     Tokenise each answer inside its template.
 
     The answer's span is found by character offsets on the whole rendered template, because a tokenizer may merge
-    characters across the edges of the slot; a token that overlaps the answer counts as the answer's.
+    characters across the edges of the slot. A token that overlaps the answer counts as part of the answer.
 
     Args:
-        tokenizer (`PreTrainedTokenizerFast`): must give character offsets.
-        answers (list of `str`): the aliases, none empty.
-        template (`str`, *optional*): text with one `{answer}` slot.
-        max_answer_tokens (`int`, *optional*): of a longer answer only the first so many tokens are scored, with a
-            warning the first time.
+        tokenizer (`PreTrainedTokenizerFast`): A tokenizer that returns character offsets.
+        answers (`Sequence[str]`): The aliases of the answer, none of them empty.
+        template (`str`, *optional*, defaults to `DEFAULT_TEMPLATE`): Text with one `{answer}` slot.
+        max_answer_tokens (`int`, *optional*): Score only this many tokens of a longer answer, with a warning the first
+            time.
+
+    Returns:
+        `list[AnswerProbe]`: One probe per answer, in order.
 
     Raises:
-        `ValueError`: if the template has no single slot, an answer is empty, or the tokenizer gives no offsets.
+        ValueError: The template does not have exactly one slot, an answer is empty, or the tokenizer gives no offsets.
     """
     prefix, suffix = split_template(template)
     probes = []
@@ -70,9 +76,7 @@ def build_probes(
         first, last = len(prefix), len(prefix) + len(answer)
         inside = [i for i, (start, end) in enumerate(encoded["offset_mapping"]) if start < last and end > first]
         if not inside:
-            raise ValueError(
-                f"The answer {answer!r} has no token of its own in the template {template!r}. Remove empty answers."
-            )
+            raise ValueError(f"The answer {answer!r} has no token in the template {template!r}. Remove empty answers.")
         end = inside[-1] + 1
         if max_answer_tokens is not None and end - inside[0] > max_answer_tokens:
             _warn_of_cut(max_answer_tokens)
@@ -84,14 +88,14 @@ def build_probes(
 @lru_cache(maxsize=8)
 def _warn_of_cut(max_answer_tokens: int) -> None:
     logger.warning(
-        "Some answers have more than %d tokens: beliefs score the first %d alone.",
+        "Some answers have more than %d tokens: beliefs score only the first %d.",
         max_answer_tokens,
         max_answer_tokens,
     )
 
 
 def split_template(template: str) -> tuple[str, str]:
-    """The text before and behind the template's one `{answer}` slot; raises `ValueError` if there is not just one."""
+    """The text before and after the template's `{answer}` slot; a `ValueError` unless there is exactly one."""
     parts = template.split("{answer}")
     if len(parts) != 2:
         raise ValueError(f"The answer template must contain `{{answer}}` exactly once, got {template!r}.")
@@ -100,10 +104,10 @@ def split_template(template: str) -> tuple[str, str]:
 
 def fit_template(template: str, generation_prompt: str) -> str:
     """
-    Leave out of `template` what the chat template's generation prompt has opened already.
+    Drop from `template` what the chat template's generation prompt already contains.
 
-    A generation prompt that ends in `<think>` continues with the template's thought; one that ends in a closed
-    (empty) thought continues with what follows the template's thought.
+    After a generation prompt that ends in `<think>`, the template's own `<think>` is dropped. After one that ends in a
+    closed, empty thought, the template's whole thought is dropped.
     """
     opened = generation_prompt.rstrip()
     if opened.endswith("<think>") and template.lstrip().startswith("<think>"):

@@ -22,13 +22,12 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from .models import branching_obstacle
+from .models import cached_obstacle, packed_obstacle
 from .probes import DEFAULT_TEMPLATE, AnswerProbe, build_probes
 from .scoring import (
     AliasReduction,
     CachedContexts,
     Method,
-    cached_obstacle,
     check_beliefs,
     reduce_aliases,
     rounding_error,
@@ -111,7 +110,7 @@ class BeliefScorer:
         """
         if not self.trusts_cache or self._settled_method == "per_turn":
             return False
-        return branching_obstacle(model, longest) is None and cached_obstacle(model, counts_padding) is None
+        return packed_obstacle(model, longest) is None and cached_obstacle(model, counts_padding) is None
 
     def score_cached(
         self,

@@ -1,13 +1,13 @@
-"""Beliefs: the policy's own teacher-forced log-probability of the right answer, at every turn of a rollout.
+"""Scoring beliefs: the policy's teacher-forced log-probability of the right answer, at every turn of a rollout.
 
 For the answer tokens a_1 … a_L and a context c (the prompt, and the turns and observations so far)
 
     log p(a | c) = 1/L Σ_j log π(a_j | c, template prefix, a_<j)          (arXiv 2510.14967)
 
-The module takes a model and token ids, never a trainer. `"packed"` scoring runs the trajectory once and keeps its KV
-cache, then runs the probes of all turns in one short forward against that cache: a probe sees the context up to its
-own boundary and itself, at the positions that it would have had there. `"per_turn"` runs one sequence per boundary and
-probe; it is exact for every causal model and is what models get whose cache cannot be branched.
+The functions take a model and token ids, never a trainer. `"packed"` scoring runs a trajectory once, keeps its KV
+cache, and then runs the probes of all turns in one short forward against that cache. A probe sees the context up to
+its own boundary and itself, at the positions that it would have there. `"per_turn"` runs one sequence per boundary and
+probe. It is exact for every causal model, and is the fallback for models whose cache cannot be branched.
 """
 
 import logging
@@ -22,8 +22,8 @@ import torch
 from torch import nn
 
 from .branching import Trunk, evaluating, run_branches, run_rows, run_trunk
-from .models import ABSOLUTE, base_model, branching_obstacle, uncompiled
-from .packing import Budget, PackedBatch, PlainBatch, Target, Unit, in_order, pack_rows, pack_trunks
+from .models import base_model, packed_obstacle, uncompiled
+from .packing import ForwardBudget, PackedBatch, PlainBatch, Target, Unit, in_order, pack_rows, pack_trunks
 from .probes import AnswerProbe
 
 AliasReduction = Literal["max", "mean", "first"]
@@ -34,14 +34,17 @@ logger = logging.getLogger(__name__)
 
 def reduce_aliases(log_probs: torch.Tensor, reduction: AliasReduction = "max") -> torch.Tensor:
     """
-    One belief per context from the beliefs in each alias.
+    Reduce the beliefs in M aliases of an answer to one.
 
     Args:
-        log_probs (`torch.Tensor` of shape (..., M)): mean log-probability of each alias, in nats.
-        reduction (`str`): `"max"`, `"mean"` (of the probabilities) or `"first"`.
+        log_probs (`torch.Tensor` of shape `(..., M)`): Mean log-probability of each alias, in nats.
+        reduction (`str`, *optional*, defaults to `"max"`): `"max"`, `"mean"` (of the probabilities) or `"first"`.
 
     Returns:
-        `torch.Tensor` of shape (...): log-belief, in nats.
+        `torch.Tensor` of shape `(...)`: Log-belief, in nats.
+
+    Raises:
+        ValueError: `reduction` is none of these.
     """
     if reduction == "max":
         return log_probs.amax(dim=-1)
@@ -54,13 +57,13 @@ def reduce_aliases(log_probs: torch.Tensor, reduction: AliasReduction = "max") -
 
 class CachedContexts(NamedTuple):
     """
-    Keys and values of rollouts, as another forward of the same model has left them.
+    Keys and values of rollouts, computed by another forward of the same model.
 
     Attributes:
-        cache (`DynamicCache`): every past key and value of every layer.
-        rows (list of `int`): the cache's row of each rollout.
-        padding (list of `int`): slots of that row before the rollout's first token.
-        offset (list of `int`): position that the first token was run at.
+        cache (`DynamicCache`): Every past key and value of every layer.
+        rows (`Sequence[int]`): The cache row of each rollout.
+        padding (`Sequence[int]`): Slots of that row before the rollout's first token.
+        offset (`Sequence[int]`): Position at which the first token was run.
     """
 
     cache: Any
@@ -69,8 +72,8 @@ class CachedContexts(NamedTuple):
     offset: Sequence[int]
 
     def trunk(self, rollouts: Sequence[int]) -> Trunk:
-        """These rollouts as a trunk."""
-        rows, padding, offset = ([of[i] for i in rollouts] for of in self[1:])
+        """The trunk of these rollouts."""
+        rows, padding, offset = ([values[i] for i in rollouts] for values in self[1:])
         return Trunk.of_rows(self.cache, rows, padding, offset)
 
 
@@ -88,41 +91,42 @@ def score_beliefs(
     memo: dict[Hashable, float] | None = None,
 ) -> list[torch.Tensor]:
     """
-    Mean log-probability of each probe's answer tokens after each context of each rollout (arXiv 2510.14967).
+    Compute the mean log-probability of each probe's answer tokens after each context (arXiv 2510.14967).
 
-    No gradient is recorded and dropout is off; every module's train/eval mode is restored. The softmax is taken in
-    float32 whatever the model's dtype. Equal probes after equal contexts are run once, and so is what the probes after
-    one context begin with in common.
+    No gradient is recorded, dropout is off, and every module's train or eval mode is restored. The softmax is taken in
+    float32 whatever the model's dtype. Equal probes after equal contexts run once, and so does the beginning that the
+    probes after one context share.
 
     Args:
-        model (`nn.Module`): causal language model (a PEFT, FSDP or compiled wrapper is fine).
-        sequences (list of list of `int`): token ids of each rollout, prompt first.
-        boundaries (list of list of `int`): context lengths of each rollout: boundary c is the context `sequence[:c]`.
-        probes (list of list of [`AnswerProbe`]): what to score after each context, one list per rollout.
-        method (`str`, *optional*, defaults to `"auto"`): `"packed"`, `"per_turn"`, or the first that is exact.
-        tokens_per_batch (`int`, *optional*, defaults to `16384`): tokens of a forward, padding included. Bounds the
-            memory, whatever the number of rollouts, turns and probes; only a single rollout may be longer.
-        batch_size (`int`, *optional*): most rollouts (packed) or contexts (per turn) of a forward.
-        synchronize (`Callable`, *optional*): given the number of forwards that this process needs, returns how many
-            all processes run (the maximum over processes). The difference is run on dummies, so that every process
-            makes the same number of forwards: ZeRO-3 and FSDP hang otherwise.
-        cached ([`CachedContexts`], *optional*): keys and values of the rollouts that another forward of this model has
-            left, such as that of a generation. Only the probes are run then, packed.
-        memo (`dict`, *optional*): scores by context and probe. What is in it is not run, and what is run is added. It
-            must be dropped when the model's weights change.
+        model (`nn.Module`): Causal language model; PEFT, FSDP and compiled wrappers are fine.
+        sequences (`Sequence[Sequence[int]]`): Token ids of each rollout, prompt first.
+        boundaries (`Sequence[Sequence[int]]`): Context lengths of each rollout: boundary c is the context
+            `sequence[:c]`.
+        probes (`Sequence[Sequence[AnswerProbe]]`): Probes to score after each context, one list per rollout.
+        method (`str`, *optional*, defaults to `"auto"`): `"packed"`, `"per_turn"`, or `"auto"` for packed where it is
+            exact.
+        tokens_per_batch (`int`, *optional*, defaults to `16384`): Tokens of a forward, padding included. Bounds the
+            memory for any number of rollouts, turns and probes. Only a single rollout may be longer.
+        batch_size (`int`, *optional*): Largest number of rollouts (packed) or contexts (per turn) in a forward.
+        synchronize (`Callable`, *optional*): Maps the number of forwards that this process needs to the maximum over
+            all processes. The process then runs dummies until it has made that many. Without it ZeRO-3 and FSDP hang.
+        cached ([`CachedContexts`], *optional*): Keys and values of the rollouts from another forward of this model,
+            for example from generation. Then only the probes run, packed.
+        memo (`dict`, *optional*): Scores by context and probe. Known scores are not computed again, and new ones are
+            added. Drop it when the model's weights change.
 
     Returns:
-        list of `torch.Tensor`: per rollout (boundaries, probes), float32, in nats, on the CPU.
+        `list[torch.Tensor]`: One float32 tensor of shape (boundaries, probes) per rollout, in nats, on the CPU.
 
     Raises:
-        `ValueError`: if the lists differ in length, a boundary lies outside its sequence, a first answer token has
-            nothing before it, or `"packed"` is asked of a model that it would be wrong on.
+        ValueError: The lists differ in length, a boundary lies outside its sequence, a first answer token has nothing
+            before it, or `"packed"` is requested for a model on which it may be wrong.
     """
     rollouts = _check(sequences, boundaries, probes)
     results = [torch.zeros(len(rollout.boundaries), len(rollout.probes)) for rollout in rollouts]
     memo = {} if memo is None else memo
     units = _plan(rollouts, memo, results)
-    budget = Budget(tokens_per_batch, batch_size, _vocabulary(model))
+    budget = ForwardBudget(tokens_per_batch, batch_size, _vocabulary(model))
     packed = _choose(model, "packed" if cached else method, _longest(units)) == "packed"
     batches = pack_trunks(units, budget) if packed else pack_rows(units, budget)
     idle = 0
@@ -141,40 +145,6 @@ def score_beliefs(
     return results
 
 
-def packed_obstacle(model: nn.Module, longest: int | None = None) -> str | None:
-    """
-    Why packed scoring is not known to be exact on this model, or `None` where it is.
-
-    Packed scoring needs a cache that holds every past token in every layer, positions that can be given, and an
-    attention that takes an arbitrary mask.
-
-    Args:
-        model (`nn.Module`): causal language model.
-        longest (`int`, *optional*): tokens of the longest context with its probe; needed for models whose position
-            embeddings change beyond some length.
-    """
-    return branching_obstacle(model, longest)
-
-
-def cached_obstacle(model: nn.Module, offset: bool = False) -> str | None:
-    """
-    Why the keys and values of another forward must not be scored against, or `None` where they may.
-
-    Args:
-        model (`nn.Module`): what the forward was of, in the mode that it was run in.
-        offset (`bool`): whether that forward may have counted left padding as positions.
-    """
-    base = base_model(model)
-    if offset and base.config.model_type in ABSOLUTE:
-        return "its positions are absolute, and padding was counted among them"
-    if any(module.training and isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
-        return "dropout was on"
-    # The others are called as functions, in the attention.
-    config = base.config.get_text_config()
-    functional = any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop"))
-    return "dropout was on" if functional and base.training else None
-
-
 def check_beliefs(
     model: nn.Module,
     sequences: Sequence[Sequence[int]],
@@ -185,30 +155,31 @@ def check_beliefs(
     synchronize: Callable[[int], int] | None = None,
 ) -> str | None:
     """
-    Why packed scoring must not be used on this very model, or `None` where it agrees with plain forwards.
+    Compare packed scoring with plain forwards on this very model.
 
-    Tried on the shortest of the rollouts, or on made-up tokens where there is none: four forwards. Meant for the first
-    batch; where it returns a reason, which it logs as a warning, use `method="per_turn"` from then on.
+    Runs four forwards on the shortest rollout, or on made-up tokens if there is none. Meant for the first batch: if a
+    reason is returned, which is also logged as a warning, use `method="per_turn"` from then on.
 
     Args:
-        model, sequences, boundaries, probes: as for [`score_beliefs`].
-        tolerance (`float`, *optional*): largest difference allowed, in nats, and relative for beliefs below -1. By
-            default what rounding explains: 1e-3 in float32, 0.016 in float16 and 0.125 in bfloat16.
-        synchronize (`Callable`, *optional*): the maximum over processes of a number, as for [`score_beliefs`]. Every
-            process makes the same number of forwards and comes to the same decision.
+        model, sequences, boundaries, probes:
+            As for [`score_beliefs`].
+        tolerance (`float`, *optional*): Largest difference allowed, in nats, and relative for beliefs below -1.
+            Defaults to [`rounding_error`]: 1e-3 in float32, 0.016 in float16 and 0.125 in bfloat16.
+        synchronize (`Callable`, *optional*): Maps a number to its maximum over all processes, as for
+            [`score_beliefs`]. Every process makes the same number of forwards and comes to the same decision.
 
     Returns:
-        `str` or `None`: the reason.
+        `str` or `None`: Why packed scoring must not be used, `None` if the scores agree.
     """
     rollouts = _check(sequences, boundaries, probes)
-    together = synchronize or (lambda number: number)
+    maximum = synchronize or (lambda number: number)
     obstacle = packed_obstacle(model, _longest(_plan(rollouts, {}, ())))
-    if together(int(obstacle is not None)):
+    if maximum(int(obstacle is not None)):
         return _refuse(obstacle or "another process cannot pack them")
     made_up = _Rollout([token % _vocabulary(model) for token in range(48)], [48], [AnswerProbe([1, 2, 3], 1, 3)])
     usable = [rollout for rollout in rollouts if rollout.probes and max(rollout.boundaries, default=0) > 1]
     sequence, bounds, (probe, *_) = min(usable, key=lambda rollout: max(rollout.boundaries), default=made_up)
-    # Only in the middle can a probe see too much, too little or at the wrong place.
+    # A boundary in the middle as well: only there can a probe see too many tokens.
     cuts = [(max(bounds) + 1) // 2, max(bounds)]
     (packed,) = score_beliefs(model, [sequence[: cuts[1]]], [cuts], [[probe]], method="packed")
     plain = []
@@ -216,14 +187,14 @@ def check_beliefs(
         for target in (_target(sequence, cut, probe) for cut in cuts):
             row = [*sequence[: target.limit], *target.tokens]
             plain += run_rows(uncompiled(model), PlainBatch([row], [target]))
-    apart = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(packed[:, 0].tolist(), plain, strict=True))
+    difference = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(packed[:, 0].tolist(), plain, strict=True))
     allowed = rounding_error(model) if tolerance is None else tolerance
-    agree = apart <= allowed  # NaN does not
-    if not together(int(not agree)):
+    agree = difference <= allowed  # false for NaN
+    if not maximum(int(not agree)):
         return None
     where = "another process" if agree else type(base_model(model)).__name__
     return _refuse(
-        f"on {where} packed scores are not those of plain forwards; here they are {apart:.2g} nats apart, where "
+        f"on {where} packed scores differ from those of plain forwards, here by {difference:.2g} nats, where "
         f"rounding explains {allowed:.2g}. Please report this model"
     )
 
@@ -261,7 +232,7 @@ def _check(
 
 
 def _choose(model: nn.Module, method: Method, longest: int) -> Method:
-    """The method to use, logged once with its reason."""
+    """Choose the method, and log it once with its reason."""
     if method not in ("auto", "packed", "per_turn"):
         raise ValueError(f"`method` must be 'auto', 'packed' or 'per_turn', got {method!r}.")
     if method == "per_turn":
@@ -287,7 +258,7 @@ def _log_once(level: int, message: str) -> None:
 
 
 def _plan(rollouts: Sequence[_Rollout], memo: Mapping[Hashable, float], results: Sequence[torch.Tensor]) -> list[Unit]:
-    """What to run: one unit per rollout with something of its own to score, longest first. Fills in what is known."""
+    """Fill in known scores. Returns one unit per rollout with something new to score, longest first."""
     seen: dict[Hashable, Target] = {}
     units = []
     for i, (sequence, boundaries, probes) in enumerate(rollouts):
@@ -305,24 +276,24 @@ def _plan(rollouts: Sequence[_Rollout], memo: Mapping[Hashable, float], results:
                 seen[key].places.append((i, k, m))
         if new:
             units.append(Unit(sequence[: max(1, *(target.limit for target in new))], in_order(new), i))
-    # Longest first: little padding, and an out-of-memory error comes at once.
+    # Longest first gives little padding, and an out-of-memory error comes at once.
     return sorted(units, key=lambda unit: -len(unit.context))
 
 
 def _digests(sequence: Sequence[int], boundaries: Sequence[int]) -> dict[int, bytes]:
     """A hash of each context: the turns of a rollout share prefixes, and the rollouts of a group their prompt."""
-    digest, done, digests = blake2b(digest_size=16), 0, {}
+    digest, previous, digests = blake2b(digest_size=16), 0, {}
     for boundary in sorted(set(boundaries)):
-        digest.update(array("q", sequence[done:boundary]).tobytes())
-        digests[boundary], done = digest.digest(), boundary
+        digest.update(array("q", sequence[previous:boundary]).tobytes())
+        digests[boundary], previous = digest.digest(), boundary
     return digests
 
 
 def _target(sequence: Sequence[int], limit: int, probe: AnswerProbe) -> Target:
-    """What to run for a probe: the last answer token predicts nothing that is asked for."""
+    """The tokens to run for a probe. The last answer token is not among them, because it predicts nothing of it."""
     labels = list(probe.token_ids[probe.answer_start : probe.answer_end])
     tokens = list(probe.token_ids[: probe.answer_end - 1])
-    if probe.answer_start == 0:  # predicted by the context's last token, which is run again
+    if probe.answer_start == 0:  # the context's last token predicts it, and runs again
         limit -= 1
         tokens.insert(0, sequence[limit])
     return Target(limit, tokens, labels, [])
@@ -335,7 +306,7 @@ def _longest(units: Sequence[Unit]) -> int:
 def _run(
     model: nn.Module, batch: PackedBatch | PlainBatch, cached: CachedContexts | None
 ) -> Iterator[tuple[Target, float]]:
-    """The score of each target of a batch."""
+    """Score the targets of a batch."""
     if isinstance(batch, PlainBatch):
         yield from zip(batch.targets, run_rows(model, batch), strict=True)
         return
@@ -348,7 +319,7 @@ def _run(
 
 
 def rounding_error(model: nn.Module) -> float:
-    """What rounding explains, in nats: sixteen times that of the least exact number format on the way."""
+    """Largest difference that rounding explains, in nats: 16 × the epsilon of the least exact number format in use."""
     device = next(model.parameters()).device
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if torch.is_autocast_enabled(device.type):

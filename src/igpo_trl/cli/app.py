@@ -122,5 +122,7 @@ def view(
         console.print(f"\nSaved {save}")
 
 
-for module in (data, search, evaluate):
-    module.register(app)
+for command in (search.index, search.search, search.serve):
+    app.command()(command)
+app.add_typer(data.commands, name="data")
+app.add_typer(evaluate.commands, name="eval")

@@ -17,15 +17,10 @@ _SOURCE_HELP = (
 _Split = Annotated[str | None, typer.Option(help="Split of data sets that name none; files have none.")]
 _Limit = Annotated[int | None, typer.Option(min=1, help="Number of questions to read from each source.")]
 
-data_app = typer.Typer(help="Look at questions and check them.", no_args_is_help=True)
+commands = typer.Typer(help="Look at questions and check them.", no_args_is_help=True)
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.add_typer(data_app, name="data")
-
-
-@data_app.command()
+@commands.command()
 def show(
     sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help=_SOURCE_HELP)],
     split: _Split = None,
@@ -50,7 +45,7 @@ def show(
             console.print(_sample(row))
 
 
-@data_app.command()
+@commands.command()
 def check(
     train: Annotated[str, typer.Argument(help=_SOURCE_HELP)],
     evaluation: Annotated[
@@ -105,11 +100,11 @@ def _tokenizer(name: str | None) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    with one_line_errors(ValueError, param_hint="--tokenizer"):
-        try:
-            return AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"no tokenizer in this folder, or on the hub under this name: {name}") from error
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        problem = f"no tokenizer in this folder, or on the hub under this name: {name}"
+        raise typer.BadParameter(problem, param_hint="--tokenizer") from error
 
 
 def _counts(rows: list[dict[str, Any]]) -> list[str]:

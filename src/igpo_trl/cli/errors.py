@@ -9,14 +9,11 @@ import typer
 @contextmanager
 def one_line_errors(*kinds: type[Exception], param_hint: str | None = None) -> Iterator[None]:
     """
-    Ends the command with one line if the block raises an error that the user can fix. Other errors are bugs and keep
-    their traceback.
+    Ends the command with one line if the block raises an error that the user can fix: one of `kinds`, or by default
+    an `OSError`, `ValueError`, `ImportError` or `SearchError`. Other errors are bugs and keep their traceback.
 
-    Args:
-        kinds (exception classes, *optional*):
-            Errors to catch. Defaults to `OSError`, `ValueError`, `ImportError` and `SearchError`.
-        param_hint (`str`, *optional*): Argument or option to blame, as in `"--tokenizer"`: the line also shows the
-            usage of the command, and the exit status is 2. Without it, the exit status is 1.
+    With a `param_hint`, the argument or option to blame, the usage of the command is shown too, and the exit status is
+    2 instead of 1.
     """
     try:
         yield

@@ -30,11 +30,6 @@ _Workers = Annotated[int, _judge_option(help="Requests to the judge at a time.",
 _KEY_NAME = "IGPO_JUDGE_KEY"
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.add_typer(commands, name="eval")
-
-
 @commands.callback()
 def evaluate(
     context: typer.Context,

@@ -24,13 +24,6 @@ _Device = Annotated[
 ]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands of this module."""
-    app.command()(index)
-    app.command()(search)
-    app.command()(serve)
-
-
 def index(
     corpus: Annotated[
         list[Path],

@@ -240,13 +240,7 @@ def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConf
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """
-    Trains with the arguments of a command line.
-
-    Args:
-        arguments (`Sequence[str]`, *optional*): Words of the command line, such as `--config FILE`. Defaults to those
-            of this process.
-    """
+    """Trains with the arguments of a command line, such as `["--config", FILE]`; by default that of this process."""
     name = {} if arguments is None else {"prog": "igpo train"}
     parser = TrlParser((ScriptArguments, IGPOConfig, ModelConfig), description=__doc__, **name)
     run_training(*parser.parse_args_and_config(None if arguments is None else list(arguments)))

@@ -26,9 +26,6 @@ def parse_cells(record: Record) -> Record:
     """
     Converts a row of a CSV or TSV file, whose cells are all strings: empty cells become `None`, `hops` an integer, and
     the cells with several texts (a JSON list, or texts separated by `|`) lists.
-
-    Raises:
-        ValueError: A cell has the wrong form.
     """
     return {column: _parse_cell(column, text) for column, text in record.items()}
 
@@ -53,14 +50,8 @@ def read_record(record: Record, dataset: str | None = None, default: str = "") -
     Converts a record of any known layout to the keys `question`, `answers`, `id`, `dataset`, `hops` and
     `supporting_titles`, as far as their values are known.
 
-    Args:
-        record (`dict`): A row of a file or of a data set on the hub. A record of an unknown layout is returned as is;
-            the values are not checked here.
-        dataset (`str`, *optional*): The set that the record is known to belong to, such as `"hotpotqa"`.
-        default (`str`, *optional*): The set to assume if neither `dataset` nor the layout names one.
-
-    Raises:
-        ValueError: A cell that should hold a list or messages holds something else.
+    The values are not checked here, and a record of an unknown layout is returned as is. `dataset` is the set that the
+    record is known to belong to, `default` the one to assume if neither `dataset` nor the layout names one.
     """
     if "question" in record and "answers" in record:  # our own
         return record if dataset is None or record.get("dataset") else record | {"dataset": dataset}
@@ -88,12 +79,7 @@ def question_text(prompt: Any) -> Any:
 
 
 def answer_list(value: Any, column: str = "answers") -> list[str]:
-    """
-    The answers in a cell as a list, the gold answer first.
-
-    Raises:
-        ValueError: The cell is neither a non-empty string nor a non-empty list of such strings.
-    """
+    """The answers in a cell as a list, the gold answer first. Raises a `ValueError` if it has no usable answers."""
     answers = [value] if isinstance(value, str) else value
     if isinstance(answers, list) and answers and all(isinstance(text, str) and text.strip() for text in answers):
         return answers

@@ -44,7 +44,9 @@ def resolve_system_prompt(prompt: str | Path | None) -> str | None:
     if prompt is None or prompt in SYSTEM_PROMPTS:
         return None if prompt is None else SYSTEM_PROMPTS[str(prompt)]
     text = str(prompt)
-    if isinstance(prompt, Path) or _names_a_file(text):
+    # `os.path.isfile`, unlike `Path.is_file`, is false for a text that is too long for a path.
+    looks_like_file = text.endswith(_FILE_ENDINGS) and not any(map(str.isspace, text))
+    if isinstance(prompt, Path) or looks_like_file or os.path.isfile(text):
         path = Path(prompt)
         if not path.is_file():
             raise FileNotFoundError(
@@ -57,10 +59,3 @@ def resolve_system_prompt(prompt: str | Path | None) -> str | None:
     if not text.strip():
         raise ValueError(f"the system prompt {str(prompt)!r} is empty. Use `none` for no system message.")
     return text.strip()
-
-
-def _names_a_file(text: str) -> bool:
-    one_word = not any(character.isspace() for character in text)
-    if one_word and text.endswith(_FILE_ENDINGS):
-        return True
-    return os.path.isfile(text)  # unlike `Path.is_file`, false for a text that is too long for a path

@@ -78,7 +78,7 @@ class Source(NamedTuple):
 
 def find_sources(source: str | Path | Sequence[str | Path], split: str | None = None) -> list[Source]:
     """
-    Resolves one or several sources, see [`find_source`]. Nothing is read, so a wrong name is reported before anything
+    Resolves one or several sources of [`load_questions`]. Nothing is read, so a wrong name is reported before anything
     else is done.
 
     Args:
@@ -86,7 +86,8 @@ def find_sources(source: str | Path | Sequence[str | Path], split: str | None = 
         split (`str`, *optional*): Split of the data sets for which `source` names none.
 
     Raises:
-        FileNotFoundError, ValueError: As [`find_source`]. Also `ValueError` if there is no source.
+        FileNotFoundError: A file does not exist, or a source is neither a file nor a name on the hub.
+        ValueError: There is no source, or the format of a file is unknown.
     """
     if isinstance(source, str | Path):
         text = str(source)
@@ -112,13 +113,7 @@ def find_source(text: str, split: str | None = None) -> Source:
     Resolves a source: one of the seven sets, an existing file or folder (`./nq` for a folder with the name of a set),
     or a data set on the hub. `name:split` names a split.
 
-    Args:
-        text (`str`): The source.
-        split (`str`, *optional*): Split of a data set if `text` names none. Ignored for files, which have no splits.
-
-    Raises:
-        FileNotFoundError: The file does not exist, or the text is neither a file nor a name on the hub.
-        ValueError: The file's format is unknown.
+    `split` is that of a data set if `text` names none. Files have no splits.
     """
     name, _, own_split = text.partition(":")
     key = _OTHER_NAMES.get(name.lower(), name.lower())
@@ -162,15 +157,8 @@ def _on_the_hub(name: str, split: str | None) -> Source:
 
 def read_dataset(source: Source) -> tuple[str, Iterator[dict[str, Any]]]:
     """
-    Loads a split with `datasets`, from a folder or the hub, without the passages that come with the questions.
-
-    Returns:
-        The name of the split and its rows.
-
-    Raises:
-        FileNotFoundError: The data set does not exist.
-        ValueError: The data set cannot be loaded, lacks the configuration or split, or has several splits and none is
-            named.
+    Loads a split with `datasets`, from a folder or the hub: its name, and its rows without the passages that come with
+    the questions.
     """
     loaded = _load(source)
     if isinstance(loaded, dict):

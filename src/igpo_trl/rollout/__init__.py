@@ -1,4 +1,4 @@
-"""Multi-turn rollouts: the loop, tool calls and their results, observations, and the KV cache kept between turns."""
+"""Multi-turn rollouts: the loop, tool calls and their results, observations, and the KV cache between turns."""
 
 from .tool_calls import ToolCall, read_calls
 from .tool_results import ToolErrorKind, ToolResult

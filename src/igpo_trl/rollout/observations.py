@@ -1,9 +1,9 @@
 """Observations: the token ids of what a policy reads between two of its turns.
 
-A tool may return any text: role markers, tool calls, answers, end-of-turn strings. In the policy's context they are
-text and nothing else. A marker that is one token of the tokenizer (`<|im_end|>`, `<tool_call>`, …) is therefore
-encoded in two halves where it stands in a message's content, and as that token only where the chat template put it. A
-content without any such marker is encoded exactly as the chat template's rendering would be.
+A tool may return any text, including role markers, tool calls, answers and end-of-turn strings. In the policy's
+context they must remain plain text. A marker that is one token of the tokenizer (`<|im_end|>`, `<tool_call>`, …) is
+therefore encoded in two pieces if it occurs in a message's content, and as that token only where the chat template
+wrote it. Content without markers is encoded exactly like the rendering of the chat template.
 """
 
 import itertools
@@ -16,23 +16,26 @@ from transformers import PreTrainedTokenizerBase
 
 TRUNCATION_MARKER = " … [truncated]"
 
-# Characters that no template and no text gives a meaning to; the first that no content holds marks where to split.
+# Characters without a meaning in templates and texts. The first that no content contains marks where to split.
 _PRIVATE_USE = range(0xE000, 0xF8FF)
 
 
 class ObservationEncoder:
     """
-    Renders the messages that follow an assistant turn with the chat template, and encodes them once.
+    Renders the messages after an assistant turn with the chat template, and encodes them once.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): with a prefix-preserving chat template.
-        chat_template (`str`, *optional*): used instead of the tokenizer's own.
-        chat_template_kwargs (`dict`, *optional*): passed on to the template.
-        max_tokens (`int`, *optional*): longest content of one tool message, in tokens, including the marker that
-            says so; `None` for no limit.
+        tokenizer (`PreTrainedTokenizerBase`):
+            A tokenizer with a prefix-preserving chat template.
+        chat_template (`str`, *optional*):
+            Replaces the tokenizer's chat template.
+        chat_template_kwargs (`dict`, *optional*):
+            Passed on to the template.
+        max_tokens (`int`, *optional*):
+            Longest content of a tool message, in tokens, truncation marker included; `None` for no limit.
 
     Raises:
-        `ValueError`: if `max_tokens` leaves no room beside the marker, or the tokenizer gives no character offsets.
+        ValueError: `max_tokens` leaves no room beside the truncation marker, or the tokenizer gives no offsets.
     """
 
     def __init__(
@@ -47,11 +50,11 @@ class ObservationEncoder:
         markers = {
             str(token): i
             for i, token in tokenizer.added_tokens_decoder.items()
-            # Some tokenizers add plain whitespace, which is text, as is what stands for words that they do not know
+            # Added whitespace and the unknown token are plain text.
             if i != tokenizer.unk_token_id and (token.special or (not str(token).isspace() and len(str(token)) > 1))
         }
         self._marker_ids = frozenset(markers.values())
-        # Looking ahead finds overlapping ones as well. Longest first is not needed: only where they begin counts.
+        # The lookahead finds overlapping markers as well. Their order does not matter, because only starts are used.
         alternatives = "|".join(re.escape(marker) for marker in markers if len(marker) > 1)
         self._marker = re.compile(f"(?=(?:{alternatives}))") if alternatives else None
         self._prefixes: dict[str, list[int]] = {}
@@ -61,29 +64,29 @@ class ObservationEncoder:
             least = len(self._encode_text(TRUNCATION_MARKER)) + 1
             if max_tokens < least:
                 raise ValueError(
-                    f"`max_tool_response_tokens` must be at least {least}, which is one token and the marker "
+                    f"`max_tool_response_tokens` must be at least {least}, one token and the marker "
                     f"{TRUNCATION_MARKER!r}, got {max_tokens}."
                 )
             if not tokenizer.is_fast:
                 raise ValueError(
-                    f"`max_tool_response_tokens` needs a tokenizer that knows character offsets, got "
+                    f"`max_tool_response_tokens` needs a tokenizer with character offsets, got "
                     f"{type(tokenizer).__name__}. Use the fast version of the tokenizer, or set it to `None`."
                 )
 
     def truncate(self, text: str, max_tokens: int | None = None) -> str:
         """
-        The longest beginning of a text that fits, cut between two characters at a token's edge, and a marker.
+        Truncate a text at the edge of a token, never inside a character, and append a marker.
 
         Args:
-            text (`str`): content of a tool message.
-            max_tokens (`int`, *optional*): limit in tokens, the marker included; default that of the encoder. A limit
-                that has no room for text leaves the marker alone.
+            text (`str`): Content of a tool message.
+            max_tokens (`int`, *optional*): Limit in tokens, marker included. Defaults to that of the encoder. If it
+                leaves no room for text, only the marker remains.
 
         Returns:
-            `str`: the text itself if it fits.
+            `str`: The truncated text, or the text itself if it fits.
         """
         limit = self.max_tokens if max_tokens is None else max_tokens
-        # A token is at least one byte, except where a tokenizer adds some of its own.
+        # A token has at least one byte, except the few that a tokenizer adds.
         if limit is None or len(text.encode("utf-8", "replace")) + 2 <= limit or self.count(text) <= limit:
             return text
         budget = limit - len(self._encode_text(TRUNCATION_MARKER))
@@ -91,26 +94,26 @@ class ObservationEncoder:
             shorter = text[: self._cut(text, budget)] + TRUNCATION_MARKER
             if self.count(shorter) <= limit:
                 return shorter
-            budget -= 1  # the cut made the tokenizer split its neighbourhood otherwise
+            budget -= 1  # the text near the cut has become more tokens
         return TRUNCATION_MARKER
 
     def count(self, text: str) -> int:
-        """Number of tokens of a text inside an observation."""
+        """Number of tokens that a text has in an observation."""
         return sum(len(ids) for ids in self._encode_texts(self._pieces(text)))
 
     def encode(self, observations: Sequence[Sequence[dict[str, Any]]]) -> list[list[int]]:
         """
-        Token ids of what follows the end-of-turn token of an assistant turn that called tools.
+        Encode what follows the end-of-turn token of an assistant turn.
 
         Args:
-            observations: for each rollout, the messages after that turn: `{"role": "tool", "name": …, "content": …}`,
-                perhaps a `{"role": "user", …}` at the end.
+            observations (`Sequence[Sequence[dict]]`): For each rollout, the messages after that turn:
+                `{"role": "tool", "name": …, "content": …}`, optionally followed by a `{"role": "user", …}`.
 
         Returns:
-            list of list of `int`: rendered messages and the next generation prompt.
+            `list[list[int]]`: Token ids of the rendered messages and the next generation prompt.
 
         Raises:
-            `ValueError`: if the chat template is not prefix-preserving.
+            ValueError: The chat template is not prefix-preserving.
         """
         prefixes = [self._prefix(messages) for messages in observations]
         rendered = [self._render(messages) for messages in observations]
@@ -119,7 +122,7 @@ class ObservationEncoder:
         for messages, prefix, pieces in zip(observations, prefixes, rendered, strict=True):
             ids = list(itertools.chain.from_iterable(itertools.islice(encoded, len(pieces))))
             if self._markers(ids) != self._frame(messages):
-                # The tokenizer normalises text to a marker that was not one: single characters cannot become one.
+                # Normalisation made a marker out of text that was not one. Encode every character by itself.
                 pieces = self._render(messages, everywhere=True)
                 ids = list(itertools.chain.from_iterable(self._encode_texts(pieces)))
             results.append(ids[self._turn_end(messages, prefix, ids) :])
@@ -132,19 +135,19 @@ class ObservationEncoder:
         if key not in self._prefixes:
             ids = self._encode_text(self._apply(dummy, add_generation_prompt=False))
             ends = [i for i, token in enumerate(ids) if token == self.tokenizer.eos_token_id]
-            # Templates write a newline behind the end of a turn, which the policy does not sample.
+            # Templates write a newline after the end of a turn, which the policy does not sample.
             self._prefixes[key] = ids[: ends[-1] + 1] if ends else ids
         return self._prefixes[key]
 
     def _turn_end(self, messages: Sequence[dict[str, Any]], prefix: list[int], ids: list[int]) -> int:
-        """Where the dummy conversation's assistant turn ends in a rendering of all messages."""
+        """Index in `ids` after the assistant turn of the dummy conversation."""
         if ids[: len(prefix)] == prefix:
             return len(prefix)
         end = self.tokenizer.eos_token_id
         ends = [i for i, token in enumerate(ids) if token == end]
         if messages[-1]["role"] == "user" and prefix[-1] == end and len(ends) >= prefix.count(end):
-            # Templates of thinking models drop the thoughts of turns before a user message. Those of the policy were
-            # sampled and stay as they are; all that is needed here is what follows.
+            # Templates of thinking models drop the thoughts of turns before a user message. The policy's sampled turns
+            # are not rendered here, so only the messages after them matter.
             return ends[prefix.count(end) - 1] + 1
         raise ValueError(
             "The chat template is not prefix-preserving: rendering a tool message changed the tokens of the turn "
@@ -153,7 +156,7 @@ class ObservationEncoder:
         )
 
     def _render(self, messages: Sequence[dict[str, Any]], everywhere: bool = False) -> list[str]:
-        """Rendered dummy conversation with these messages behind it, split where a marker must not become a token."""
+        """Render a dummy conversation with these messages, in pieces that split every marker in their contents."""
         contents = [str(message["content"]) for message in messages]
         taken = set().union(*contents)
         split = next(chr(code) for code in _PRIVATE_USE if chr(code) not in taken)
@@ -164,14 +167,14 @@ class ObservationEncoder:
         return self._apply(_dummy_conversation(messages) + broken, add_generation_prompt=True).split(split)
 
     def _pieces(self, text: str) -> list[str]:
-        """The text, split behind the first character of every marker."""
+        """The text, split after the first character of every marker."""
         if self._marker is None:
             return [text]
         cuts = [match.start() + 1 for match in self._marker.finditer(text)]
         return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
     def _frame(self, messages: Sequence[dict[str, Any]]) -> Counter[int]:
-        """How often each marker stands in the rendering when the contents hold none."""
+        """Number of times that the chat template writes each marker around these messages."""
         key = tuple(f"{message['role']}\0{message.get('name', '')}" for message in messages)
         if key not in self._frames:
             plain = [message | {"content": "x"} for message in messages]
@@ -183,7 +186,7 @@ class ObservationEncoder:
         return Counter(token for token in ids if token in self._marker_ids)
 
     def _cut(self, text: str, budget: int) -> int:
-        """Position of the first character that the first `budget` tokens do not hold whole."""
+        """Index of the first character that is not entirely in the first `budget` tokens."""
         position = 0
         for piece in self._pieces(text):
             offsets = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
@@ -207,7 +210,7 @@ class ObservationEncoder:
 
 
 def _dummy_conversation(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What may stand before these messages: an assistant turn that called the first one's tool, if it is a tool's."""
+    """A conversation that these messages can follow; a tool message needs an assistant turn that called its tool."""
     assistant: dict[str, Any] = {"role": "assistant", "content": "dummy"}
     if messages[0]["role"] == "tool":
         # Some templates (GPT-OSS) write the called tool's name into the tool message's header.

@@ -1,4 +1,4 @@
-"""Tool calls as a policy wrote them, checked against the tools there are."""
+"""Reading tool calls: what a policy wrote, checked against the available tools."""
 
 import inspect
 import json
@@ -12,7 +12,7 @@ from typing import Any, NotRequired
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
-from typing_extensions import TypedDict  # Pydantic takes that of `typing` from Python 3.12 on only
+from typing_extensions import TypedDict  # Pydantic accepts that of `typing` only from Python 3.12 on
 
 from ..files import encodable
 from .tool_results import ToolErrorKind, ToolResult, cut, describe, error_result, show
@@ -23,14 +23,14 @@ MAX_NAME_CHARACTERS = 64
 @dataclass(frozen=True)
 class ToolCall:
     """
-    One call that a policy made, checked.
+    One checked call of a policy.
 
     Attributes:
-        name (`str`): The name that the policy gave, shortened; "unknown" if it gave none.
+        name (`str`): The name that the policy wrote, shortened; "unknown" if it wrote none.
         arguments (`dict`): Values by parameter name, converted to the annotated types.
-        function (`Callable`, *optional*): The tool, `None` if there is none of this name.
-        serial (`Hashable`, *optional*): Calls that share it run one after another; `None` for no such order.
-        problem (`ToolResult`, *optional*): What is wrong with the call; it is then not run.
+        function (`Callable`, *optional*): The tool, `None` if no tool has this name.
+        serial (`Hashable`, *optional*): Calls with the same value run one after another; `None` for no order.
+        problem (`ToolResult`, *optional*): The error of a call that must not run.
     """
 
     name: str
@@ -44,21 +44,18 @@ def read_calls(
     raw: Any, tools: Mapping[str, Callable[..., Any]], serial: Callable[[Callable[..., Any]], Hashable | None]
 ) -> list[ToolCall]:
     """
-    Check the tool calls of one assistant message against the tools there are.
+    Check the tool calls of one assistant message against the available tools.
 
     Args:
-        raw (`Any`):
-            The `tool_calls` of a parsed message, whatever a policy and a parser left there. The usual form is
-            `[{"type": "function", "function": {"name": …, "arguments": {…}}}]`; the inner dictionary alone and
-            arguments as a JSON string are understood as well.
-        tools (`Mapping[str, Callable]`):
-            The tools of this rollout, by name.
-        serial (`Callable`):
-            The `serial` of a call of this tool: something shared by all methods of an environment, `None` for a tool
-            whose calls need no order.
+        raw (`Any`): The `tool_calls` of a parsed message, which may be anything. The usual form is `[{"type":
+            "function", "function": {"name": …, "arguments": {…}}}]`. The inner dictionary alone and arguments as a
+            JSON string are accepted as well.
+        tools (`Mapping[str, Callable]`): The tools of this rollout, by name.
+        serial (`Callable`): Maps a tool to the `serial` of its calls: a value shared by all methods of an environment,
+            `None` for a tool whose calls need no order.
 
     Returns:
-        `list[ToolCall]`: One per entry, in order. Nothing is raised, whatever `raw` is.
+        `list[ToolCall]`: One call per entry, in order. Malformed entries become calls with a `problem`.
     """
     if raw is None:
         return []
@@ -87,7 +84,7 @@ def _read_call(
 
     arguments = call.get("arguments")
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
-        arguments = {}  # how some write a call without arguments
+        arguments = {}  # some models write a call without arguments this way
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
@@ -101,20 +98,21 @@ def _read_call(
         arguments = signature.check(arguments)
     except ValidationError as error:
         return wrong(ToolErrorKind.BAD_ARGUMENTS, f"{name}: {signature.explain(error)}", name)
-    except Exception as error:  # a type of the tool's own that does not check what it is given
+    except Exception as error:  # a type defined by the tool, whose validator raises something else
         return wrong(ToolErrorKind.BAD_ARGUMENTS, f"{name}: {describe(error)}", name)
     return ToolCall(name, arguments, function, serial(function))
 
 
 class CallSyntax:
     """
-    How calls begin in the tokenizer's response template.
+    Finds calls that a policy intended and the response template cannot parse.
 
-    A turn whose call cannot be read (broken JSON, no closing tag) is plain text to the parser. What tells it from an
-    answer is the opening of a call outside of the reasoning.
+    To the parser, a turn with a broken call (invalid JSON, no closing tag) is plain text. It is distinguished from an
+    answer by the opening tag of a call outside the reasoning.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): with a `response_template`; without one no call is ever malformed.
+        tokenizer (`PreTrainedTokenizerBase`): A tokenizer with a `response_template`. Without one, no call counts as
+            malformed.
     """
 
     def __init__(self, tokenizer: Any):
@@ -126,11 +124,14 @@ class CallSyntax:
 
     def problem(self, ids: list[int], prefix: list[int]) -> str | None:
         """
-        What is wrong with the call of a turn in which the parser found none; `None` if the turn has no call.
+        Describe the broken call of a turn in which the parser found no call.
 
         Args:
-            ids (list of `int`): the sampled turn.
-            prefix (list of `int`): what stood before it, the generation prompt at least.
+            ids (`list[int]`): The sampled turn.
+            prefix (`list[int]`): The tokens before it; at least the generation prompt.
+
+        Returns:
+            `str` or `None`: The problem, `None` if the turn has no call.
         """
         if self._opens is None:
             return None
@@ -143,7 +144,7 @@ class CallSyntax:
             return None
         try:
             self.tokenizer.parse_response(ids, prefix=prefix)
-        except Exception as error:  # whatever the parser says of text that a policy wrote
+        except Exception as error:  # the parser may raise anything on text that a policy wrote
             reason = " ".join(str(error).split())[:200]
         else:
             reason = "a name or the arguments are missing"
@@ -158,22 +159,22 @@ def _pattern(field: dict[str, Any], name: str) -> re.Pattern[str] | None:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a function takes and returns, as far as its annotations say."""
+    """Parameters and return type of a function, as far as it is annotated."""
 
-    adapter: TypeAdapter[dict[str, Any]] | None = None  # None: it does not say what it takes
+    adapter: TypeAdapter[dict[str, Any]] | None = None  # `None` if the parameters are unknown
     defaults: dict[str, Any] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
-    returns: tuple[type, ...] = ()  # kinds of JSON values, other than text, that it declares to return
+    returns: tuple[type, ...] = ()  # declared JSON types other than text
 
     def check(self, arguments: dict[Any, Any]) -> dict[str, Any]:
-        """The arguments, converted where a type allows it; raises `pydantic.ValidationError`."""
+        """The arguments, converted where the types allow it. Raises `pydantic.ValidationError`."""
         return arguments if self.adapter is None else self.adapter.validate_python(arguments)
 
     def explain(self, error: ValidationError) -> str:
-        """One clause per bad argument: which, what was expected, what was got."""
+        """One clause per bad argument, with its name, what was expected and what was passed."""
         clauses: dict[Any, str] = {}
         for detail in error.errors(include_url=False, include_context=False):
-            name, *path = detail["loc"] or (None,)  # None: a name that is no valid text
+            name, *path = detail["loc"] or (None,)  # `None` for a name that is not valid text
             argument = "an argument's name" if name is None else f"argument {cut(repr(name), MAX_NAME_CHARACTERS)}"
             if detail["type"] == "missing" and not path:
                 clause = f"{argument} is missing"
@@ -187,16 +188,16 @@ class Signature:
         return f"{'; '.join(clauses.values())}. It takes: {', '.join(self.parameters) or 'no arguments'}."
 
 
-# By the function behind a bound method: environments come and go, and each has methods of its own.
+# Keyed by the function of a bound method, because every environment has new bound methods.
 _signatures: weakref.WeakKeyDictionary[Any, dict[bool, Signature]] = weakref.WeakKeyDictionary()
 
 
 def signature_of(function: Callable[..., Any]) -> Signature:
-    """The signature of a tool, read once."""
+    """The signature of a tool, cached."""
     bound = inspect.ismethod(function)
     try:
         known = _signatures.setdefault(function.__func__ if bound else function, {})  # type: ignore[attr-defined]
-    except TypeError:  # a callable object that has no hash or no weak reference
+    except TypeError:  # a callable object without a hash or weak references
         return _read_signature(function)
     if bound not in known:
         known[bound] = _read_signature(function)
@@ -206,7 +207,7 @@ def signature_of(function: Callable[..., Any]) -> Signature:
 def _read_signature(function: Callable[..., Any]) -> Signature:
     try:
         signature = inspect.signature(function, eval_str=True)
-    except Exception:  # an annotation that does not evaluate
+    except Exception:  # an annotation that cannot be evaluated
         try:
             signature = inspect.signature(function)
         except (ValueError, TypeError):
@@ -229,21 +230,21 @@ def _read_signature(function: Callable[..., Any]) -> Signature:
     config = ConfigDict(extra=extra, arbitrary_types_allowed=True)
     try:
         adapter = _adapter(fields, config)
-    except (PydanticUserError, NameError, TypeError):  # a type that cannot be checked: check the names alone
+    except (PydanticUserError, NameError, TypeError):  # a type that cannot be checked: check only the names
         plain = {name: NotRequired[Any] if name in defaults else Any for name in fields}
         adapter = _adapter(plain, config)
     return Signature(adapter, defaults, tuple(fields), returns)
 
 
 def _adapter(fields: dict[str, Any], config: ConfigDict) -> TypeAdapter[dict[str, Any]]:
-    typed_dict: Any = TypedDict  # it takes any name for a field, as no model does
+    typed_dict: Any = TypedDict  # unlike a model, it allows any field name
     arguments = typed_dict("arguments", fields)
     arguments.__pydantic_config__ = config
     return TypeAdapter(arguments)
 
 
 def _json_kinds(annotation: Any) -> tuple[type, ...]:
-    """The kinds of JSON values that a return annotation declares, text and nothing excepted."""
+    """The JSON types other than `str` and `None` that a return annotation declares."""
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
         return _json_kinds(typing.get_args(annotation)[0])

@@ -1,4 +1,4 @@
-"""What a call came to: a text for the policy to read, and a kind of error to count."""
+"""Results of tool calls: a text for the policy to read, and a kind of error to count."""
 
 import json
 import reprlib
@@ -17,7 +17,7 @@ MEDIA_TYPES = frozenset(
 
 
 class ToolErrorKind(StrEnum):
-    """Why a call gave no result."""
+    """The reason why a call has no result."""
 
     MALFORMED = "malformed"
     UNKNOWN_TOOL = "unknown_tool"
@@ -29,12 +29,12 @@ class ToolErrorKind(StrEnum):
 
 class ToolResult(NamedTuple):
     """
-    What the policy reads as the answer to a call.
+    What the policy reads in response to a call.
 
     Attributes:
-        text (`str`): The observation. Can be encoded as UTF-8; an error begins with "Error: ".
+        text (`str`): The observation, always valid UTF-8. An error begins with "Error: ".
         error (`ToolErrorKind`, *optional*): The kind of error, `None` for a result of the tool.
-        seconds (`float`, *optional*): How long it took from the moment it began to run, `None` if nothing was run.
+        seconds (`float`, *optional*): Duration from the moment the call started, `None` if it did not run.
     """
 
     text: str
@@ -43,25 +43,25 @@ class ToolResult(NamedTuple):
 
 
 def cut(text: str, limit: int = MAX_ERROR_CHARACTERS) -> str:
-    """At most `limit` characters, the last an ellipsis if some are left out."""
+    """The text shortened to `limit` characters, with an ellipsis as the last one."""
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def show(value: Any) -> str:
-    """A short form of any value, and its type."""
+    """A short representation of any value, with its type."""
     try:
         return f"{reprlib.repr(value)} ({type(value).__name__})"
-    except Exception:  # an integer of thousands of digits, an object that cannot show itself
+    except Exception:  # an integer of thousands of digits, or a broken `__repr__`
         return f"a value of type {type(value).__name__}"
 
 
 def error_result(kind: ToolErrorKind, text: str, seconds: float | None = None) -> ToolResult:
-    """An error for the policy to read, of bounded length."""
+    """An error for the policy to read, at most `MAX_ERROR_CHARACTERS` long."""
     return ToolResult(cut(encodable(f"Error: {text}")), kind, seconds)
 
 
 def describe(error: BaseException) -> str:
-    """Type and message, which an exception may fail to give."""
+    """Type and message of an exception, whose `__str__` may fail."""
     try:
         message = str(error)
     except Exception:
@@ -71,18 +71,18 @@ def describe(error: BaseException) -> str:
 
 def as_text(name: str, value: Any, returns: tuple[type, ...]) -> str | None:
     """
-    What a tool returned, as text.
+    Convert the return value of a tool to text.
 
     Args:
-        name (`str`): The tool, for the error.
-        value (`Any`): What it returned.
-        returns (`tuple` of `type`): Kinds of values other than text that it declares to return.
+        name (`str`): Name of the tool, for the error.
+        value (`Any`): The value.
+        returns (`tuple[type, ...]`): The types other than text that the tool declares to return.
 
     Returns:
-        `str`, *optional*: `None` if the value is neither text nor of a kind that is declared and can be written out.
+        `str` or `None`: The text; `None` if the value is neither text nor a declared type that can be written as JSON.
 
     Raises:
-        ValueError: The value holds an image, sound or video.
+        ValueError: The value contains an image, audio or video.
     """
     if isinstance(value, str):
         return encodable(value)
@@ -92,7 +92,7 @@ def as_text(name: str, value: Any, returns: tuple[type, ...]) -> str | None:
         if media:
             raise ValueError(
                 f"the tool {name!r} returned content of type {media[0]!r}; multi-modal tool results are not "
-                "supported. Return a string that says what the policy needs to know of it."
+                "supported. Return a string that describes the content."
             )
         texts = [block.get("text") for block, kind in zip(value, kinds, strict=True) if kind == "text"]
         if len(texts) == len(value) and all(isinstance(text, str) for text in texts):
@@ -103,5 +103,5 @@ def as_text(name: str, value: Any, returns: tuple[type, ...]) -> str | None:
         return encodable(
             str(value) if isinstance(value, (bool, int, float)) else json.dumps(value, ensure_ascii=False)
         )
-    except Exception:  # values that are no JSON, cycles, integers of thousands of digits
+    except Exception:  # values that JSON cannot express, cycles, integers of thousands of digits
         return None

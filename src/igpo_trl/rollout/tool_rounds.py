@@ -1,17 +1,16 @@
-"""One round of tool calls: what is run together, and the running of it on an event loop."""
+"""One round of tool calls: which calls run together, and how they run on an event loop."""
 
 import asyncio
-import functools
 import inspect
 import logging
 import math
 import random
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import tenacity
 
@@ -21,10 +20,8 @@ from .tool_results import ToolErrorKind, ToolResult, as_text, describe, error_re
 
 logger = logging.getLogger(__name__)
 
-FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled before each further one
+FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled before each further attempt
 LONGEST_PAUSE = 10.0
-# Calls that take microseconds would spend most of their time on the way to a thread and back: they share the way.
-SHARED_TRIP = 1e-3  # seconds after which a thread takes no further call before it returns
 
 
 class _Outcome(NamedTuple):
@@ -35,14 +32,23 @@ class _Outcome(NamedTuple):
 
 
 class _Unit(NamedTuple):
-    """Calls, by index, that one worker runs: a batch, or a chain in order."""
+    """Indices of calls that take one of the `max_concurrent` places: one batch, or a chain of calls in order."""
 
     indices: list[int]
-    batch: bool = False
+    is_batch: bool = False
 
 
 class Round:
-    """One round: the plan, made at once, and its execution on the event loop."""
+    """
+    One round of tool calls. The constructor plans it; [`Round.run`] executes the plan on the event loop.
+
+    Args:
+        calls (`Sequence[ToolCall]`): Calls of all rollouts.
+        max_concurrent (`int`): Units that run at the same time.
+        timeout (`float`, *optional*): Seconds for a call of a tool without a timeout; `None` for no limit.
+        running (`set`): The `serial` of every call that has not ended, shared by all rounds of a runner.
+        warned (`set`): Tools that a warning was logged for, shared likewise.
+    """
 
     def __init__(
         self,
@@ -58,16 +64,14 @@ class Round:
         self.running = running
         self.warned = warned
         self.results: list[Any] = [call.problem for call in calls]
-        self.copies: dict[int, int] = {}  # calls that take the result of another
-        self.plain: deque[int] = deque()  # calls of plain functions about which nothing is special
-        self.units: deque[_Unit] = deque()
-        self.workers = 0
-        self.group: Any = None  # of tasks; exists while the round runs
+        self.copies: dict[int, int] = {}  # duplicate call → the call whose result it gets
+        self.units: list[_Unit] = []
+        self.group: Any = None  # task group; exists while the round runs
         self.cancelled = False
         self.failure: BaseException | None = None
 
         first_of: dict[Hashable, int] = {}
-        groups: dict[Hashable, _Unit] = {}
+        shared: dict[Hashable, _Unit] = {}
         for i, call in enumerate(calls):
             if call.problem is not None:
                 continue
@@ -81,105 +85,54 @@ class Round:
                     self.copies[i] = first
                     continue
             if call.serial is None and options.batch is None:
-                self._queue(i)
+                self.units.append(_Unit([i]))
                 continue
             key = (call.serial is None, _identity(call.function) if call.serial is None else call.serial)
-            if key not in groups:
-                groups[key] = _Unit([], batch=call.serial is None)
-                self.units.append(groups[key])
-            groups[key].indices.append(i)
-
-    def _queue(self, i: int) -> None:
-        function = _function(self.calls[i])
-        options = options_of(function)
-        if options.retry_on or options.timeout is not None or inspect.iscoroutinefunction(function):
-            self.units.append(_Unit([i]))
-        else:
-            self.plain.append(i)
+            if key not in shared:
+                shared[key] = _Unit([], is_batch=call.serial is None)
+                self.units.append(shared[key])
+            shared[key].indices.append(i)
 
     async def run(self) -> BaseException | None:
-        """Fill in the results. What `ToolRunner.run` has to raise is returned: raised here, it would end the loop."""
-        self.threads = anyio.CapacityLimiter(math.inf)  # the number of workers is the limit
+        """Fill in `results`. Returns what `ToolRunner.run` must raise: raised here, it would end the event loop."""
+        self.places = anyio.Semaphore(self.max_concurrent)
+        self.threads = anyio.CapacityLimiter(math.inf)  # `places` is the limit
         self.group = anyio.create_task_group()
-        try:
-            async with self.group:
-                if self.cancelled:
-                    return None
-                self._hire(len(self.units))
-                number = 2
-                while self.plain and self.workers < self.max_concurrent:
-                    self._hire(number)
-                    await anyio.sleep(SHARED_TRIP)  # instant calls are done by now, and a thread each saved
-                    number *= 4
-        finally:
-            self.plain.clear()  # for the threads
+        async with self.group:
+            if not self.cancelled:
+                await self._start(self.units)
         return self.failure
 
     def cancel(self) -> None:
-        """On the loop: stop what can be stopped, leave the rest behind."""
+        """Called on the event loop: cancel the tasks and abandon the threads."""
         self.cancelled = True
         if self.group is not None:
             self.group.cancel_scope.cancel()
 
-    def _hire(self, number: int) -> None:
-        for _ in range(min(number, self.max_concurrent - self.workers)):
-            self.workers += 1
-            self.group.start_soon(self._work)
+    async def _start(self, units: Sequence[_Unit]) -> None:
+        for unit in units:
+            self.group.start_soon(self._run_unit, unit)
+            # An instant call ends here and leaves its thread to the next one: no new thread for each of them.
+            await anyio.lowlevel.checkpoint()
 
-    async def _work(self) -> None:
+    async def _run_unit(self, unit: _Unit) -> None:
         try:
-            while self.units or self.plain:
-                if not self.units:
-                    await self._run_plain()
-                    continue
-                indices, batch = self.units.popleft()
-                if batch:
-                    await self._run_batch(indices)
+            async with self.places:
+                if unit.is_batch:
+                    await self._run_batch(unit.indices)
                 else:
-                    for i in indices:
+                    for i in unit.indices:
                         await self._run_one(i)
         except asyncio.CancelledError:
             raise
         except BaseException as error:
             self.failure = self.failure or error
             self.cancel()
-        finally:
-            self.workers -= 1
-
-    # Ways to run a call
-
-    async def _run_plain(self) -> None:
-        """One trip to a thread with one plain call, or with several if they are instant."""
-        begun: list[int] = []
-        done: list[tuple[int, _Outcome, float]] = []
-        with anyio.move_on_after(self.timeout):
-            await self._in_thread(self._run_some, begun, done, min(SHARED_TRIP, (self.timeout or 1.0) / 10))
-        for i in begun[len(done) :]:
-            self._settle(i, None, self.timeout or 0.0)
-        for i, outcome, seconds in done:
-            if inspect.isawaitable(outcome.value):  # a plain function may hand on what an asynchronous one gave it
-                finish = functools.partial(self._finish, outcome.value, None)
-                self._settle(i, *await self._in_time(self.timeout, finish))
-            else:
-                self._settle(i, outcome, seconds)
-
-    def _run_some(self, begun: list[int], done: list[tuple[int, _Outcome, float]], trip: float) -> None:
-        # In a thread that may be left behind. It takes no further call then, for a trip is shorter than the limit.
-        start = now = time.perf_counter()
-        while now - start < trip:
-            try:
-                i = self.plain.popleft()
-            except IndexError:
-                return
-            begun.append(i)
-            outcome = self._call(_function(self.calls[i]), self.calls[i].arguments, None)
-            done.append((i, outcome, time.perf_counter() - now))
-            now = time.perf_counter()
 
     async def _run_one(self, i: int) -> None:
         call = self.calls[i]
         if call.serial is not None and call.serial in self.running:
-            # It ran out of time and could not be stopped; two at once is what `serial` forbids.
+            # The earlier call timed out and cannot be stopped. `serial` forbids to run two at once.
             text = f"{call.name} cannot run before an earlier call has ended."
             self.results[i] = error_result(ToolErrorKind.TIMEOUT, text)
         else:
@@ -207,48 +160,43 @@ class Round:
                 for i, value in zip(indices, values, strict=True):
                     self._settle(i, value, seconds)
                 return
-        for i in indices:
-            self._queue(i)
-        self._hire(len(indices))
+        await self._start([_Unit([i]) for i in indices])
 
     async def _invoke(
         self, function: Callable[..., Any], arguments: dict[str, Any], options: ToolOptions, serial: Hashable = None
     ) -> tuple[_Outcome | None, float]:
-        """Run a call with its retries; the outcome is `None` if it ran out of time. Also the seconds it took."""
+        """Run a call with its retries. Returns the outcome, `None` after a timeout, and the seconds it took."""
 
         async def attempt() -> _Outcome:
             if inspect.iscoroutinefunction(function):
                 outcome = self._call(function, arguments, None)
             else:
-                outcome = await self._in_thread(self._call, function, arguments, serial)
+                outcome = await anyio.to_thread.run_sync(
+                    self._call, function, arguments, serial, abandon_on_cancel=True, limiter=self.threads
+                )
             return await self._finish(outcome.value, serial) if inspect.isawaitable(outcome.value) else outcome
 
-        retrying = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_result(lambda outcome: isinstance(outcome.error, options.retry_on)),
-            stop=tenacity.stop_after_attempt(options.max_attempts),
-            wait=_pause,
-            sleep=anyio.sleep,
-            retry_error_callback=lambda state: state.outcome.result(),  # type: ignore[union-attr]
-        )
-        return await self._in_time(self._limit(options), (lambda: retrying(attempt)) if options.retry_on else attempt)
+        run: Callable[[], Awaitable[_Outcome]] = attempt
+        if options.retry_on:
+            retrying = tenacity.AsyncRetrying(
+                retry=tenacity.retry_if_result(lambda outcome: isinstance(outcome.error, options.retry_on)),
+                stop=tenacity.stop_after_attempt(options.max_attempts),
+                wait=_pause,
+                sleep=anyio.sleep,
+                retry_error_callback=lambda state: state.outcome.result(),  # type: ignore[union-attr]
+            )
+            run = lambda: retrying(attempt)  # noqa: E731
+        start = time.perf_counter()
+        outcome: _Outcome | None = None
+        with anyio.move_on_after(self._limit(options)):
+            outcome = await run()
+        return outcome, time.perf_counter() - start
 
     def _limit(self, options: ToolOptions) -> float | None:
         return self.timeout if options.timeout is None else options.timeout
 
-    async def _in_time(
-        self, limit: float | None, attempt: Callable[[], Awaitable[_Outcome]]
-    ) -> tuple[_Outcome | None, float]:
-        start = time.perf_counter()
-        outcome: _Outcome | None = None
-        with anyio.move_on_after(limit):
-            outcome = await attempt()
-        return outcome, time.perf_counter() - start
-
-    async def _in_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await anyio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True, limiter=self.threads)
-
     def _call(self, function: Callable[..., Any], arguments: dict[str, Any], serial: Hashable) -> _Outcome:
-        """Call a tool; what it raises comes back as a value, lest it be taken for something of ours."""
+        """Call a tool. Its exception is returned as a value, so that it is not mistaken for one of this module."""
         self.running.add(serial)
         try:
             return _Outcome(function(**arguments))
@@ -267,7 +215,7 @@ class Round:
             finally:
                 self.running.discard(serial)
 
-        # In a task of its own: one that ignores its cancellation can be left behind.
+        # A separate task, because one that ignores its cancellation can be abandoned.
         task = asyncio.ensure_future(finish())
         try:
             await asyncio.wait({task})
@@ -276,7 +224,7 @@ class Round:
             task.cancel()
 
     def _settle(self, i: int, outcome: _Outcome | None, seconds: float) -> None:
-        """Write down what became of a call."""
+        """Store the result of a call."""
         call = self.calls[i]
         function = _function(call)
         if outcome is not None and isinstance(outcome.error, KeyboardInterrupt):
@@ -296,7 +244,7 @@ class Round:
         self.results[i] = error_result(kind, f"{call.name} {problem}", seconds)
 
     def _warn(self, function: Any, text: str) -> None:
-        """Once per tool: only the policy reads the observation, and the tool is at fault."""
+        """Log a warning, once per tool: the tool is at fault, and only the policy reads the observation."""
         key = id(getattr(function, "__func__", function))
         if key not in self.warned:
             self.warned.add(key)
@@ -310,7 +258,7 @@ def _function(call: ToolCall) -> Callable[..., Any]:
 
 
 def _identity(function: Any) -> tuple[int, int]:
-    """The same for the same function, and for the same method of the same object."""
+    """Equal for the same function, and for the same method of the same object."""
     return id(getattr(function, "__self__", None)), id(getattr(function, "__func__", function))
 
 
@@ -325,8 +273,10 @@ def _freeze(value: Any) -> Hashable:
 
 
 def _pause(state: tenacity.RetryCallState) -> float:
-    """Seconds before the next attempt: exponential, with jitter."""
-    return min(FIRST_PAUSE * 2 ** (state.attempt_number - 1), LONGEST_PAUSE) * _random.uniform(0.5, 1.5)
+    """Seconds before the next attempt: exponential, with jitter of ±50 %."""
+    return min(FIRST_PAUSE * 2 ** (state.attempt_number - 1), LONGEST_PAUSE) * _jitter.uniform(0.5, 1.5)
 
 
-_random = random.Random()  # of its own: a retry must not change the random numbers of a training run
+# tenacity's waits with jitter draw from the global generator, and a retry must not change the random numbers of a
+# training run.
+_jitter = random.Random()

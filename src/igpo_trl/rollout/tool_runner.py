@@ -15,19 +15,19 @@ from .tool_rounds import Round
 
 class ToolRunner:
     """
-    Runs the tool calls of one round, those of all rollouts, together.
+    Runs the tool calls of all rollouts of one round together.
 
     Plain functions run in threads, asynchronous ones on an event loop in a daemon thread. An asynchronous tool must
-    not block: while it computes, everything on the loop waits, its own timeout included. A plain function that runs
-    out of time cannot be stopped: its thread is left behind, and does not keep the interpreter from ending.
+    not block: while it computes, everything on the loop waits, its own timeout included. A plain function that times
+    out cannot be stopped. Its thread is abandoned, and does not keep the interpreter from exiting.
 
     Args:
-        max_concurrent (`int`, *optional*, defaults to `64`):
-            Calls that run at a time, a batch counting as one. 1 for tools that are not thread-safe.
-        timeout (`float`, *optional*, defaults to `60.0`):
-            Seconds that a call may take unless its [`ToolOptions`] say otherwise; `None` for no limit.
-        loop (`asyncio.AbstractEventLoop`, *optional*):
-            A loop that runs in another thread. Without one, the runner starts its own at the first call.
+        max_concurrent (`int`, *optional*, defaults to `64`): Calls that run at the same time; a batch counts as one.
+            Use 1 for tools that are not thread-safe.
+        timeout (`float`, *optional*, defaults to `60.0`): Seconds that a call may take unless its [`ToolOptions`] set
+            another limit; `None` for no limit.
+        loop (`asyncio.AbstractEventLoop`, *optional*): An event loop that runs in another thread. Without it, the
+            runner starts one at the first call.
 
     Raises:
         ValueError: `max_concurrent` or `timeout` is not positive.
@@ -56,23 +56,23 @@ class ToolRunner:
         """
         Run all calls of a round.
 
-        A string is taken as it is. A value of a kind that the return annotation declares (numbers, lists,
-        dictionaries) is written out, containers as JSON, and a list of text blocks is joined. Anything else is no
-        text and an error for the policy to read.
+        A returned string is the result. Numbers, lists and dictionaries are converted to text, containers to JSON, if
+        the return annotation declares them. A list of text blocks is joined. Any other value is an error for the
+        policy to read.
 
         Args:
-            calls (`Sequence[ToolCall]`): Calls of any number of rollouts; those with a `problem` are not run.
+            calls (`Sequence[ToolCall]`): Calls of any number of rollouts. Those with a `problem` do not run.
 
         Returns:
-            `list[ToolResult]`: One per call, in order.
+            `list[ToolResult]`: One result per call, in order.
 
         Raises:
-            ValueError: A tool returned an image, sound or video.
+            ValueError: A tool returned an image, audio or video.
             KeyboardInterrupt: Raised here or in a tool. The runner can be used again.
-            RuntimeError: Called on the event loop itself, which would wait for itself, or the loop has stopped.
+            RuntimeError: The method was called on the event loop itself, or the loop has stopped.
         """
         round_ = Round(calls, self.max_concurrent, self.timeout, self._running, self._warned)
-        if round_.plain or round_.units:
+        if round_.units:
             loop = self._start()
             try:
                 future = asyncio.run_coroutine_threadsafe(round_.run(), loop)
@@ -82,7 +82,7 @@ class ToolRunner:
                         raise RuntimeError("the event loop that runs the tools has stopped.")
                 failure = future.result()
             except BaseException:
-                # Not through the future: an interrupt may come before it is assigned.
+                # Not through the future, because an interrupt may come before it is assigned.
                 with contextlib.suppress(RuntimeError):  # the loop is closed
                     loop.call_soon_threadsafe(round_.cancel)
                 raise
@@ -103,26 +103,26 @@ class ToolRunner:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=_serve, args=(self._loop,), name="igpo-tools", daemon=True)
             self._thread.start()
-            # Runs when the runner is collected or the interpreter ends, too.
+            # Also runs when the runner is garbage-collected and when the interpreter exits.
             self._finalizer = weakref.finalize(self, _stop, self._loop, self._thread)
         try:
             inside = asyncio.get_running_loop() is self._loop
         except RuntimeError:
             inside = False
         if inside:
-            raise RuntimeError("`ToolRunner.run` waits: it cannot be called on the event loop that runs the tools.")
+            raise RuntimeError("`ToolRunner.run` blocks and cannot be called on the event loop that runs the tools.")
         return self._loop
 
 
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    """Run a loop until it is stopped, then end what still runs on it."""
+    """Run a loop until it is stopped, then cancel its tasks and close it."""
     asyncio.set_event_loop(loop)
     while True:
         try:
             loop.run_forever()
             break
         except (KeyboardInterrupt, SystemExit):
-            continue  # of a task that a tool started; the tool that waits for the task sees it
+            continue  # raised in a task that a tool started; the tool that awaits the task sees it
     tasks = asyncio.all_tasks(loop)
     for task in tasks:
         task.cancel()
@@ -134,5 +134,5 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
 
 def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     loop.call_soon_threadsafe(loop.stop)
-    if thread is not threading.current_thread():  # the collector may run on any thread
+    if thread is not threading.current_thread():  # garbage collection may run on any thread
         thread.join(timeout=2.0)

@@ -1,13 +1,11 @@
 """The passage record, and a reader of corpora that takes several file formats and layouts and checks every record."""
 
-import csv
-import gzip
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json_lines
+from ..files import read_json_lines, read_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +34,7 @@ Files are JSON Lines (`.jsonl`, `.jsonl.gz`), `.parquet`, or tab-separated with 
 """
 
 _IDS = ("id", "_id", "docid", "doc_id")
-_COLUMNS = ("title", "text", "contents")
+_FIELDS = (*_IDS, "title", "text", "contents")
 
 
 def read_passages(corpus: Corpus) -> Iterator[Passage]:
@@ -46,12 +44,6 @@ def read_passages(corpus: Corpus) -> Iterator[Passage]:
     A record needs an id (`id`, `_id`, `docid` or `doc_id`; string or integer) and either `title` (may be empty) and
     `text` (may not), or `contents`, whose first line is the title, as in Search-R1's Wikipedia. Other fields are
     ignored.
-
-    Args:
-        corpus (`Corpus`): File(s) or records.
-
-    Returns:
-        `Iterator[Passage]`: The passages, in order.
 
     Raises:
         FileNotFoundError: A file does not exist. Raised by the call itself, before anything is read.
@@ -178,44 +170,6 @@ def _records(corpus: Corpus) -> Iterator[tuple[str, dict[str, Any] | Passage]]:
 def _read_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     name = path.name.lower()
     if name.endswith(".parquet"):
-        return _read_parquet(path)
-    if name.endswith((".tsv", ".tsv.gz")):
-        return _read_tsv(path)
-    return read_json_lines(path)
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    row = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            wanted = [name for name in names if name in _IDS + _COLUMNS] or names
-            for batch in file.iter_batches(batch_size=4096, columns=wanted):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield f"{path} (row {row})", record
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: damaged after row {row}, or not a parquet file ({error}).") from error
-
-
-def _read_tsv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    csv.field_size_limit(2**31 - 1)
-    number = 0
-    try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8", newline="")
-            if path.suffix == ".gz"
-            else open(path, encoding="utf-8", newline="") as file
-        ):
-            rows = csv.reader(file, delimiter="\t")
-            header = next(rows, [])
-            for fields in rows:
-                number = rows.line_num
-                if len(fields) != len(header):
-                    raise ValueError(f"{path}:{number}: got {len(fields)} columns, expected {header}.")
-                yield f"{path}:{number}", dict(zip(header, fields, strict=True))
-    except (EOFError, gzip.BadGzipFile, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: damaged or cut off after line {number} ({error}).") from error
+        records = read_records(path, select_columns=lambda names: [n for n in names if n in _FIELDS] or names)
+        return ((f"{where} (row {row})", record) for row, (where, record) in enumerate(records, start=1))
+    return read_records(path, strict=False) if name.endswith((".tsv", ".tsv.gz")) else read_json_lines(path)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..extras import require
 from ..passages import Corpus, Passage, read_passages
-from .directory import Index, check_kind, new_index, read_manifest, write_manifest
+from .directory import Index, new_index, read_manifest, write_manifest
 from .passage_file import PassageWriter, StoredPassages, with_scores
 from .tokens import CorpusTokenizer, TokenIds, make_stemmer
 
@@ -46,10 +46,7 @@ class BM25Index(Index):
         self,
         scorer: Any,
         passages: Sequence[Passage],
-        *,
-        title_weight: int,
-        stopwords: str | None,
-        stemmer: str | None,
+        settings: dict[str, Any],
         backend: str = "auto",
         threads: int | None = None,
     ) -> None:
@@ -64,7 +61,7 @@ class BM25Index(Index):
         scorer.backend = backend
         self._scorer = scorer
         self._passages = passages
-        self._settings = {"title_weight": title_weight, "stopwords": stopwords, "stemmer": stemmer}
+        self._settings = settings
         self._threads = min(8, os.cpu_count() or 1) if threads is None else threads
 
     @classmethod
@@ -119,7 +116,7 @@ class BM25Index(Index):
             passages: list[Passage] = []
             tokenizer = CorpusTokenizer(stopwords, stemmer)
             ids = tokenizer.read(_texts(corpus, passages.append, title_weight, show_progress))
-            return cls(_index(ids, tokenizer.vocabulary, k1, b, show_progress), passages, **settings)
+            return cls(_index(ids, tokenizer.vocabulary, k1, b, show_progress), passages, settings)
         with new_index(directory, restart=restart) as (target, work):
             with PassageWriter(target) as writer:
 
@@ -141,7 +138,7 @@ class BM25Index(Index):
         words = _bm25s().tokenize(
             queries,
             stopwords=self._settings["stopwords"],
-            stemmer=make_stemmer(self._settings["stemmer"]),  # type: ignore[arg-type]
+            stemmer=make_stemmer(self._settings["stemmer"]),
             return_ids=False,
             show_progress=False,
         )
@@ -191,8 +188,7 @@ class BM25Index(Index):
             ValueError: The index is of another kind or version, or one of its files is missing, cut off or damaged.
         """
         directory = Path(directory)
-        manifest = read_manifest(directory)
-        check_kind(directory, manifest, KIND, VERSION)
+        manifest = read_manifest(directory, KIND, VERSION)
         bm25s = _bm25s()
         try:
             scorer = bm25s.BM25.load(directory, mmap=mmap, show_progress=False, backend="numpy")
@@ -209,7 +205,7 @@ class BM25Index(Index):
                 f"scores have {scorer.scores['num_docs']}, its text {len(passages)}. Build it again."
             )
         settings = {name: manifest[name] for name in ("title_weight", "stopwords", "stemmer")}
-        return cls(scorer, passages, **settings, backend=backend, threads=threads)
+        return cls(scorer, passages, settings, backend, threads)
 
 
 def _check_settings(k1: float, b: float, title_weight: int, stopwords: str | None, stemmer: str | None) -> None:

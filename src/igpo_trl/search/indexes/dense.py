@@ -9,7 +9,7 @@ import numpy as np
 
 from ...files import replace_when_complete
 from ..passages import Corpus, Passage, read_passages
-from .directory import MANIFEST_FILE, Index, check_kind, link_or_copy, new_index, read_manifest, write_manifest
+from .directory import MANIFEST_FILE, Index, link_or_copy, new_index, read_manifest, write_manifest
 from .encoder import Encoder
 from .faiss_index import (
     MIN_IVFPQ,
@@ -179,8 +179,7 @@ class DenseIndex(Index):
                 is not the one that the index was built with.
         """
         directory = Path(directory)
-        manifest = read_manifest(directory)
-        check_kind(directory, manifest, KIND, VERSION)
+        manifest = read_manifest(directory, KIND, VERSION)
         model = manifest["model"] if model is None else model
         if model is None:
             raise ValueError(f"{directory} does not know the name of its model. Pass the model: load(…, model=…).")

@@ -45,20 +45,8 @@ def new_index(directory: str | Path, *, resumable: bool = True, restart: bool = 
     """
     Provides an empty folder for a new index, which replaces `directory` when the block ends, and a work folder.
 
-    After an error or a kill, `directory` is unchanged. The files in the work folder then remain for the next attempt.
-
-    Args:
-        directory (`str` or `Path`): Final directory of the index.
-        resumable (`bool`, *optional*, defaults to `True`): Whether the next attempt gets the work folder of this one,
-            and concurrent attempts are refused. Otherwise nothing remains after an error.
-        restart (`bool`, *optional*, defaults to `False`): Whether to discard the work folder of an earlier attempt.
-
-    Yields:
-        The folder of the index and the work folder.
-
-    Raises:
-        FileExistsError: The directory contains something other than an index.
-        BlockingIOError: Another process is building this index.
+    After an error or a kill, `directory` is unchanged. The files in the work folder then remain for the next attempt,
+    unless it is told to `restart`; a concurrent attempt is refused. Without `resumable`, nothing remains.
     """
     from filelock import FileLock, Timeout
 
@@ -135,21 +123,17 @@ def file_checksum(path: Path) -> dict[str, int]:
     return {"bytes": size, "crc32": crc}
 
 
-def read_manifest(directory: str | Path) -> dict[str, Any]:
+def read_manifest(directory: str | Path, kind: str | None = None, version: int | None = None) -> dict[str, Any]:
     """
-    Reads the manifest of an index and checks the index's files against it.
+    Reads the manifest of an index, and checks the index's files against it and, if given, its kind and version.
 
-    Raises:
-        FileNotFoundError: There is no index in the directory.
-        ValueError: The manifest is damaged, or a file is missing, cut off or changed.
+    Raises a `FileNotFoundError` if there is no index, and a `ValueError` if it is damaged or of another kind.
     """
     directory = Path(directory)
     path = directory / MANIFEST_FILE
     if not path.is_file():
         if _partial(directory).is_dir():
-            problem = (
-                "its build was interrupted or is still running. Repeat the same `igpo index` command to resume it."
-            )
+            problem = "its build was interrupted or is still running. Repeat its `igpo index` command to resume it."
             raise FileNotFoundError(f"no index in {directory}: {problem}")
         command = f"igpo index --corpus FILE --out {directory}"
         raise FileNotFoundError(f"no index in {directory} (no {MANIFEST_FILE} there). Make one with: {command}")
@@ -171,21 +155,12 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
             )
         if got["crc32"] != crc:
             raise ValueError(f"{file} is damaged: its checksum differs from the manifest's. Build the index again.")
-    return manifest
-
-
-def check_kind(directory: str | Path, manifest: dict[str, Any], kind: str, version: int) -> None:
-    """
-    Checks that a class can read the index with this manifest.
-
-    Raises:
-        ValueError: It cannot.
-    """
-    if manifest["kind"] != kind or manifest["version"] != version:
+    if kind is not None and (manifest["kind"], manifest["version"]) != (kind, version):
         raise ValueError(
             f"{directory} contains an index of kind {manifest['kind']!r}, version {manifest['version']!r}; this "
             f"release reads kind {kind!r}, version {version}. Build the index again."
         )
+    return manifest
 
 
 def link_or_copy(source: Path, target: Path) -> None:

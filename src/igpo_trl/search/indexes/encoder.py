@@ -38,12 +38,6 @@ class Encoder:
             GPU.
         batch_size (`int`, *optional*, defaults to `64`): Texts per forward pass.
 
-    Attributes:
-        name (`str`, *optional*): The name on the hub, or the full path of the folder; `None` if `model` was a model.
-        query_prompt, passage_prompt (`str`): Prefixes of texts.
-        probe (`np.ndarray` of shape `(dimension,)`): Embedding of a fixed sentence.
-        dimension (`int`): Length of the vectors.
-
     Raises:
         FileNotFoundError: The folder does not exist.
         OSError: The hub has no such model, or cannot be reached.
@@ -63,7 +57,7 @@ class Encoder:
         if batch_size < 1:
             raise ValueError(f"got batch_size={batch_size}, expected at least 1.")
         library = require("sentence_transformers", "Dense search", "dense")
-        self.name: str | None = None
+        self.name: str | None = None  # unknown if `model` is a model
         if isinstance(model, str | Path):
             path = Path(model).expanduser()
             if not path.exists() and (isinstance(model, Path) or model.startswith((".", "/", "~"))):

@@ -25,13 +25,7 @@ def _faiss() -> Any:
 
 
 def check_structure(structure: str, dtype: str) -> None:
-    """
-    Checks the settings of [`build_faiss_index`].
-
-    Raises:
-        ValueError: The structure or the type is unknown.
-        ImportError: faiss is not installed.
-    """
+    """Checks the settings of [`build_faiss_index`], and that faiss is installed."""
     if dtype not in DTYPES:
         raise ValueError(f"got dtype={dtype!r}, expected one of {', '.join(DTYPES)}.")
     if structure not in STRUCTURES:
@@ -41,19 +35,13 @@ def check_structure(structure: str, dtype: str) -> None:
 
 def build_faiss_index(shards: Sequence[Path], number: int, dimension: int, structure: str, dtype: str) -> Any:
     """
-    Builds a faiss index of the vectors in some files.
+    Builds a faiss index of the `number` vectors in the rows of `.npy` files.
 
     - `flat` compares a query with every vector: exact, for up to about a million passages, or when exactness matters
       more than time.
     - `hnsw` follows a graph of neighbors: a hundred times as fast and nearly exact, with 270 more bytes per vector.
-    - `ivfpq` groups vectors in cells, with one byte per eight numbers: for tens of millions, at some loss.
-
-    Args:
-        shards (`Sequence[Path]`): `.npy` files with vectors as rows, in order.
-        number (`int`): Number of vectors in all files; at least `MIN_IVFPQ` for `ivfpq`.
-        dimension (`int`): Length of a vector.
-        structure (`str`): One of the above.
-        dtype (`str`): Type of the stored vectors, `"float16"` or `"float32"`; no effect for `ivfpq`.
+    - `ivfpq` groups at least `MIN_IVFPQ` vectors in cells, with one byte per eight numbers, whatever the `dtype`: for
+      tens of millions, at some loss.
     """
     faiss = _faiss()
     code = DTYPES[dtype]
@@ -112,12 +100,7 @@ def write_faiss_index(index: Any, path: Path) -> None:
 
 
 def read_faiss_index(path: Path, mmap: bool) -> Any:
-    """
-    Reads a faiss index, memory-mapped if `mmap` is set.
-
-    Raises:
-        ValueError: The file is damaged or not a faiss index.
-    """
+    """Reads a faiss index, memory-mapped if `mmap` is set. Raises a `ValueError` if the file is damaged."""
     faiss = _faiss()
     try:
         return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mmap else 0)

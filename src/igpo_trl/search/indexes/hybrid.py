@@ -13,7 +13,7 @@ from .bm25 import KIND as BM25_KIND
 from .bm25 import BM25Index
 from .dense import KIND as DENSE_KIND
 from .dense import DenseIndex
-from .directory import Index, check_kind, new_index, read_manifest, write_manifest
+from .directory import Index, new_index, read_manifest, write_manifest
 from .passage_file import OFFSETS_FILE, PASSAGES_FILE, StoredPassages, fingerprint
 
 if TYPE_CHECKING:
@@ -151,8 +151,7 @@ class HybridIndex(Index):
                 passages.
         """
         directory = Path(directory)
-        manifest = read_manifest(directory)
-        check_kind(directory, manifest, KIND, VERSION)
+        manifest = read_manifest(directory, KIND, VERSION)
         parts: list[Any] = [load_index(directory / name, model=model, device=device) for name in manifest["parts"]]
         for name, part in zip(manifest["parts"], parts, strict=True):
             if len(part) != manifest["passages"]:

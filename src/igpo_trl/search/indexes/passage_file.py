@@ -32,18 +32,7 @@ def fingerprint(passages: Iterable[Passage]) -> str:
 
 
 class PassageWriter:
-    """
-    Writes passages as JSON Lines. On leaving the `with` block it also writes the byte offset of every line.
-
-    Example:
-
-    ```python
-    >>> with PassageWriter(directory) as writer:
-    ...     for passage in passages:
-    ...         writer.write(passage)
-    >>> len(writer), writer.fingerprint
-    ```
-    """
+    """Writes passages as JSON Lines. On leaving the `with` block it also writes the byte offset of every line."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -76,12 +65,7 @@ class PassageWriter:
 
 
 class StoredPassages(Sequence[Passage]):
-    """
-    Passages written by a [`PassageWriter`]. Its pickle contains only the name of their directory.
-
-    Raises:
-        ValueError: The offsets do not match the file.
-    """
+    """Passages written by a [`PassageWriter`]. Its pickle contains only the name of their directory."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory.resolve()

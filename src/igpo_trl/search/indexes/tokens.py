@@ -21,12 +21,7 @@ Shard = tuple[NDArray[np.int32], NDArray[np.int64]]
 
 
 class TokenIds:
-    """
-    Token ids of many texts at four bytes each; iterates over lists of ids, one per text.
-
-    Args:
-        shards (`list[Shard]`): The ids, in order.
-    """
+    """Token ids of many texts at four bytes each; iterates over lists of ids, one per text."""
 
     def __init__(self, shards: list[Shard]) -> None:
         self._shards = shards
@@ -44,18 +39,10 @@ class TokenIds:
 
 class CorpusTokenizer:
     """
-    Tokenizes many texts. Ids count up in the order in which words first appear.
+    Tokenizes many texts. Ids count up in the order in which words (or stems) first appear.
 
-    Args:
-        stopwords (`str`, *optional*): Language whose stop words are left out (a name that bm25s knows).
-        stemmer (`str`, *optional*): Language of the stemmer (a name that Snowball knows).
-        folder (`Path`, *optional*): Folder for the shards, and for those of an earlier attempt. By default nothing is
-            saved.
-        key (`Callable[[], str]`, *optional*): Identifies all texts so far: a saved shard is used only where its key is
-            the same.
-
-    Attributes:
-        vocabulary (`dict[str, int]`): The id of every word, or of every stem.
+    Shards are saved in `folder`, if given. Those of an earlier attempt are used where `key`, which identifies all
+    texts so far, returns the same.
     """
 
     def __init__(
@@ -114,13 +101,7 @@ class CorpusTokenizer:
 
 
 def make_stemmer(language: str | None) -> Any:
-    """
-    A Snowball stemmer, or `None` for none. It is cheap to make and must not be shared between threads.
-
-    Raises:
-        ValueError: There is none for this language.
-        ImportError: PyStemmer is not installed.
-    """
+    """A Snowball stemmer, or `None` for none. It is cheap to make and must not be shared between threads."""
     if language is None:
         return None
     stemmers = require("Stemmer", "BM25 search", "search")

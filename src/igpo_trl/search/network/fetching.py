@@ -56,20 +56,12 @@ class PageError(Exception):
 
 @dataclass(frozen=True)
 class Page:
-    """
-    The response of a server.
+    """The response of a server."""
 
-    Attributes:
-        url (`str`): Its address after redirects.
-        kind (`str`): Its content type, without parameters.
-        charset (`str`, *optional*): The encoding that the server names.
-        data (`bytes`): The body, or the beginning of it.
-    """
-
-    url: str
-    kind: str
-    charset: str | None
-    data: bytes
+    url: str  # after redirects
+    kind: str  # content type, without parameters
+    charset: str | None  # as the server names it
+    data: bytes  # the body, or the beginning of it
 
 
 def is_public(address: Address, allowed: Iterable[Network] = ()) -> bool:
@@ -83,10 +75,8 @@ def is_public(address: Address, allowed: Iterable[Network] = ()) -> bool:
 
 def check_page_url(text: str, allowed: Sequence[Network] = ()) -> httpx2.URL:
     """
-    Checks everything about an address that can be checked without a look-up.
-
-    Raises:
-        PageError: It is not a plain `http://` or `https://` address with a host name or a public IP address.
+    Checks everything about an address that can be checked without a look-up. Raises a [`PageError`] if it is not a
+    plain `http://` or `https://` address with a host name or a public IP address.
     """
     if len(text) > LONGEST_URL:
         raise PageError(f"the URL is longer than {LONGEST_URL} characters.")
@@ -119,12 +109,7 @@ def check_page_url(text: str, allowed: Sequence[Network] = ()) -> httpx2.URL:
 
 
 def resolve(host: str, port: int) -> list[str]:
-    """
-    The addresses of a host name.
-
-    Raises:
-        OSError: The name is unknown, or the look-up failed.
-    """
+    """The addresses of a host name."""
     return [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
@@ -141,18 +126,10 @@ def fetch(
     ssl_context: ssl.SSLContext | None = None,
 ) -> Page:
     """
-    Fetches a page.
+    Fetches the page with the address `text`, which must have one of the content types `kinds`.
 
-    Args:
-        text (`str`): Its address.
-        kinds (`Sequence[str]`): Content types to accept.
-        allowed (`Sequence` of networks, *optional*): Networks that may be reached although they are not public.
-        headers (`Sequence[tuple[str, str]]`, *optional*): Additional headers.
-        max_bytes, timeout, max_redirects, look_up, ssl_context:
-            As for [`PageReader`]. The timeout does not cover the look-up of names.
-
-    Raises:
-        PageError: The page is not allowed, cannot be fetched, or is of another kind.
+    Networks in `allowed` may be reached although they are not public. Limits, `look_up` and `ssl_context` are those of
+    [`PageReader`]; the timeout does not cover the look-up of names. Raises a [`PageError`].
     """
     backend = _CheckedBackend(look_up, lambda address: is_public(address, allowed), time.monotonic() + timeout)
     try:

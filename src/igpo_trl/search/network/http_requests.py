@@ -1,5 +1,6 @@
 """What the clients of web services share: a connection pool per process, a rate limit, retries, and precise errors."""
 
+import contextlib
 import email.utils
 import functools
 import json
@@ -37,13 +38,7 @@ class Secret(str):
 
 
 class ProcessClient:
-    """
-    An HTTP client per process, because a process and its forks must not share connections.
-
-    Args:
-        options:
-            Arguments of `httpx2.Client`.
-    """
+    """An `httpx2.Client` per process, because a process and its forks must not share connections."""
 
     def __init__(self, **options: Any) -> None:
         self._options = options
@@ -77,12 +72,7 @@ def _close(clients: dict[int, httpx2.Client]) -> None:
 
 
 class RateLimit:
-    """
-    Spaces the requests of all threads of a process evenly.
-
-    Args:
-        per_second (`float`, *optional*): Requests per second, `None` for no limit.
-    """
+    """Spaces the requests of all threads of a process evenly; `None` is for no limit."""
 
     def __init__(self, per_second: float | None) -> None:
         self._per_second = per_second
@@ -105,24 +95,14 @@ class RateLimit:
 
 
 def check_numbers(**values: float | None) -> None:
-    """
-    Checks options that must be positive.
-
-    Raises:
-        ValueError: A value is not above 0. (`None` means no limit and is valid.)
-    """
+    """Raises a `ValueError` for an option that is not above 0. (`None` means no limit and is valid.)"""
     for name, value in values.items():
         if value is not None and not value > 0:
             raise ValueError(f"got {name}={value}, expected more than 0.")
 
 
 def check_url(url: str, name: str = "url") -> httpx2.URL:
-    """
-    Checks the address of a service.
-
-    Raises:
-        ValueError: It is not an absolute `http://` or `https://` address.
-    """
+    """The parsed address of a service. Raises a `ValueError` if it is not an absolute HTTP or HTTPS address."""
     try:
         parsed = httpx2.URL(url)
     except (httpx2.InvalidURL, TypeError) as error:
@@ -153,21 +133,12 @@ def post_json(
     hint: str = "",
 ) -> Any:
     """
-    Posts JSON and decodes the JSON response.
+    Posts JSON and decodes the JSON response. Raises a [`SearchError`] if no attempt succeeds.
 
     Tries again, each time after a longer pause, if the service cannot be reached, takes too long, or responds with
-    status 429 or 5xx.
-
-    Args:
-        client, url, body, headers:
-            The request. Logs and errors show the address.
-        max_attempts (`int`): Maximum number of attempts.
-        secret (`str`, *optional*): A secret in the headers; it is replaced in responses and errors.
-        before_attempt (`Callable`, *optional*): Called before each attempt, for example to wait for a [`RateLimit`].
-        hint (`str`, *optional*): Appended to errors that suggest that this is another kind of service.
-
-    Raises:
-        SearchError: No attempt succeeded, or the response is not JSON.
+    status 429 or 5xx. Logs and errors show the address. A `secret` in the headers is replaced in responses and errors.
+    The `hint` is appended to errors that suggest that this is another kind of service. `before_attempt` may wait for a
+    [`RateLimit`].
     """
     request = f"POST {url.copy_with(userinfo=b'')}"
     content = json.dumps(body).encode()
@@ -222,14 +193,11 @@ def retry_after(value: str | None) -> float | None:
     """Seconds that a `Retry-After` header asks for, as a number or as a date. `None` if it is neither."""
     if value is None:
         return None
-    try:
+    with contextlib.suppress(ValueError):
         return max(0.0, float(value))
-    except ValueError:
-        pass
-    try:
+    with contextlib.suppress(ValueError):
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return None
+    return None
 
 
 def excerpt(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Collects the queries of concurrent requests and looks them up together."""
+"""Looks up the queries of concurrent requests in batches."""
 
 import asyncio
 import contextlib
@@ -32,11 +32,6 @@ class QueryBatcher:
     The first query waits up to `max_wait` seconds for others; while the index is being searched, the next batch
     accumulates. Must be used on the event loop that runs `run`. The index is searched in a thread, one batch at a
     time.
-
-    Args:
-        index (`Searchable`): What to search.
-        max_batch, max_wait, max_waiting:
-            As for [`create_app`].
     """
 
     def __init__(self, index: Searchable, max_batch: int, max_wait: float, max_waiting: int) -> None:
@@ -50,11 +45,8 @@ class QueryBatcher:
 
     async def search(self, queries: Sequence[str], k: int) -> list[list[Passage]]:
         """
-        The results of `index.search_batch(queries, k)`.
-
-        Raises:
-            Overloaded: Too many queries are waiting.
-            Exception: Whatever the index raises for one of these queries. Other requests are not affected.
+        The results of `index.search_batch(queries, k)`, whose errors do not affect other requests. Raises
+        [`Overloaded`] if too many queries are waiting.
         """
         if not queries:
             return []

@@ -30,17 +30,8 @@ class ResponseCache:
     JSON values by key in an SQLite file, or nowhere.
 
     Several threads, processes and machines (on a shared file system with locks) may use it at once: each operation
-    opens the file anew. It contains only text, so opening somebody else's file runs no code.
-
-    Args:
-        directory (`str` or `Path`, *optional*): Directory of the file; created if necessary. Without it, nothing is
-            stored or found.
-        mode (`str`, *optional*, defaults to `"live"`): `"live"`, `"record"` or `"replay"`; see [`CacheMode`].
-        missing (`str`, *optional*, defaults to `"error"`): `"error"` or `"empty"`; see [`Missing`].
-
-    Raises:
-        ValueError: `mode` or `missing` is unknown, the mode needs a directory, or the file is not a cache.
-        FileNotFoundError: There is nothing to replay.
+    opens the file anew. It contains only text, so opening somebody else's file runs no code. Without a `directory`,
+    nothing is stored or found.
     """
 
     def __init__(self, directory: str | Path | None, mode: CacheMode = "live", missing: Missing = "error") -> None:
@@ -74,12 +65,7 @@ class ResponseCache:
                 database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (_dump(key), _dump(value)))
 
     def check_miss(self, details: str) -> None:
-        """
-        Reports a request of the mode `"replay"` that is not in the cache; `details` ends the error message.
-
-        Raises:
-            CacheMiss: `missing` is `"error"`.
-        """
+        """Raises a [`CacheMiss`], whose message `details` ends, unless `missing` is `"empty"`."""
         if self.missing == "error":
             raise CacheMiss(f"not recorded in {self.file}{details}")
 
@@ -87,9 +73,8 @@ class ResponseCache:
     def _open(self, file: Path) -> Iterator[sqlite3.Connection]:
         address = f"{file.absolute().as_uri()}?mode={'ro' if self.mode == 'replay' else 'rwc'}"
         try:
-            with contextlib.closing(
-                sqlite3.connect(address, timeout=60.0, isolation_level=None, uri=True)
-            ) as database:
+            database = sqlite3.connect(address, timeout=60.0, isolation_level=None, uri=True)
+            with contextlib.closing(database):
                 yield database
         except sqlite3.OperationalError:  # locked, disk full, no permission
             raise

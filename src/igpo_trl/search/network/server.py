@@ -168,13 +168,7 @@ def _summary(index: Searchable) -> dict[str, Any]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """
-    Opens a socket that accepts connections.
-
-    Raises:
-        OSError: The address is not available.
-        ValueError: The port is out of range.
-    """
+    """Opens a socket that accepts connections. Raises an `OSError` if the address is not available."""
     if not 0 <= port <= 65535:
         raise ValueError(f"got port={port}, expected 0 to 65535.")
     try:
