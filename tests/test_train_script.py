@@ -235,6 +235,19 @@ def test_an_unreachable_search_server_is_reported_before_the_model_is_loaded(arg
         training.run_training(*parse([*arguments, "--index", "http://127.0.0.1:9"]))
 
 
+def test_the_corpus_of_a_recipe_may_be_missing_where_an_index_is_given(arguments, files, tmp_path):
+    script, config, model = parse([*arguments, "--corpus", str(tmp_path / "missing.jsonl")])
+    with pytest.raises(FileNotFoundError, match="missing.jsonl"):
+        training.check_arguments(script, config, model)
+    script.index = "http://127.0.0.1:9"
+    training.check_arguments(script, config, model)
+    script.index = str(tmp_path / "index")
+    with pytest.raises(FileNotFoundError, match="missing.jsonl"):  # it would be built
+        training.check_arguments(script, config, model)
+    BM25Index.build(files["corpus"], show_progress=False).save(script.index)
+    training.check_arguments(script, config, model)
+
+
 def test_missing_passages_are_refused(arguments):
     script, config, model = parse(arguments)
     script.corpus = None

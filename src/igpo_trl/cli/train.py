@@ -84,7 +84,9 @@ def check_arguments(script: ScriptArguments, training: IGPOConfig, model: ModelC
         )
     if script.corpus is None and script.index is None:
         raise ValueError("give `corpus` (passages) or `index` (an index of them, or a search server).")
-    if script.corpus is not None and not Path(script.corpus).is_file():
+    index = script.index or ""
+    builds_index = not ("://" in index or Path(index, "manifest.json").is_file())  # otherwise the corpus is not read
+    if script.corpus is not None and builds_index and not Path(script.corpus).is_file():
         raise FileNotFoundError(f"`corpus`: no such file: {script.corpus}")
     for name in ("questions", "eval_questions"):
         if (source := getattr(script, name)) is not None:
