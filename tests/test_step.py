@@ -100,17 +100,17 @@ def test_only_the_turns_that_a_gain_needs_are_scored():
 
 
 def test_from_beliefs_to_the_advantages_of_tokens():
-    """Gains .4 and .2: z = ±1. Outcomes 0 and 1: z = ∓1. Each turn adds up what follows: (1 - 1, -1), (-1 + 1, 1)."""
+    """Gains .4 and .2: z = ±1. Outcomes 0 and 1: z = ∓1. With γ = .5: (1 - .5, -1) and (-1 + .5, 1)."""
     step = make_step()
     step.set_beliefs([torch.tensor([0.1, 0.5]).log(), torch.tensor([0.1, 0.3]).log()])
     step.set_rewards(torch.tensor([[0.0, 5.0], [1.0, torch.nan]]), torch.tensor([1.0, 0.0]))
     step.gather(Accelerator(cpu=True))
-    step.set_advantages(normalization="separate")
-    torch.testing.assert_close(step.global_advantages, torch.tensor([[0.0, -1.0], [0.0, 1.0]]), atol=1e-5, rtol=0)
+    step.set_advantages(normalization="separate", gamma=0.5)
+    torch.testing.assert_close(step.global_advantages, torch.tensor([[0.5, -1.0], [-0.5, 1.0]]), atol=1e-5, rtol=0)
     tokens = step.token_advantages(torch.zeros(2, 8))  # TRL may pad to a multiple
     assert tokens.shape == (2, 8)
-    torch.testing.assert_close(tokens[0], torch.tensor([0.0, 0, 0, 0, 0, -1, 0, 0]), atol=1e-5, rtol=0)
-    assert tokens[1].abs().max() < 1e-5  # its last turn has no token to train
+    expected = torch.tensor([[0.5, 0.5, 0, 0, 0, -1, 0, 0], [-0.5, 0, 0, 0, 0, 0, 0, 0]])  # an empty turn has no token
+    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=0)
     metrics = step.metrics(lambda values: values, torch.device("cpu"))
     assert metrics["rollout/turns/mean"] == 2.0
     assert metrics["collapse/outcome"] == metrics["collapse/advantage"] == 0.0
@@ -141,6 +141,7 @@ def test_the_step_of_a_padded_batch_is_the_same():
     step, expected = Step.from_output([{}, {}], output, training=False), make_step()
     assert step.prompt_ids == expected.prompt_ids and step.completion_ids == expected.completion_ids
     assert torch.equal(step.turn_index, expected.turn_index) and step.turn_starts == expected.turn_starts
+    assert [record.group for record in trajectories_of(step, tiny.make_tokenizer())] == [0, 0]  # none in evaluation
 
 
 def test_a_truncated_rollout_keeps_its_turns(tmp_path):
