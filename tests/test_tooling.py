@@ -22,7 +22,7 @@ from transformers.utils import get_json_schema
 
 from igpo_trl.rollout import ToolCall, ToolErrorKind, ToolResult, ToolRunner, read_calls
 from igpo_trl.rollout import tool_rounds as rounds
-from igpo_trl.tools import ToolOptions, tool
+from igpo_trl.tools import ToolOptions, retry_pause, tool
 
 
 @pytest.fixture
@@ -543,7 +543,7 @@ def test_the_timeout_holds_for_all_attempts_together(runner, monkeypatch):
 
 def test_pauses_grow_and_have_jitter_and_a_limit():
     def pauses(attempt):
-        return [rounds._pause(type("State", (), {"attempt_number": attempt})) for _ in range(200)]
+        return [retry_pause(attempt, rounds.FIRST_PAUSE, rounds.LONGEST_PAUSE) for _ in range(200)]
 
     for attempt, expected in ((1, 0.5), (2, 1.0), (3, 2.0), (9, 10.0)):
         seconds = pauses(attempt)

@@ -224,7 +224,7 @@ def test_trains_on_a_search_server_and_on_several_sets(arguments, files, server,
     # The server gives the results of the index. (A model this small seldom makes a valid call.)
     script, *_ = parse([*others, *more])
     query = rows[0]["question"]
-    results = [passage.id for passage in training.load_index(script).search(query, 3)]
+    results = [passage.id for passage in training.open_or_build_index(script).search(query, 3)]
     assert results == [passage.id for passage in BM25Index.load(tmp_path / "served").search(query, 3)] != []
     assert not (tmp_path / "cache").exists()
 
@@ -257,12 +257,12 @@ def test_missing_passages_are_refused(arguments):
 
 def test_index_is_built_once_per_corpus(arguments, files, tmp_path, monkeypatch):
     script, *_ = parse([*arguments, "--corpus", str(write(tmp_path / "c.jsonl", world()[0]))])
-    assert len(training.load_index(script)) == 12
+    assert len(training.open_or_build_index(script)) == 12
     with monkeypatch.context() as patch:
         patch.setattr(BM25Index, "build", lambda *_, **__: pytest.fail("the index was built again"))
-        assert len(training.load_index(script)) == 12
+        assert len(training.open_or_build_index(script)) == 12
     write(tmp_path / "c.jsonl", world()[0][:3])
-    assert len(training.load_index(script)) == 3
+    assert len(training.open_or_build_index(script)) == 3
 
 
 def test_a_second_run_waits_for_an_index_that_is_being_built(arguments, monkeypatch):
@@ -276,21 +276,21 @@ def test_a_second_run_waits_for_an_index_that_is_being_built(arguments, monkeypa
 
     monkeypatch.setattr(bm25, "_index", build_slowly)
     with ThreadPoolExecutor(2) as pool:
-        indexes = list(pool.map(training.load_index, [script, script]))
+        indexes = list(pool.map(training.open_or_build_index, [script, script]))
     assert [len(index) for index in indexes] == [12, 12]
     assert len(calls) == 1
 
 
 def test_a_damaged_index_is_rebuilt_in_the_cache_and_reported_elsewhere(arguments, tmp_path):
     script, *_ = parse(arguments)
-    training.load_index(script)
+    training.open_or_build_index(script)
     (cached,) = (tmp_path / "cache/bm25").iterdir()
     (cached / "vocab.index.json").write_text("{}")
-    assert len(training.load_index(script)) == 12
+    assert len(training.open_or_build_index(script)) == 12
     (cached / "vocab.index.json").write_text("{}")
     script.index = str(cached)
     with pytest.raises(ValueError, match="incomplete"):
-        training.load_index(script)
+        training.open_or_build_index(script)
 
 
 @pytest.mark.parametrize("name", ["think", "no_think", "none", "Be brief."])

@@ -1,10 +1,15 @@
 """Options of a tool, attached to its function by the decorator [`tool`]."""
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+#: The jitter of retries. tenacity's draws from the global generator, and a retry must not change the random numbers of
+#: a run; from the system, so that forked processes do not wait in step.
+JITTER = random.SystemRandom()
 
 
 @dataclass(frozen=True)
@@ -93,3 +98,8 @@ def options_of(function: Callable[..., Any]) -> ToolOptions:
     """The options attached to a tool (for a method, to its function), or else the defaults."""
     options = getattr(function, "tool_options", None)
     return options if isinstance(options, ToolOptions) else ToolOptions()
+
+
+def retry_pause(attempt: int, first: float, longest: float) -> float:
+    """Seconds to wait after a failed attempt (1, 2, …): doubled each time up to `longest`, with a jitter of ±50 %."""
+    return min(first * 2 ** (attempt - 1), longest) * JITTER.uniform(0.5, 1.5)

@@ -350,7 +350,7 @@ class IGPOTrainer(GRPOTrainer):
             return metrics
         averages = {}
         for name in ("f1", "exact_match", "reward"):
-            values = [metrics.get(f"{metric_key_prefix}_{of}_{name}") for of in sets]
+            values = [metrics.get(f"{metric_key_prefix}_{set_name}_{name}") for set_name in sets]
             if values and all(value is not None for value in values):
                 averages[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
         self.log(dict(averages))

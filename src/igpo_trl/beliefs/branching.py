@@ -204,13 +204,13 @@ def _masked_attention(base: Any) -> Iterator[str]:
     own = base.config._attn_implementation
     config = base.config.get_text_config()
     plain = getattr(base, "_supports_sdpa", True) and not getattr(config, "attn_logit_softcapping", None)
-    wanted = "sdpa" if plain and own != "eager" else "eager"
-    if wanted != own:
-        base.set_attn_implementation(wanted)  # a name in the config, read at each call: weights are not touched
+    masked = "sdpa" if plain and own != "eager" else "eager"
+    if masked != own:
+        base.set_attn_implementation(masked)  # a name in the config, read at each call: weights are not touched
     try:
-        yield wanted
+        yield masked
     finally:
-        if wanted != own:
+        if masked != own:
             base.set_attn_implementation(own)
 
 

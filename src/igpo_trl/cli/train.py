@@ -140,7 +140,7 @@ def split_by_set(questions: "Dataset") -> "dict[str, Dataset] | Dataset":
     return {name: questions.filter(lambda own, name=name: own == name, input_columns="dataset") for name in names}
 
 
-def load_index(script: ScriptArguments) -> Searchable:
+def open_or_build_index(script: ScriptArguments) -> Searchable:
     """Opens what to search. If there is no index yet, builds a BM25 index of the corpus first."""
     if script.index is not None and "://" in script.index:
         server = open_search(script.index)
@@ -184,7 +184,7 @@ def record_evaluation(trainer: IGPOTrainer, name: str) -> None:
         return {key: metrics[f"{prefix}_{of}"] for key, of in columns.items() if f"{prefix}_{of}" in metrics}
 
     scores = {set_name: scores_under(f"eval_{set_name}") for set_name in sets} or {"": scores_under("eval")}
-    mean = {key: sum(of[key] for of in scores.values()) / len(scores) for key in next(iter(scores.values()))}
+    mean = {key: sum(row[key] for row in scores.values()) / len(scores) for key in next(iter(scores.values()))}
     if trainer.accelerator.is_main_process:
         path = Path(trainer.args.output_dir) / "evaluation.json"
         results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -204,7 +204,7 @@ def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConf
     if PartialState().is_main_process:
         check_questions(train_dataset, eval_dataset)
     with PartialState().main_process_first():
-        index = load_index(script)
+        index = open_or_build_index(script)
 
     training.model_init_kwargs = {
         "revision": model.model_revision,

@@ -51,8 +51,8 @@ def has_answer(texts: Iterable[str], answers: Sequence[str]) -> bool:
             Passages, or results of tools.
         answers (sequence of `str`): The gold answer and its aliases.
     """
-    wanted = [words for words in map(_words, answers) if words.strip()]
-    return any(words in text for text in map(_words, texts) for words in wanted)
+    answer_words = [words for words in map(_words, answers) if words.strip()]
+    return any(words in text for text in map(_words, texts) for words in answer_words)
 
 
 def is_searchable(answers: Sequence[str]) -> bool:

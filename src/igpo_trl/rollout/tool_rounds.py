@@ -4,7 +4,6 @@ import asyncio
 import inspect
 import logging
 import math
-import random
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import anyio.lowlevel
 import anyio.to_thread
 import tenacity
 
-from ..tools import ToolOptions, options_of
+from ..tools import ToolOptions, options_of, retry_pause
 from .tool_calls import ToolCall, signature_of
 from .tool_results import ToolErrorKind, ToolResult, as_text, describe, error_result, show
 
@@ -181,7 +180,7 @@ class Round:
             retrying = tenacity.AsyncRetrying(
                 retry=tenacity.retry_if_result(lambda outcome: isinstance(outcome.error, options.retry_on)),
                 stop=tenacity.stop_after_attempt(options.max_attempts),
-                wait=_pause,
+                wait=lambda state: retry_pause(state.attempt_number, FIRST_PAUSE, LONGEST_PAUSE),
                 sleep=anyio.sleep,
                 retry_error_callback=lambda state: state.outcome.result(),  # type: ignore[union-attr]
             )
@@ -270,13 +269,3 @@ def _freeze(value: Any) -> Hashable:
         return type(value), tuple(map(_freeze, value))
     hash(value)
     return type(value), value
-
-
-def _pause(state: tenacity.RetryCallState) -> float:
-    """Seconds before the next attempt: exponential, with jitter of ±50 %."""
-    return min(FIRST_PAUSE * 2 ** (state.attempt_number - 1), LONGEST_PAUSE) * _jitter.uniform(0.5, 1.5)
-
-
-# tenacity's waits with jitter draw from the global generator, and a retry must not change the random numbers of a
-# training run.
-_jitter = random.Random()

@@ -5,7 +5,6 @@ import email.utils
 import functools
 import json
 import os
-import random
 import re
 import threading
 import time
@@ -16,12 +15,12 @@ from typing import Any, NamedTuple
 import httpx2
 import tenacity
 
+from ...tools import JITTER, retry_pause
+
 FIRST_PAUSE = 0.5  # seconds before the second attempt; doubled before each further one
 LONGEST_PAUSE = 10.0
 LONGEST_WAIT = 60.0  # a longer `Retry-After` than this ends the request
 EXCERPT = 200  # characters of a response that an error shows
-
-_random = random.SystemRandom()  # a retry must not change the random numbers of a run, nor forks wait in step
 
 
 class SearchError(RuntimeError):
@@ -183,10 +182,8 @@ def _pause(state: tenacity.RetryCallState) -> float:
     """Seconds before the next attempt: those that the service asked for, or exponential with jitter."""
     outcome: _Outcome = state.outcome.result()  # type: ignore[union-attr]
     if outcome.pause is not None:
-        return outcome.pause * _random.uniform(1.0, 1.1)
-    # tenacity's waits with jitter draw from the global generator.
-    exponential = tenacity.wait_exponential(multiplier=FIRST_PAUSE, max=LONGEST_PAUSE)
-    return exponential(state) * _random.uniform(0.5, 1.5)
+        return outcome.pause * JITTER.uniform(1.0, 1.1)
+    return retry_pause(state.attempt_number, FIRST_PAUSE, LONGEST_PAUSE)
 
 
 def retry_after(value: str | None) -> float | None:

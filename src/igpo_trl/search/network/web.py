@@ -104,13 +104,13 @@ class WebSearch(Retriever):
             cached = self._cache.get(self._cache_key(text))
             if cached is not None and cached["num"] >= k:  # more results than needed serve as well
                 hits[text] = cached["organic"]
-        wanted = [text for text in dict.fromkeys(texts) if text not in hits]
-        if wanted and self._cache.mode == "replay":
-            more = f" and {len(wanted) - 1} more" if len(wanted) > 1 else ""
-            self._cache.check_miss(f" with k={k}: {wanted[0][:200]!r}{more}.")
-            hits.update(dict.fromkeys(wanted, []))
-        elif wanted:
-            hits.update(self._fetch_all(wanted, k))
+        misses = [text for text in dict.fromkeys(texts) if text not in hits]
+        if misses and self._cache.mode == "replay":
+            more = f" and {len(misses) - 1} more" if len(misses) > 1 else ""
+            self._cache.check_miss(f" with k={k}: {misses[0][:200]!r}{more}.")
+            hits.update(dict.fromkeys(misses, []))
+        elif misses:
+            hits.update(self._fetch_all(misses, k))
         return [
             [Passage(hit["link"], hit["title"], hit["snippet"], 1.0 / (i + 1)) for i, hit in enumerate(hits[text][:k])]
             for text in texts
