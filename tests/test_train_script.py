@@ -172,7 +172,7 @@ def test_grpo_has_the_rollouts_and_the_evaluation_of_igpo(arguments, tmp_path):
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_loaded(arguments, monkeypatch, options, error, message):
-    monkeypatch.setattr(training, "load_index", lambda script: pytest.fail("the index was loaded"))
+    monkeypatch.setattr(training, "open_or_build_index", lambda script: pytest.fail("the index was loaded"))
     with pytest.raises(error, match=message):
         training.run_training(*parse([*arguments, *options]))
 
