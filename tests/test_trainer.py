@@ -689,3 +689,36 @@ def test_answers_are_scored_in_evaluation_whatever_the_reward(make):
         eval_dataset=without, info_gain_weight=0.0, reward_funcs=lambda completions, **_: [0.0] * len(completions)
     ).evaluate()
     assert "eval_reward" in metrics and "eval_f1" not in metrics
+
+
+# What would be wrong without a word
+
+
+@pytest.mark.parametrize("normalization", ["joint", "separate", "per_turn", "critic"])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
+def test_an_infinite_reward_counts_as_missing(make, caplog, normalization, value):
+    """One of eight rewards is infinite: the others are trained on, and a warning names the function."""
+
+    def broken(completions, **_):
+        return [value, 1.0, 0.0, 1.0]
+
+    trainer = make(normalization=normalization, reward_funcs=[broken, answer_reward], reward_weights=[1.0, 1.0])
+    before = parameters_of(trainer)
+    with caplog.at_level("WARNING", "igpo_trl"):
+        trainer.train()
+    assert "1 infinite rewards of broken" in caplog.text
+    assert trainer.current_step.global_rewards.isnan().tolist() == [[True, False]] + [[False, False]] * 3
+    after = parameters_of(trainer)
+    assert all(weights.isfinite().all() for weights in after.values())
+    assert any(not torch.equal(weights, before[name]) for name, weights in after.items())
+
+
+def test_a_frozen_adapter_is_refused(make, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    get_peft_model(tiny.make_model("qwen3"), LoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
+    trainer = make(model=PeftModel.from_pretrained(tiny.make_model("qwen3"), tmp_path / "adapter"))
+    with pytest.raises(ValueError, match="Training would change nothing.*is_trainable=True"):
+        trainer.train()
+    trainable = PeftModel.from_pretrained(tiny.make_model("qwen3"), tmp_path / "adapter", is_trainable=True)
+    make(model=trainable).train()

@@ -81,6 +81,15 @@ def check_processing_class(processing_class: Any, uses_tools: bool) -> None:
         )
 
 
+def check_trainable(model: Any) -> None:
+    """Raise `ValueError` if all parameters of the model are frozen."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"Training would change nothing: all parameters of this {type(model).__name__} are frozen. Load an "
+            "adapter with `PeftModel.from_pretrained(..., is_trainable=True)`, or pass a `peft_config`."
+        )
+
+
 def check_conversational(dataset: Dataset | IterableDataset) -> None:
     row: dict[str, Any] = next(iter(dataset), {})
     if isinstance(row.get("prompt"), str):

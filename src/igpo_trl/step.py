@@ -1,5 +1,6 @@
 """One generation batch, from its rollouts to its advantages: what the hooks of a training step hand to each other."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,8 @@ from .rollout.kv_cache import PrefixCache
 from .rollout.loop import Rollout
 from .rollout.round_log import RoundLog
 from .turns import expand_to_tokens, gain_spans, information_gain, turn_spans
+
+logger = logging.getLogger(__name__)
 
 SCORES = {"f1": f1_score, "exact_match": exact_match}
 
@@ -152,11 +155,32 @@ class Step:
 
     # ----------------------------------------------------------------------------------------- outcomes and beliefs
 
-    def set_rewards(self, global_rewards: torch.Tensor, weights: torch.Tensor) -> None:
-        """Take over the gathered values of the reward functions, and add them up as TRL does."""
+    def set_rewards(
+        self, global_rewards: torch.Tensor, weights: torch.Tensor, names: Sequence[str] = ()
+    ) -> torch.Tensor:
+        """
+        Take over the gathered values of the reward functions, and add them up as TRL does.
+
+        Args:
+            global_rewards (`torch.Tensor` of shape (N, reward functions)): NaN where a function does not apply.
+            weights (`torch.Tensor` of shape (reward functions,)): of the sum.
+            names (list of `str`, *optional*): of the functions, for the warning about infinite values.
+
+        Returns:
+            `torch.Tensor` of shape (N, reward functions): the rewards, with NaN in place of infinite ones, any of
+                which would make all weights of the model NaN.
+        """
+        if (infinite := global_rewards.isinf()).any():
+            logger.warning(
+                "%d infinite rewards of %s count as missing. Return a finite number, or None for no reward.",
+                int(infinite.sum()),
+                ", ".join(name for name, bad in zip(names, infinite.any(dim=0).tolist(), strict=False) if bad),
+            )
+            global_rewards = global_rewards.masked_fill(infinite, torch.nan)
         self.global_rewards = global_rewards
         total = (global_rewards * weights.to(global_rewards.device)).nansum(dim=1)
         self.global_outcome = total.masked_fill(global_rewards.isnan().all(dim=1), torch.nan)
+        return global_rewards
 
     def score_ended_rollouts(self, scorer: BeliefScorer, model: nn.Module, rollouts: Sequence[Rollout]) -> None:
         """Score the beliefs of rollouts that have ended against the part of the KV cache that they leave."""

@@ -14,7 +14,13 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .beliefs.scorer import KVCapture
-from .checks import check_before_loading, check_tool_names, check_trl_version, environment_rewards
+from .checks import (
+    check_before_loading,
+    check_tool_names,
+    check_trainable,
+    check_trl_version,
+    environment_rewards,
+)
 from .components import (
     can_reuse_prefixes,
     context_length,
@@ -49,11 +55,9 @@ class IGPOTrainer(GRPOTrainer):
     - Metrics of gains, beliefs, turns and collapse; optional records of every rollout (`save_trajectories`).
 
     With `info_gain_weight=0` (and a mode other than `"critic"`) no belief is scored and the advantages are GRPO's,
-    bit for bit. Evaluation scores beliefs only with `belief_at_eval`.
-
-    Evaluation reports `eval_f1` and `eval_exact_match` of the answers whatever the reward functions are, and with a
-    dict of data sets `eval_<set>_f1` and so on, with their averages over the sets as `eval_f1` and so on. `evaluate`
-    returns every metric, so that `metric_for_best_model` can name any of them.
+    bit for bit. Evaluation scores beliefs only with `belief_at_eval`. It reports `eval_f1` and `eval_exact_match`
+    whatever the reward functions are; with a dict of data sets `eval_<set>_f1` and so on, and their averages.
+    `evaluate` returns every metric, so that `metric_for_best_model` can name any of them.
 
     The hooks of TRL that are overridden, in the order in which one step calls them. They share one [`Step`].
 
@@ -69,8 +73,8 @@ class IGPOTrainer(GRPOTrainer):
 
     Args:
         model (`str` or `PreTrainedModel` or `PeftModel`): as in `GRPOTrainer`; text models only.
-        reward_funcs (*optional*): as in `GRPOTrainer`. Defaults to [`answer_reward`] on `args.answer_column`, unless
-            the environment owns the reward (`get_reward`).
+        reward_funcs (*optional*): as in `GRPOTrainer`. Defaults to [`answer_reward`], unless the environment owns the
+            reward (`get_reward`).
         args ([`IGPOConfig`], *optional*): configuration.
         train_dataset (`Dataset` or `IterableDataset`): needs the columns `prompt` and `args.answer_column`.
         eval_dataset (*optional*), processing_class (*optional*): as in `GRPOTrainer`.
@@ -258,9 +262,7 @@ class IGPOTrainer(GRPOTrainer):
         with replaced_generate(model, self.current_step.kv_cache, rollouts, max_new_tokens):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
 
-    def sample_turns(
-        self, contexts: list[list[int]], rollouts: list[int], max_new_tokens: int
-    ) -> tuple[list[list[int]], list[list[float]] | None]:
+    def sample_turns(self, contexts: list[list[int]], rollouts: list[int], max_new_tokens: int) -> Any:
         """What [`RolloutLoop`] samples with."""
         return self._generate_single_turn(
             contexts, None, {}, num_generations=1, rollouts=rollouts, max_new_tokens=max_new_tokens
@@ -328,8 +330,7 @@ class IGPOTrainer(GRPOTrainer):
     ) -> torch.Tensor:
         global_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self.current_step.completions = completions
-        self.current_step.set_rewards(global_rewards, self.reward_weights)
-        return global_rewards
+        return self.current_step.set_rewards(global_rewards, self.reward_weights, self.reward_func_names)
 
     def _replace_logged_advantages(self, step: Step) -> None:
         """The parent has already logged its scalar advantages: log the means of those that are used."""
@@ -339,7 +340,11 @@ class IGPOTrainer(GRPOTrainer):
         self._logs["advantages"].clear()
         self._logs["advantages"].extend(logged)
 
-    # --------------------------------------------------------------------------------------------------- evaluation
+    # -------------------------------------------------------------------------------------- training and evaluation
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        check_trainable(self.model)
+        return super().train(*args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
