@@ -628,6 +628,7 @@ def test_warning_without_tools_or_environment(make):
         ({"std_floor": -1.0}, "got -1.0"),
         ({"belief_tokens_per_batch": 0}, "got 0"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "got 'normalize_then_sum'"),
+        ({"importance_sampling_level": "sequence"}, "credit of its turns is lost.*got 'sequence'"),
     ],
 )
 def test_config_rejects(make, options, message):

@@ -259,6 +259,12 @@ class IGPOConfig(GRPOConfig):
             )
         if self.std_floor < 0:
             raise ValueError(f"`std_floor` must not be negative, got {self.std_floor}.")
+        if self.importance_sampling_level != "token" and self.uses_beliefs:
+            raise ValueError(
+                "With one importance ratio per sequence the gradient depends on the sum of a rollout's advantages alone "
+                "and the credit of its turns is lost: `importance_sampling_level` must be 'token', got "
+                f"{self.importance_sampling_level!r}."
+            )
         if self.multi_objective_aggregation != "sum_then_normalize" and self.uses_beliefs:
             raise ValueError(
                 "IGPO normalises the summed outcome itself, so `multi_objective_aggregation` must be "
