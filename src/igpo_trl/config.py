@@ -261,7 +261,7 @@ class IGPOConfig(GRPOConfig):
             raise ValueError(f"`std_floor` must not be negative, got {self.std_floor}.")
         if self.importance_sampling_level != "token" and self.uses_beliefs:
             raise ValueError(
-                "With one importance ratio per sequence the gradient depends on the sum of a rollout's advantages only, "
+                "With one ratio per sequence the gradient depends on the sum of a rollout's advantages only, "
                 "and the credit of its turns is lost: `importance_sampling_level` must be 'token', got "
                 f"{self.importance_sampling_level!r}."
             )
