@@ -54,9 +54,9 @@ def trajectories_of(
 def turns_of(step: Step, i: int, tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
     """Decoded turns of rollout i with their beliefs and gains."""
     ids, starts = step.completion_ids[i], step.turn_starts[i]
+    lengths = torch.bincount(step.turn_index[i] + 1, minlength=len(starts) + 1)[1:].tolist()  # index -1 is no turn
     turns = []
-    for k, (start, end) in enumerate(zip(starts, [*starts[1:], len(ids)], strict=True)):
-        length = int((step.turn_index[i] == k).sum())
+    for k, (start, end, length) in enumerate(zip(starts, [*starts[1:], len(ids)], lengths, strict=True)):
         turns.append(
             Turn(
                 text=tokenizer.decode(ids[start : start + length]),
