@@ -1,6 +1,5 @@
 """[`IGPOTrainer`]: TRL's `GRPOTrainer` with turn-level advantages from information gain."""
 
-import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from transformers import AutoProcessor, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -22,21 +21,24 @@ from .checks import (
     environment_rewards,
 )
 from .components import (
+    PAPER,
     can_reuse_prefixes,
     context_length,
     declare_output_head,
     limit_generation,
+    load_processing_class,
     make_belief_scorer,
     make_rollout_loop,
 )
 from .config import IGPOConfig
-from .records import completion_columns, trajectories_of
+from .records import completion_columns, replace_logged_advantages, trajectories_of
 from .rewards import make_answer_reward
 from .rollout.kv_cache import PrefixCache, replaced_generate
 from .rollout.loop import Rollout, SampledTurns
 from .rollout.tool_calls import parser_errors_as_value_errors
 from .step import Step
 from .trajectory import drop_later, write_jsonl
+from .turns import old_log_probs_of_turn_ratios
 
 
 class IGPOTrainer(GRPOTrainer):
@@ -69,6 +71,7 @@ class IGPOTrainer(GRPOTrainer):
     | `_tool_call_loop` | runs tools one rollout at a time | hands the rollouts to [`RolloutLoop`]; scores those that end | before 1.8 |
     | `_get_per_token_logps_and_entropies` | log-probabilities of the completions | scores beliefs against the cache of the old log-probabilities' forward | 1.15 |
     | `_calculate_rewards` | calls the reward functions, gathers | keeps the result as the outcome | before 1.8 |
+    | `_compute_loss` | loss of one microbatch | one ratio per turn with `importance_sampling_level="turn"` | before 1.8 |
     | `evaluate`, `evaluation_loop` | evaluate one data set | return every metric; average over sets | before 1.8 |
 
     Args:
@@ -90,19 +93,7 @@ class IGPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "igpo"]
     _name = "IGPO"
-    _paper = {
-        "title": "Information Gain-based Policy Optimization: "
-        "A Simple and Effective Approach for Multi-Turn LLM Agents",
-        "id": "2510.14967",
-        "citation": textwrap.dedent("""\
-            @inproceedings{wang2026igpo,
-                title        = {{Information Gain-based Policy Optimization: A Simple and Effective Approach for Multi-Turn LLM Agents}},
-                author       = {Guoqing Wang and Sunhao Dai and Guangze Ye and Zeyu Gan and Wei Yao and Yong Deng and Xiaofeng Wu and Zhenzhe Ying},
-                year         = 2026,
-                booktitle    = {International Conference on Learning Representations},
-                eprint       = {arXiv:2510.14967},
-            }"""),  # noqa: E501
-    }
+    _paper = PAPER
 
     def __init__(
         self,
@@ -123,13 +114,7 @@ class IGPOTrainer(GRPOTrainer):
                 f"`args` must be an IGPOConfig, got {type(args).__name__}. It takes every argument of GRPOConfig."
             )
         if processing_class is None:
-            processing_class = AutoProcessor.from_pretrained(
-                model_id,
-                revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
-                truncation_side="left",
-                padding_side="left",
-                trust_remote_code=args.trust_remote_code,
-            )
+            processing_class = load_processing_class(model, model_id, args)
         tools, environments = kwargs.get("tools"), kwargs.get("environment_factory")
         if not tools and not environments and kwargs.get("rollout_func") is None:
             warnings.warn(
@@ -149,6 +134,9 @@ class IGPOTrainer(GRPOTrainer):
         )
         # Nobody reports which tools the turns of a `rollout_func` call.
         check_tool_names(args.info_gain_tools, [] if self.rollout_func is not None else self.tools)
+        self._turn_ratio_inputs: dict[str, Any] | None = None
+        if args.importance_sampling_level == "turn":
+            self.importance_sampling_level = "token"  # the parent's part of it, see `_compute_loss`
         self.current_step = Step([], training=False)  # the current generation batch
         limit_generation(self)
         self._belief_scorer = make_belief_scorer(self)
@@ -203,7 +191,7 @@ class IGPOTrainer(GRPOTrainer):
                 gae_lambda=args.gae_lambda,
             )
             output["advantages"] = step.token_advantages(output["completion_ids"])
-            self._replace_logged_advantages(step)
+            replace_logged_advantages(self._logs["advantages"], step)
             if args.info_gain_weight_end is not None:
                 metrics["info_gain_weight"].append(gain_weight)
             if args.outcome_weight_end is not None:
@@ -319,7 +307,14 @@ class IGPOTrainer(GRPOTrainer):
                 # The same forward, by the parent; its keys and values are kept until its rows are scored.
                 padding = attention_mask.argmax(dim=1).tolist()
                 model = KVCapture(model, lambda *rows: self._score_captured_rows(padding, *rows))
-        return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
+        log_probs, *others = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, *args, **kwargs
+        )
+        if (inputs := self._turn_ratio_inputs) is not None:
+            sampled_mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+            old_log_probs = inputs.get("old_per_token_logps", log_probs.detach())  # the same while on-policy
+            inputs["old_per_token_logps"] = old_log_probs_of_turn_ratios(log_probs, old_log_probs, sampled_mask)
+        return log_probs, *others
 
     def _score_captured_rows(self, padding: list[int], cache: Any, first: int, size: int) -> None:
         with self.accelerator.autocast():
@@ -332,13 +327,15 @@ class IGPOTrainer(GRPOTrainer):
         self.current_step.completions = completions
         return self.current_step.set_rewards(global_rewards, self.reward_weights, self.reward_func_names)
 
-    def _replace_logged_advantages(self, step: Step) -> None:
-        """The parent has already logged its scalar advantages: log the means of those that are used."""
-        assert step.global_advantages is not None
-        means = (step.global_advantages.sum(dim=1) / step.global_num_turns).tolist()
-        logged = list(self._logs["advantages"])[: -len(means)] + means
-        self._logs["advantages"].clear()
-        self._logs["advantages"].extend(logged)
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        if self.args.importance_sampling_level != "turn":
+            return super()._compute_loss(model, inputs)
+        # The parent takes token ratios to `old_per_token_logps`, and reads these after its forward, the hook above.
+        self._turn_ratio_inputs = dict(inputs)
+        try:
+            return super()._compute_loss(model, self._turn_ratio_inputs)
+        finally:
+            self._turn_ratio_inputs = None
 
     # -------------------------------------------------------------------------------------- training and evaluation
 
