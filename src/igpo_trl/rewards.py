@@ -320,6 +320,8 @@ def _harmonic_mean(common: int, num_predicted: int, num_gold: int) -> float:
 
 
 def _aliases(answers: str | Sequence[str], where: str = "`answers`") -> Sequence[str]:
+    if hasattr(answers, "tolist"):  # an array of NumPy
+        answers = answers.tolist()
     aliases = [answers] if isinstance(answers, str) else answers
     if not isinstance(aliases, Sequence) or not all(isinstance(alias, str) for alias in aliases):
         raise TypeError(
