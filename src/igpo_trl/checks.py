@@ -156,3 +156,9 @@ def check_tool_names(wanted: Sequence[str] | None, tools: Iterable[Callable[...,
             f"`info_gain_tools` names {', '.join(sorted(unknown))}, got the tools "
             f"{', '.join(sorted(names)) or 'none'}. Give names of this trainer's tools."
         )
+
+
+def refuse_images(images: Any) -> None:
+    """Raise a `ValueError` if a prompt or a tool has brought images."""
+    if images:
+        raise ValueError("IGPOTrainer supports text only, got prompts with images.")

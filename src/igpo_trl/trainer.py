@@ -19,6 +19,7 @@ from .checks import (
     check_trainable,
     check_trl_version,
     environment_rewards,
+    refuse_images,
 )
 from .components import (
     PAPER,
@@ -29,12 +30,15 @@ from .components import (
     load_processing_class,
     make_belief_scorer,
     make_rollout_loop,
+    max_turn_length,
+    samples_in_step,
 )
 from .config import IGPOConfig
 from .records import completion_columns, replace_logged_advantages, trajectories_of
 from .rewards import make_answer_reward
 from .rollout.kv_cache import PrefixCache, replaced_generate
 from .rollout.loop import Rollout, SampledTurns
+from .rollout.sampling import sample_within_context
 from .rollout.tool_calls import parser_errors_as_value_errors
 from .step import Step
 from .trajectory import drop_later, write_jsonl
@@ -228,32 +232,36 @@ class IGPOTrainer(GRPOTrainer):
         prompt_ids: list[list[int]],
         images: Any,
         multimodal_fields: Any,
-        *args: Any,
+        num_generations: int,
+        *,
         rollouts: Sequence[int] | None = None,
         max_new_tokens: int | None = None,
-        **kwargs: Any,
     ) -> Any:
         """As the parent's; `rollouts` are the indices of the rollouts that continue, all of them in the first turn."""
-        self._refuse_images(images)
-        if self.use_vllm or self.use_transformers_continuous_batching:
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
-        if max_new_tokens is None:
-            longest = context_length(self)
-            max_new_tokens = max(longest - len(ids) for ids in prompt_ids)
-            if max_new_tokens < 1:
-                raise ValueError(
-                    f"A prompt has {max(map(len, prompt_ids))} tokens, which leaves no room in the model's context of "
-                    f"{longest} tokens. Shorten the prompts, or use a model with a longer context."
-                )
+        refuse_images(images)
+        if self.use_transformers_continuous_batching:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations)
+        sample_prompts = super()._generate_single_turn
         rollouts = range(len(prompt_ids)) if rollouts is None else rollouts
-        model = self.accelerator.unwrap_model(self.model_wrapped)
-        with replaced_generate(model, self.current_step.kv_cache, rollouts, max_new_tokens):
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        model = None if self.use_vllm else self.accelerator.unwrap_model(self.model_wrapped)
 
-    def sample_turns(self, contexts: list[list[int]], rollouts: list[int], max_new_tokens: int) -> Any:
-        """What [`RolloutLoop`] samples with."""
-        return self._generate_single_turn(
-            contexts, None, {}, num_generations=1, rollouts=rollouts, max_new_tokens=max_new_tokens
+        def generate(rows: list[int], prompts: list[list[int]], length: int) -> Any:
+            # The parent's server samples `num_generations` turns of each different prompt; later pieces differ.
+            each = num_generations if prompts == prompt_ids else 1
+            if model is None:
+                self.vllm_generation.max_completion_length = length
+                return sample_prompts(prompts, None, multimodal_fields, each)
+            with replaced_generate(model, self.current_step.kv_cache, [rollouts[i] for i in rows], length):
+                return sample_prompts(prompts, None, multimodal_fields, each)
+
+        return sample_within_context(
+            generate,
+            prompt_ids,
+            max_turn_length(self) if max_new_tokens is None else max_new_tokens,
+            context_length(self),
+            [*self.eos_token_ids, self._tokenizer.pad_token_id],
+            max_over_ranks=self.max_over_ranks if samples_in_step(self) else int,
+            same_number_on_ranks=self.use_vllm and samples_in_step(self),
         )
 
     def _tool_call_loop(
@@ -266,7 +274,7 @@ class IGPOTrainer(GRPOTrainer):
         images: Any,
         multimodal_fields: Any,
     ) -> Any:
-        self._refuse_images(images)
+        refuse_images(images)
         assert self._rollout_loop is not None  # the parent comes here only if there are tools
         rollouts = [
             Rollout(
@@ -378,11 +386,6 @@ class IGPOTrainer(GRPOTrainer):
 
     def max_over_ranks(self, number: int) -> int:
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
-
-    @staticmethod
-    def _refuse_images(images: Any) -> None:
-        if images:
-            raise ValueError("IGPOTrainer supports text only, got prompts with images.")
 
 
 class _DropLaterRecords(TrainerCallback):
