@@ -118,7 +118,7 @@ def context_length(trainer: Any) -> int:
     if trainer.vllm_mode == "colocate":
         return int(trainer.vllm_generation.llm.llm_engine.model_config.max_model_len)
     if not hasattr(trainer.vllm_generation, "max_model_len"):  # only the main process has a client
-        lengths = [None]
+        lengths: list[int | None] = [None]
         if trainer.accelerator.is_main_process:
             info = trainer.vllm_generation.vllm_client.get_server_info()
             lengths = [int(info["model_config"]["max_model_len"])]
@@ -133,6 +133,10 @@ def limit_generation(trainer: Any) -> None:
         trainer.vllm_generation.max_completion_length = longest
         return
     config = trainer.generation_config
+    # A model's own generation config must not bring several sequences: the options of the trainer are checked.
+    for name in ("num_beams", "num_return_sequences"):
+        setattr(config, name, 1)
+        trainer.generation_kwargs[name] = 1
     config.max_new_tokens = min(config.max_new_tokens or longest, longest)
     trainer.generation_kwargs["max_new_tokens"] = config.max_new_tokens
 

@@ -155,6 +155,13 @@ class IGPOConfig(GRPOConfig):
     )
 
     # Rollout
+    max_completion_length: int | None = field(
+        default=4096,
+        metadata={
+            "help": "Tokens of a whole rollout after its prompt: all turns and all observations. TRL's default of 512 "
+            "leaves no room for one search of three passages."
+        },
+    )
     max_turns: int | None = field(
         default=None,
         metadata={

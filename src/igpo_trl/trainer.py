@@ -129,8 +129,9 @@ class IGPOTrainer(GRPOTrainer):
             )
         default_reward = reward_funcs is None and not environment_rewards(environments)
         check_before_loading(
-            args, processing_class, train_dataset, eval_dataset, tools, environments, needs_answers=default_reward
-        )
+            args, processing_class, train_dataset, eval_dataset, tools, environments,
+            needs_answers=default_reward, model=model_id if isinstance(model, str) else model,
+        )  # fmt: skip
         if default_reward:
             reward_funcs = make_answer_reward(args.answer_column, format_penalty=args.format_penalty)
         super().__init__(
