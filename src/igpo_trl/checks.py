@@ -11,6 +11,7 @@ from packaging.version import Version
 from transformers import AutoConfig, ProcessorMixin
 from trl.chat_template_utils import supports_tool_calling
 
+from .data.rows import check_answers, check_columns, check_prompts, columns_of
 from .rollout.observations import ObservationEncoder
 from .tools import options_of
 
@@ -60,10 +61,14 @@ def check_before_loading(
         ObservationEncoder(processing_class, max_tokens=args.max_tool_response_tokens)  # raises if that is too few
     if args.uses_beliefs or needs_answers:
         check_answers(train_dataset, args.answer_column, "train_dataset")
-    if train_dataset is not None and uses_tools:
-        check_conversational(train_dataset)
-    if needs_answers or args.belief_at_eval:
-        for name, dataset in named_datasets(eval_dataset):
+    for name, dataset in named_datasets(train_dataset, "train_dataset") + named_datasets(eval_dataset):
+        check_columns(dataset, name, needs_prompt=not environments)
+        check_prompts(dataset, name, as_messages=uses_tools)
+        # Records hold the answers, and an evaluation reports F1, wherever there are any.
+        is_train = name == "train_dataset"
+        reads_answers = args.save_trajectories if is_train else True
+        needs_column = not is_train and (needs_answers or args.belief_at_eval)
+        if needs_column or (reads_answers and args.answer_column in columns_of(dataset)):
             check_answers(dataset, args.answer_column, name)
     if isinstance(train_dataset, Dataset):
         check_room(args, processing_class, train_dataset, tools or (), context_before_loading(args, model))
@@ -99,56 +104,12 @@ def check_trainable(model: Any) -> None:
         )
 
 
-def check_conversational(dataset: Dataset | IterableDataset) -> None:
-    row: dict[str, Any] = next(iter(dataset), {})
-    if isinstance(row.get("prompt"), str):
-        raise ValueError(
-            "With tools, prompts must be lists of messages, got a string in row 0. Map the data set to "
-            "`{'prompt': [{'role': 'user', 'content': question}]}`."
-        )
-
-
-def check_answers(dataset: Dataset | IterableDataset | None, column: str, name: str) -> None:
-    """Raise `ValueError` if the column is missing or, in a map-style data set, a row holds no usable answer."""
-    if dataset is None:
-        raise ValueError(
-            f"Information gain needs right answers: expected a `{name}` with the column `{column}`, got none. "
-            "Pass one, also where an environment writes the prompt."
-        )
-    columns = dataset.column_names
-    if columns is None:  # a stream that does not know its columns
-        columns = list(next(iter(dataset), {}))
-    if column not in columns:
-        raise ValueError(
-            f"Information gain needs right answers: `{name}` has no column `{column}`, got {', '.join(columns)}. Name "
-            "yours with `IGPOConfig(answer_column=...)`."
-        )
-    if isinstance(dataset, Dataset):
-        row = 0
-        for block in dataset.select_columns([column]).with_format(None).iter(batch_size=10_000):
-            for value in block[column]:
-                answers_of({column: value}, column, where=f"row {row} of `{name}`")
-                row += 1
-
-
-def answers_of(row: dict[str, Any], column: str, where: str = "the batch") -> tuple[str, ...]:
-    """The row's answers, stripped; raises `ValueError` for anything but non-empty strings."""
-    value = row.get(column)
-    answers: Sequence[Any] = (value,) if isinstance(value, str) else value if isinstance(value, list | tuple) else ()
-    if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
-        raise ValueError(
-            f"An answer must be a non-empty string or a non-empty list of such, got {value!r} in column `{column}`, "
-            f"{where}. Drop or repair the row."
-        )
-    return tuple(answer.strip() for answer in answers)
-
-
-def named_datasets(dataset: Any) -> list[tuple[str, Any]]:
+def named_datasets(dataset: Any, name: str = "eval_dataset") -> list[tuple[str, Any]]:
     if dataset is None or isinstance(dataset, str):
         return []
     if isinstance(dataset, dict):
-        return [(f"eval_dataset[{key!r}]", value) for key, value in dataset.items()]
-    return [("eval_dataset", dataset)]
+        return [(f"{name}[{key!r}]", value) for key, value in dataset.items()]
+    return [(name, dataset)]
 
 
 def environment_rewards(factory: Any) -> bool:

@@ -34,6 +34,7 @@ from .components import (
     samples_in_step,
 )
 from .config import IGPOConfig
+from .data.rows import plain_rows
 from .records import completion_columns, replace_logged_advantages, trajectories_of
 from .rewards import make_answer_reward
 from .rollout.kv_cache import PrefixCache, replaced_generate
@@ -134,6 +135,7 @@ class IGPOTrainer(GRPOTrainer):
         )  # fmt: skip
         if default_reward:
             reward_funcs = make_answer_reward(args.answer_column, format_penalty=args.format_penalty)
+        args.remove_unused_columns = False  # reward functions may read any column, and beliefs read the answers
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
         )
@@ -155,6 +157,7 @@ class IGPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         args, training = self.args, self.model.training
+        inputs = inputs if self.rollout_func is not None else plain_rows(inputs)
         step = self.current_step = Step(
             inputs,
             training,
