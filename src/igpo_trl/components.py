@@ -10,6 +10,7 @@ from .beliefs.scoring import AliasReduction, Method
 from .rollout.kv_cache import reuse_obstacle
 from .rollout.loop import RolloutLimits, RolloutLoop
 from .rollout.observations import ObservationEncoder
+from .rollout.tool_failures import FailureWatch
 from .rollout.tool_runner import ToolRunner
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ def make_rollout_loop(trainer: Any) -> RolloutLoop:
         end_token_ids=trainer.eos_token_ids,
         # Sharded models and vLLM servers make every process take part in every generation.
         idle_ranks_sample=trainer.is_sharded or trainer.use_vllm,
+        failure_watch=FailureWatch(args.max_tool_failures, args.tool_failure_patience, args.output_dir),
     )
 
 
