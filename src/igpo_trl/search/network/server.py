@@ -14,11 +14,13 @@ import difflib
 import json
 import socket
 from collections.abc import AsyncIterator, Sized
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
 
 from ... import __version__
+from .. import open_search
 from ..extras import require
 from ..passages import Passage
 from ..searchable import Searchable
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def create_app(
-    index: Searchable,
+    index: Searchable | str | Path,
     *,
     topk: int = 3,
     max_batch: int = 256,
@@ -48,7 +50,7 @@ def create_app(
     Queries of concurrent requests are looked up together, in a thread, one batch at a time.
 
     Args:
-        index (`Searchable`): What to search.
+        index (`Searchable`, `str` or `Path`): What to search: an index, or what [`open_search`] opens.
         topk (`int`, *optional*, defaults to `3`): Passages per query for requests without `topk`.
         max_batch (`int`, *optional*, defaults to `256`): Maximum number of queries per call of the index.
         max_wait (`float`, *optional*, defaults to `0.002`): Seconds that a query waits for others before an idle index
@@ -75,11 +77,12 @@ def create_app(
         raise ValueError(f"got max_wait={max_wait}, expected seconds, 0 or more.")
     if topk > max_topk:
         raise ValueError(f"got topk={topk}, expected at most max_topk={max_topk}.")
+    searchable = open_search(index)
     request_type = _request_type(max_queries, max_topk)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: "Starlette") -> AsyncIterator[None]:
-        app.state.batcher = QueryBatcher(index, max_batch, max_wait, max_waiting)
+        app.state.batcher = QueryBatcher(searchable, max_batch, max_wait, max_waiting)
         worker = asyncio.create_task(app.state.batcher.run())
         try:
             yield
@@ -105,7 +108,7 @@ def create_app(
         return _json({"result": [[_item(p, query.return_scores) for p in passages] for passages in results]})
 
     async def health(request: "Request") -> "Response":
-        return _json({"status": "ok", **_summary(index)})
+        return _json({"status": "ok", **_summary(searchable)})
 
     async def refuse(request: "Request", error: Exception) -> "Response":
         assert isinstance(error, HTTPException)
@@ -119,7 +122,7 @@ def create_app(
     )
 
 
-def serve(index: Searchable, host: str = "127.0.0.1", port: int = 8000, **limits: Any) -> None:
+def serve(index: Searchable | str | Path, host: str = "127.0.0.1", port: int = 8000, **limits: Any) -> None:
     """
     Serves an index over HTTP until the process gets SIGTERM or SIGINT; it then finishes the requests in progress.
 
@@ -127,7 +130,7 @@ def serve(index: Searchable, host: str = "127.0.0.1", port: int = 8000, **limits
     only your own machines can reach.
 
     Args:
-        index (`Searchable`): What to search.
+        index (`Searchable`, `str` or `Path`): What to search: an index, or what [`open_search`] opens.
         host (`str`, *optional*, defaults to `"127.0.0.1"`): Address to listen on; `"0.0.0.0"` for all addresses of
             this machine.
         port (`int`, *optional*, defaults to `8000`): Port to listen on; 0 for a free one.
@@ -142,6 +145,7 @@ def serve(index: Searchable, host: str = "127.0.0.1", port: int = 8000, **limits
     require("uvicorn", "A search server", "serve")
     import uvicorn
 
+    index = open_search(index)
     app = create_app(index, **limits)
     listener = listen(host, port)
     name = f"[{host}]" if ":" in host else host
