@@ -440,6 +440,18 @@ def test_bm25_finds_the_answers_of_real_questions(shared_dir):
     assert scores.answer[5].low < scores.answer[5].mean < scores.answer[10].mean
 
 
+def test_the_average_of_one_set_is_that_set():
+    runs = [[rollout("nq", str(i), "Paris" if i < n else "Rome") for i in range(4)] for n in (1, 3)]
+    scores = score_run(runs[0])
+    assert list(scores.sets) == ["nq", AVERAGE] and scores.sets[AVERAGE] == scores.sets["nq"]
+    assert scores.sets["average"].metrics["f1"].mean == 0.25
+    assert [[row[0] for row in table.rows] for table in scores.tables()] == [["nq"], ["nq"]]
+    comparison = compare_runs(*runs)
+    assert comparison.sets[AVERAGE] == comparison.sets["nq"]
+    assert [row[0] for row in comparison.table().rows][:2] == ["nq: F1", "nq: EM"]
+    assert len(comparison.table().rows) == len(comparison.sets["nq"])
+
+
 def test_an_index_of_another_corpus_is_noticed_before_training(tmp_path, caplog):
     index = BM25Index.build([{"id": "1", "title": "Dune", "text": "A novel by Frank Herbert."}], show_progress=False)
     right = [question(str(i), "Who wrote Dune?", answers=["Frank Herbert"]) for i in range(1000)]
