@@ -18,7 +18,7 @@ import typer
 from accelerate.commands.launch import launch_command_parser
 from test_serve import PASSAGES, Running, post
 
-from igpo_trl import IGPOTrainer
+from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.cli import train as training
 from igpo_trl.cli.app import app
 from igpo_trl.data import QUESTION_SETS
@@ -66,6 +66,9 @@ SUBSTITUTES = {
 }
 
 
+CPU = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "max_turn_length": 8}
+
+
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
     """The files of somebody who reads the documents, small; the sets of the hub; nothing can be pushed."""
@@ -94,13 +97,19 @@ def reader(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
-def test_python_runs_by_itself(block, reader):
+def test_python_runs_by_itself(block, reader, monkeypatch):
     """In a namespace of its own: what a block needs and does not import is a NameError for who copies it."""
     code = block.code
     for original, substitute in SUBSTITUTES.items():
         code = code.replace(original, substitute)
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     names = {"__name__": "example"}
     exec(compile(code, str(block), "exec"), names)
+    if "Geography" in names:
+        config = IGPOConfig("out", max_steps=1, num_generations=2, per_device_train_batch_size=2, **CPU)
+        trainer = IGPOTrainer("tiny-model", args=config, environment_factory=names["Geography"])
+        trainer.train()
+        assert set(trainer.current_step.answers) <= {tuple(answers) for answers in names["CAPITALS"].values()}
     if "look_up" in names:
         assert names["look_up"]("Dune") == names["look_up_many"](["Dune"])[0] != names["look_up"]("Rome")
 

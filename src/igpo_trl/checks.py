@@ -1,5 +1,6 @@
 """Checks made before a model is loaded: what was got, what was expected, and how to fix it."""
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def check_before_loading(
     train_dataset: Dataset | IterableDataset | None,
     eval_dataset: Any,
     tools: Sequence[Callable[..., Any]] | None,
-    environments: Any,
+    environments: Sequence[Any],
     *,
     needs_answers: bool,
 ) -> None:
@@ -42,22 +43,24 @@ def check_before_loading(
         args ([`IGPOConfig`]): configuration.
         processing_class (`PreTrainedTokenizerBase`): of the model.
         train_dataset, eval_dataset (*optional*): as the trainer got them.
-        tools (list of `Callable`, *optional*), environments (*optional*): as the trainer got them.
+        tools (list of `Callable`, *optional*): as the trainer got them.
+        environments (list): one of each kind.
         needs_answers (`bool`): whether the reward function reads the answers.
     """
     uses_tools = bool(tools or environments)
     check_processing_class(processing_class, uses_tools)
-    if environments is None:  # otherwise the tools are known only once there is an environment
+    if not environments:  # otherwise the tools are known only once there is an environment
         check_tool_names(args.info_gain_tools, tools)
     if uses_tools and args.max_tool_response_tokens is not None:
         ObservationEncoder(processing_class, max_tokens=args.max_tool_response_tokens)  # raises if that is too few
+    owned = any(map(own_answers, environments))
     if args.uses_beliefs or needs_answers:
-        check_answers(train_dataset, args.answer_column, "train_dataset")
+        check_answers(train_dataset, args.answer_column, "train_dataset", optional=owned)
     if train_dataset is not None and uses_tools:
         check_conversational(train_dataset)
     if needs_answers or args.belief_at_eval:
         for name, dataset in named_datasets(eval_dataset):
-            check_answers(dataset, args.answer_column, name)
+            check_answers(dataset, args.answer_column, name, optional=owned)
 
 
 def check_processing_class(processing_class: Any, uses_tools: bool) -> None:
@@ -99,26 +102,37 @@ def check_conversational(dataset: Dataset | IterableDataset) -> None:
         )
 
 
-def check_answers(dataset: Dataset | IterableDataset | None, column: str, name: str) -> None:
-    """Raise `ValueError` if the column is missing or, in a map-style data set, a row holds no usable answer."""
+def check_answers(
+    dataset: Dataset | IterableDataset | None, column: str, name: str, *, optional: bool = False
+) -> None:
+    """
+    Raise `ValueError` if the column is missing or, in a map-style data set, a row holds no usable answer.
+
+    With `optional`, environments own the answers that are not there.
+    """
+    if dataset is None and optional:
+        return
     if dataset is None:
         raise ValueError(
             f"Information gain needs right answers: expected a `{name}` with the column `{column}`, got none. "
-            "Pass one, also where an environment writes the prompt."
+            "Pass one, or let the environment own them in an attribute `answers`."
         )
     columns = dataset.column_names
     if columns is None:  # a stream that does not know its columns
         columns = list(next(iter(dataset), {}))
+    if column not in columns and optional:
+        return
     if column not in columns:
         raise ValueError(
             f"Information gain needs right answers: `{name}` has no column `{column}`, got {', '.join(columns)}. Name "
-            "yours with `IGPOConfig(answer_column=...)`."
+            "yours with `IGPOConfig(answer_column=...)`, or let the environment own them in an attribute `answers`."
         )
     if isinstance(dataset, Dataset):
         row = 0
         for block in dataset.select_columns([column]).with_format(None).iter(batch_size=10_000):
             for value in block[column]:
-                answers_of({column: value}, column, where=f"row {row} of `{name}`")
+                if not (optional and value is None):
+                    answers_of({column: value}, column, where=f"row {row} of `{name}`")
                 row += 1
 
 
@@ -142,10 +156,28 @@ def named_datasets(dataset: Any) -> list[tuple[str, Any]]:
     return [("eval_dataset", dataset)]
 
 
-def environment_rewards(factory: Any) -> bool:
-    """Whether an environment scores its own rollouts (`get_reward`)."""
-    factories = list(factory.values()) if isinstance(factory, dict) else [factory] if factory else []
-    return any(hasattr(f if isinstance(f, type) else f(), "get_reward") for f in factories)
+def probe_environments(factory: Any) -> tuple[Any, list[Any]]:
+    """
+    One environment of each factory, and factories that give it out first, so that none is made in vain.
+
+    Args:
+        factory (`Callable` or `dict` of them, *optional*): what TRL calls `environment_factory`.
+    """
+    if not factory:
+        return factory, []
+    if isinstance(factory, dict):
+        probes = {name: probe_environments(each) for name, each in factory.items()}
+        return {name: each for name, (each, _) in probes.items()}, [one for _, (one,) in probes.values()]
+    unused = [factory()]
+    return lambda: unused.pop() if unused else factory(), list(unused)
+
+
+def own_answers(environment: Any) -> bool:
+    """Whether an environment has an attribute or a property `answers`, set or declared. (A method is a tool.)"""
+    missing = object()
+    own = inspect.getattr_static(environment, "answers", missing)
+    declared = any("answers" in inspect.get_annotations(kind) for kind in type(environment).__mro__)
+    return declared if own is missing else not inspect.isroutine(own)
 
 
 def check_tool_names(wanted: Sequence[str] | None, tools: Iterable[Callable[..., Any]] | None) -> None:

@@ -14,13 +14,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .beliefs.scorer import KVCapture
-from .checks import (
-    check_before_loading,
-    check_tool_names,
-    check_trainable,
-    check_trl_version,
-    environment_rewards,
-)
+from .checks import check_before_loading, check_tool_names, check_trainable, check_trl_version, probe_environments
 from .components import (
     can_reuse_prefixes,
     context_length,
@@ -130,7 +124,8 @@ class IGPOTrainer(GRPOTrainer):
                 padding_side="left",
                 trust_remote_code=args.trust_remote_code,
             )
-        tools, environments = kwargs.get("tools"), kwargs.get("environment_factory")
+        tools = kwargs.get("tools")
+        kwargs["environment_factory"], environments = probe_environments(kwargs.get("environment_factory"))
         if not tools and not environments and kwargs.get("rollout_func") is None:
             warnings.warn(
                 "Neither `tools` nor `environment_factory` is given: every rollout is a single turn, which has no "
@@ -138,7 +133,7 @@ class IGPOTrainer(GRPOTrainer):
                 UserWarning,
                 stacklevel=2,
             )
-        default_reward = reward_funcs is None and not environment_rewards(environments)
+        default_reward = reward_funcs is None and not any(hasattr(type(e), "get_reward") for e in environments)
         check_before_loading(
             args, processing_class, train_dataset, eval_dataset, tools, environments, needs_answers=default_reward
         )
@@ -162,6 +157,7 @@ class IGPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         args, training = self.args, self.model.training
+        inputs = [dict(row) for row in inputs]  # to which environments may add their answers
         step = self.current_step = Step(
             inputs,
             training,
@@ -175,7 +171,6 @@ class IGPOTrainer(GRPOTrainer):
             rank=self.accelerator.process_index,
         )
         if args.uses_beliefs if training else args.belief_at_eval:
-            step.belief_batch = self._belief_scorer.begin(step.answers)
             # The parent's own condition for that forward, which has no name there.
             computes_old_log_probs = args.gradient_accumulation_steps % (
                 args.steps_per_generation * self.num_iterations
@@ -221,6 +216,9 @@ class IGPOTrainer(GRPOTrainer):
 
     def _generate(self, prompts: list[Any]) -> Any:
         step = self.current_step
+        step.take_answers(self.environments)
+        if self.args.uses_beliefs if step.training else self.args.belief_at_eval:
+            step.belief_batch = self._belief_scorer.begin(step.answers)
         step.kv_cache = PrefixCache() if self._reuses_prefixes else None
         try:
             with parser_errors_as_value_errors(self._tokenizer):
