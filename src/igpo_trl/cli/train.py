@@ -18,6 +18,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from ..config import IGPOConfig
 from ..data import check_questions, find_sources, hold_out, load_questions, resolve_system_prompt
+from ..evaluation import check_retrieval
 from ..files import cache_dir, looks_like_path
 from ..search import BM25Index, Searchable, SearchTool, open_search
 from ..trainer import IGPOTrainer
@@ -205,6 +206,8 @@ def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConf
         check_questions(train_dataset, eval_dataset)
     with PartialState().main_process_first():
         index = open_or_build_index(script)
+    if PartialState().is_main_process:
+        check_retrieval(index, train_dataset, script.search_k)
 
     training.model_init_kwargs = {
         "revision": model.model_revision,
