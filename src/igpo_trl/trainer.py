@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from transformers import AutoProcessor, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoProcessor, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
@@ -21,6 +20,7 @@ from .checks import (
     check_trl_version,
     environment_rewards,
 )
+from .checkpoints import OneRun, checkpoint_to_resume
 from .components import (
     can_reuse_prefixes,
     context_length,
@@ -36,7 +36,7 @@ from .rollout.kv_cache import PrefixCache, replaced_generate
 from .rollout.loop import Rollout, SampledTurns
 from .rollout.tool_calls import parser_errors_as_value_errors
 from .step import Step
-from .trajectory import drop_later, write_jsonl
+from .trajectory import write_jsonl
 
 
 class IGPOTrainer(GRPOTrainer):
@@ -69,6 +69,7 @@ class IGPOTrainer(GRPOTrainer):
     | `_tool_call_loop` | runs tools one rollout at a time | hands the rollouts to [`RolloutLoop`]; scores those that end | before 1.8 |
     | `_get_per_token_logps_and_entropies` | log-probabilities of the completions | scores beliefs against the cache of the old log-probabilities' forward | 1.15 |
     | `_calculate_rewards` | calls the reward functions, gathers | keeps the result as the outcome | before 1.8 |
+    | `train`, `_run_epoch` | resumes from the newest checkpoint; one more step at the end | takes the last whole one; takes none | 5.13 |
     | `evaluate`, `evaluation_loop` | evaluate one data set | return every metric; average over sets | before 1.8 |
 
     Args:
@@ -155,8 +156,7 @@ class IGPOTrainer(GRPOTrainer):
         self._rollout_loop = make_rollout_loop(self) if self.tools else None
         self._reuses_prefixes = can_reuse_prefixes(self)
         declare_output_head(self)
-        if args.save_trajectories:
-            self.add_callback(_DropLaterRecords())
+        self.add_callback(OneRun())
 
     # ----------------------------------------------------------------------------------- one step, from top to bottom
 
@@ -342,9 +342,14 @@ class IGPOTrainer(GRPOTrainer):
 
     # -------------------------------------------------------------------------------------- training and evaluation
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         check_trainable(self.model)
-        return super().train(*args, **kwargs)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
+        return super().train(checkpoint or resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not self.control.should_training_stop:  # `OneRun` stops a finished run, which the parent would continue
+            super()._run_epoch(*args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -386,14 +391,3 @@ class IGPOTrainer(GRPOTrainer):
     def _refuse_images(images: Any) -> None:
         if images:
             raise ValueError("IGPOTrainer supports text only, got prompts with images.")
-
-
-class _DropLaterRecords(TrainerCallback):
-    """Removes records of rollouts that were sampled after the checkpoint from which training resumes."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step > 0:
-            if state.is_world_process_zero:
-                for path in Path(args.output_dir, "trajectories").glob("*.jsonl"):
-                    drop_later(path, state.global_step)
-            PartialState().wait_for_everyone()
