@@ -153,8 +153,8 @@ def test_the_trainer_resumes_at_the_last_whole_checkpoint(run, caplog):
 @pytest.mark.parametrize("max_steps", [1, 2])
 def test_a_finished_run_takes_no_further_steps_and_says_so(run, caplog, max_steps):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    # Three steps an epoch, so that the run stopped in the middle of one.
-    trainer = make_trainer(run, max_steps=max_steps, train_dataset=tiny.make_dataset(3))
+    # Five steps an epoch: the run stopped in the middle of one.
+    trainer = make_trainer(run, max_steps=max_steps, train_dataset=tiny.make_dataset(10))
     with caplog.at_level(logging.WARNING):
         trainer.train(resume_from_checkpoint=True)
     assert f"Nothing is left to train: the checkpoint is from step 2 of {max_steps}." in caplog.text

@@ -13,6 +13,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
 from .beliefs.scorer import KVCapture
+from .checkpoints import OneRun, checkpoint_to_resume
 from .checks import (
     check_before_loading,
     check_tool_names,
@@ -20,7 +21,6 @@ from .checks import (
     check_trl_version,
     environment_rewards,
 )
-from .checkpoints import OneRun, checkpoint_to_resume
 from .components import (
     can_reuse_prefixes,
     context_length,
