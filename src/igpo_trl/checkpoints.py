@@ -3,13 +3,16 @@
 import json
 import logging
 import re
+import socket
 import zipfile
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from .trajectory import drop_later
 
@@ -152,8 +155,19 @@ class OneRun(TrainerCallback):
     Keeps runs apart: a finished run takes no further steps, and `output_dir/trajectories` has records of one run.
 
     When training resumes, the records of the steps that it repeats are removed. When it starts from the beginning, the
-    records of an earlier run are moved to `trajectories-1`, `trajectories-2` and so on.
+    records of an earlier run are moved to `trajectories-1`, `trajectories-2` and so on. What an evaluation before
+    training logs to TensorBoard goes where training logs.
+
+    Args:
+        trainer (`Trainer`): the trainer to which it is added.
     """
+
+    def __init__(self, trainer: Any):
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                # As the callback itself does when training begins; until then it would write to ./runs.
+                name = f"{datetime.now():%b%d_%H-%M-%S}_{socket.gethostname()}"
+                callback.logging_dir = str(Path(trainer.args.output_dir, "runs", name))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir, "trajectories")

@@ -12,6 +12,7 @@ from transformers import AutoProcessor, PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
+from .adapters import check_adapter, is_adapter, load_trainable
 from .beliefs.scorer import KVCapture
 from .checkpoints import OneRun, checkpoint_to_resume
 from .checks import (
@@ -73,7 +74,8 @@ class IGPOTrainer(GRPOTrainer):
     | `evaluate`, `evaluation_loop` | evaluate one data set | return every metric; average over sets | before 1.8 |
 
     Args:
-        model (`str` or `PreTrainedModel` or `PeftModel`): as in `GRPOTrainer`; text models only.
+        model (`str` or `PreTrainedModel` or `PeftModel`): as in `GRPOTrainer`; text models only. The directory of a
+            PEFT adapter is one, and is trained further.
         reward_funcs (*optional*): as in `GRPOTrainer`. Defaults to [`answer_reward`], unless the environment owns the
             reward (`get_reward`).
         args ([`IGPOConfig`], *optional*): configuration.
@@ -123,6 +125,9 @@ class IGPOTrainer(GRPOTrainer):
             raise TypeError(
                 f"`args` must be an IGPOConfig, got {type(args).__name__}. It takes every argument of GRPOConfig."
             )
+        continues_adapter = isinstance(model, str) and is_adapter(model)
+        if continues_adapter:
+            model_id = check_adapter(model, kwargs.get("peft_config"))
         if processing_class is None:
             processing_class = AutoProcessor.from_pretrained(
                 model_id,
@@ -145,6 +150,8 @@ class IGPOTrainer(GRPOTrainer):
         )
         if default_reward:
             reward_funcs = make_answer_reward(args.answer_column, format_penalty=args.format_penalty)
+        if continues_adapter:
+            model = load_trainable(model, args, kwargs.pop("quantization_config", None))
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
         )
@@ -156,7 +163,7 @@ class IGPOTrainer(GRPOTrainer):
         self._rollout_loop = make_rollout_loop(self) if self.tools else None
         self._reuses_prefixes = can_reuse_prefixes(self)
         declare_output_head(self)
-        self.add_callback(OneRun())
+        self.add_callback(OneRun(self))
 
     # ----------------------------------------------------------------------------------- one step, from top to bottom
 
