@@ -70,6 +70,8 @@ def one_line_errors(
     try:
         yield
     except Exception as error:
+        if _debug:
+            error.keeps_trace = True  # type: ignore[attr-defined]
         if _debug or not (isinstance(error, kinds) if kinds else is_mistake(error, *also)):
             raise
         if param_hint is not None:

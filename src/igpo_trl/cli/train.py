@@ -69,7 +69,7 @@ def open_or_build_index(script: ScriptArguments) -> Searchable:
         except (FileNotFoundError, ValueError):  # not built yet, or damaged
             pass
         try:
-            return BM25Index.build(str(script.corpus), directory=directory)
+            return BM25Index.build(str(script.corpus), directory=directory, show_progress=sys.stderr.isatty())
         except BlockingIOError:  # another run, or this run on another machine, is building it
             time.sleep(1)
 
