@@ -152,6 +152,8 @@ def can_reuse_prefixes(trainer: Any) -> bool:
     obstacle = reuse_obstacle(trainer.accelerator.unwrap_model(trainer.model), trainer.generation_config)
     if obstacle:
         logger.warning("The KV cache is not kept between turns: %s. Every turn runs its whole context.", obstacle)
+    else:
+        logger.info("The KV cache is kept between turns.")
     return obstacle is None
 
 

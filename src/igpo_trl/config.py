@@ -1,13 +1,25 @@
 """Arguments of [`IGPOTrainer`]: those of TRL's `GRPOConfig`, and the ones that IGPO adds."""
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import GRPOConfig
 
 from .advantages import NORMALIZATIONS
 from .beliefs.probes import DEFAULT_TEMPLATE, split_template
 from .rewards import DEFAULT_FORMAT_PENALTY
+
+# TRL calls a property of transformers by its old name.
+warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+
+#: Numbers of TRL and transformers that fail only after the model is loaded, or mean nothing, and their least values.
+_SMALLEST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("max_completion_length", "num_generations", "num_generations_eval", "num_iterations"), 1),
+    **dict.fromkeys(("learning_rate", "temperature", "warmup_steps", "beta", "max_grad_norm"), 0),
+}
 
 
 @dataclass
@@ -253,6 +265,13 @@ class IGPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        # transformers' new name of an option that TRL sets by its old name, which warns.
+        if getattr(self, "activation_checkpointing", False) is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        self._check_bf16()
+        for name, low in _SMALLEST.items():
+            if (number := getattr(self, name)) is not None and number < low:
+                raise ValueError(f"`{name}` must be at least {low}, got {number}.")
         super().__post_init__()
         self._check_choice("alias_reduction", ("max", "mean", "first"))
         self._check_choice("info_gain", ("prob_diff", "log_prob_diff"))
@@ -307,6 +326,18 @@ class IGPOConfig(GRPOConfig):
                 f"'sum_then_normalize', got {self.multi_objective_aggregation!r}. Weight the reward functions with "
                 "`reward_weights` instead."
             )
+
+    def _check_bf16(self) -> None:
+        """Train in float32 where nothing computes in bfloat16, unless bfloat16 was asked for."""
+        if self.use_cpu or self.fp16 or is_torch_bf16_gpu_available() or is_torch_xla_available():
+            return
+        if self.bf16:
+            raise ValueError(
+                "`bf16=True` needs a GPU that computes in bfloat16, and there is none. Set `bf16=False` to train in "
+                "float32, and `use_cpu=True` to train on the CPU."
+            )
+        if self.bf16 is None:
+            self.bf16 = False
 
     @property
     def uses_beliefs(self) -> bool:

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
+from .adapters import check_adapter, is_adapter, load_trainable
 from .beliefs.scorer import KVCapture
+from .checkpoints import OneRun, checkpoint_to_resume
 from .checks import (
     check_before_loading,
     check_tool_names,
@@ -42,7 +43,7 @@ from .rollout.loop import Rollout, SampledTurns
 from .rollout.sampling import sample_within_context
 from .rollout.tool_calls import parser_errors_as_value_errors
 from .step import Step
-from .trajectory import drop_later, write_jsonl
+from .trajectory import write_jsonl
 from .turns import old_log_probs_of_turn_ratios
 
 
@@ -77,10 +78,12 @@ class IGPOTrainer(GRPOTrainer):
     | `_get_per_token_logps_and_entropies` | log-probabilities of the completions | scores beliefs against the cache of the old log-probabilities' forward | 1.15 |
     | `_calculate_rewards` | calls the reward functions, gathers | keeps the result as the outcome | before 1.8 |
     | `_compute_loss` | loss of one microbatch | one ratio per turn with `importance_sampling_level="turn"` | before 1.8 |
+    | `train`, `_run_epoch` | resumes from the newest checkpoint; one more step at the end | takes the last whole one; takes none | 5.13 |
     | `evaluate`, `evaluation_loop` | evaluate one data set | return every metric; average over sets | before 1.8 |
 
     Args:
-        model (`str` or `PreTrainedModel` or `PeftModel`): as in `GRPOTrainer`; text models only.
+        model (`str` or `PreTrainedModel` or `PeftModel`): as in `GRPOTrainer`; text models only. The directory of a
+            PEFT adapter is one, and is trained further.
         reward_funcs (*optional*): as in `GRPOTrainer`. Defaults to [`answer_reward`], unless the environment owns the
             reward (`get_reward`).
         args ([`IGPOConfig`], *optional*): configuration.
@@ -118,6 +121,9 @@ class IGPOTrainer(GRPOTrainer):
             raise TypeError(
                 f"`args` must be an IGPOConfig, got {type(args).__name__}. It takes every argument of GRPOConfig."
             )
+        continues_adapter = isinstance(model, str) and is_adapter(model)
+        if continues_adapter:
+            model_id = check_adapter(model, kwargs.get("peft_config"))
         if processing_class is None:
             processing_class = load_processing_class(model, model_id, args)
         tools = kwargs.get("tools")
@@ -137,6 +143,8 @@ class IGPOTrainer(GRPOTrainer):
         if default_reward:
             reward_funcs = make_answer_reward(args.answer_column, format_penalty=args.format_penalty)
         args.remove_unused_columns = False  # reward functions may read any column, and beliefs read the answers
+        if continues_adapter:
+            model = load_trainable(model, args, kwargs.pop("quantization_config", None))
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
         )
@@ -151,8 +159,7 @@ class IGPOTrainer(GRPOTrainer):
         self._rollout_loop = make_rollout_loop(self) if self.tools else None
         self._reuses_prefixes = can_reuse_prefixes(self)
         declare_output_head(self)
-        if args.save_trajectories:
-            self.add_callback(_DropLaterRecords())
+        self.add_callback(OneRun(self))
 
     # ----------------------------------------------------------------------------------- one step, from top to bottom
 
@@ -355,9 +362,14 @@ class IGPOTrainer(GRPOTrainer):
 
     # -------------------------------------------------------------------------------------- training and evaluation
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         check_trainable(self.model)
-        return super().train(*args, **kwargs)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
+        return super().train(checkpoint or resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not self.control.should_training_stop:  # `OneRun` stops a finished run, which the parent would continue
+            super()._run_epoch(*args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -394,14 +406,3 @@ class IGPOTrainer(GRPOTrainer):
 
     def max_over_ranks(self, number: int) -> int:
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
-
-
-class _DropLaterRecords(TrainerCallback):
-    """Removes records of rollouts that were sampled after the checkpoint from which training resumes."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step > 0:
-            if state.is_world_process_zero:
-                for path in Path(args.output_dir, "trajectories").glob("*.jsonl"):
-                    drop_later(path, state.global_step)
-            PartialState().wait_for_everyone()
