@@ -1,5 +1,6 @@
 """System prompts, and the messages of a prompt: which of them is the question, and how they are rendered."""
 
+import difflib
 import os.path
 import re
 from pathlib import Path
@@ -43,13 +44,16 @@ def resolve_system_prompt(prompt: str | Path | None) -> str | None:
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: The text is empty, or the file is not UTF-8.
+        ValueError: The text is empty, or a single word that is almost a name, or the file is not UTF-8.
     """
     if prompt is None or prompt in SYSTEM_PROMPTS:
         return None if prompt is None else SYSTEM_PROMPTS[str(prompt)]
     text = str(prompt)
     # `os.path.isfile`, unlike `Path.is_file`, is false for a text that is too long for a path.
     looks_like_file = text.endswith(_FILE_ENDINGS) and not any(map(str.isspace, text))
+    if not isinstance(prompt, Path) and not os.path.isfile(text) and not any(map(str.isspace, text)):
+        if near := difflib.get_close_matches(text.lower().replace("-", "_"), SYSTEM_PROMPTS, n=1):
+            raise ValueError(f"no system prompt is called {text!r}. Did you mean {near[0]}?")
     if isinstance(prompt, Path) or looks_like_file or os.path.isfile(text):
         path = Path(prompt)
         if not path.is_file():
