@@ -12,7 +12,7 @@ from packaging.version import Version
 from transformers import AutoConfig, ProcessorMixin
 from trl.chat_template_utils import supports_tool_calling
 
-from .data.rows import check_answers, check_columns, check_prompts, columns_of
+from .data.rows import check_answers, check_columns, check_prompts, columns_of, plain_prompt
 from .rollout.observations import ObservationEncoder
 from .tools import options_of
 
@@ -185,7 +185,8 @@ def check_room(
             what to raise.
     """
     rows = range(0, len(dataset), max(1, len(dataset) // 32))
-    prompts = dataset.select(rows).with_format(None)["prompt"][:] if "prompt" in dataset.column_names else []
+    stored = dataset.select(rows).with_format(None)["prompt"][:] if "prompt" in dataset.column_names else []
+    prompts = [plain_prompt(prompt) for prompt in stored]
     lengths = [len(render(processing_class, prompt, tools, args.chat_template_kwargs or {})) for prompt in prompts]
     prompt_length = max(lengths, default=0)
     if prompt_length >= context_length:
