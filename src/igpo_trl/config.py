@@ -1,13 +1,25 @@
 """Arguments of [`IGPOTrainer`]: those of TRL's `GRPOConfig`, and the ones that IGPO adds."""
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import GRPOConfig
 
 from .advantages import NORMALIZATIONS
 from .beliefs.probes import DEFAULT_TEMPLATE, split_template
 from .rewards import DEFAULT_FORMAT_PENALTY
+
+# TRL calls a property of transformers by its old name.
+warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+
+#: Numbers of TRL and transformers that fail only after the model is loaded, or mean nothing, and their least values.
+_SMALLEST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("max_completion_length", "num_generations", "num_generations_eval", "num_iterations"), 1),
+    **dict.fromkeys(("learning_rate", "temperature", "warmup_steps", "beta", "max_grad_norm"), 0),
+}
 
 
 @dataclass
@@ -85,6 +97,14 @@ class IGPOConfig(GRPOConfig):
     )
 
     # Advantages
+    importance_sampling_level: str = field(
+        default="token",
+        metadata={
+            "help": "Level of the importance sampling ratios: `token`, or `turn`, the geometric mean over the tokens "
+            "of a turn, as GSPO's is over a sequence. `sequence` is refused if turns have advantages of their own: "
+            "one ratio times every token's advantage leaves their sum only."
+        },
+    )
     normalization: str = field(
         default="separate",
         metadata={
@@ -147,6 +167,13 @@ class IGPOConfig(GRPOConfig):
     )
 
     # Rollout
+    max_completion_length: int | None = field(
+        default=4096,
+        metadata={
+            "help": "Tokens of a whole rollout after its prompt: all turns and all observations. TRL's default of 512 "
+            "leaves no room for one search of three passages."
+        },
+    )
     max_turns: int | None = field(
         default=None,
         metadata={
@@ -238,6 +265,13 @@ class IGPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        # transformers' new name of an option that TRL sets by its old name, which warns.
+        if getattr(self, "activation_checkpointing", False) is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        self._check_bf16()
+        for name, low in _SMALLEST.items():
+            if (number := getattr(self, name)) is not None and number < low:
+                raise ValueError(f"`{name}` must be at least {low}, got {number}.")
         super().__post_init__()
         self._check_choice("alias_reduction", ("max", "mean", "first"))
         self._check_choice("info_gain", ("prob_diff", "log_prob_diff"))
@@ -274,11 +308,17 @@ class IGPOConfig(GRPOConfig):
             )
         if self.std_floor < 0:
             raise ValueError(f"`std_floor` must not be negative, got {self.std_floor}.")
-        if self.importance_sampling_level != "token" and self.uses_beliefs:
+        self._check_choice("importance_sampling_level", ("token", "turn", "sequence"))
+        if self.uses_beliefs and self.importance_sampling_level == "sequence":
             raise ValueError(
                 "With one ratio per sequence the gradient depends on the sum of a rollout's advantages only, "
-                "and the credit of its turns is lost: `importance_sampling_level` must be 'token', got "
-                f"{self.importance_sampling_level!r}."
+                "and the credit of its turns is lost: `importance_sampling_level` must be 'token' or 'turn', got "
+                "'sequence'."
+            )
+        if self.importance_sampling_level == "turn" and self.loss_type == "vespo":
+            raise ValueError(
+                "`loss_type='vespo'` computes weights of sequences itself, so `importance_sampling_level` must be "
+                "'token', got 'turn'. Leave it at 'token', or choose another `loss_type`."
             )
         if self.multi_objective_aggregation != "sum_then_normalize" and self.uses_beliefs:
             raise ValueError(
@@ -286,6 +326,18 @@ class IGPOConfig(GRPOConfig):
                 f"'sum_then_normalize', got {self.multi_objective_aggregation!r}. Weight the reward functions with "
                 "`reward_weights` instead."
             )
+
+    def _check_bf16(self) -> None:
+        """Train in float32 where nothing computes in bfloat16, unless bfloat16 was asked for."""
+        if self.use_cpu or self.fp16 or is_torch_bf16_gpu_available() or is_torch_xla_available():
+            return
+        if self.bf16:
+            raise ValueError(
+                "`bf16=True` needs a GPU that computes in bfloat16, and there is none. Set `bf16=False` to train in "
+                "float32, and `use_cpu=True` to train on the CPU."
+            )
+        if self.bf16 is None:
+            self.bf16 = False
 
     @property
     def uses_beliefs(self) -> bool:
