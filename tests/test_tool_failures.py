@@ -122,7 +122,7 @@ def test_training_stops_when_the_search_server_dies_and_resumes_when_it_is_back(
             max_steps=7,
             save_strategy="steps",
             save_steps=1,
-            tools=[SearchTool(HTTPSearch(server.url, max_attempts=1), k=1)],
+            tools=[SearchTool(HTTPSearch(server.url, max_attempts=1), k=1, max_words=20)],
             **options,
         )
 
