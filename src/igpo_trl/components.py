@@ -2,7 +2,11 @@
 
 import logging
 import sys
+import textwrap
 from typing import Any, cast
+
+from accelerate.utils import broadcast_object_list
+from transformers import AutoProcessor
 
 from .beliefs.probes import fit_template
 from .beliefs.scorer import BeliefScorer
@@ -13,6 +17,30 @@ from .rollout.observations import ObservationEncoder
 from .rollout.tool_runner import ToolRunner
 
 logger = logging.getLogger(__name__)
+
+PAPER = {
+    "title": "Information Gain-based Policy Optimization: A Simple and Effective Approach for Multi-Turn LLM Agents",
+    "id": "2510.14967",
+    "citation": textwrap.dedent("""\
+        @inproceedings{wang2026igpo,
+            title        = {{Information Gain-based Policy Optimization: A Simple and Effective Approach for Multi-Turn LLM Agents}},
+            author       = {Guoqing Wang and Sunhao Dai and Guangze Ye and Zeyu Gan and Wei Yao and Yong Deng and Xiaofeng Wu and Zhenzhe Ying},
+            year         = 2026,
+            booktitle    = {International Conference on Learning Representations},
+            eprint       = {arXiv:2510.14967},
+        }"""),  # noqa: E501
+}
+
+
+def load_processing_class(model: Any, model_id: str, args: Any) -> Any:
+    """The processing class that is saved with the model."""
+    return AutoProcessor.from_pretrained(
+        model_id,
+        revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
+        truncation_side="left",
+        padding_side="left",
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def make_belief_scorer(trainer: Any) -> BeliefScorer:
@@ -61,12 +89,20 @@ def make_rollout_loop(trainer: Any) -> RolloutLoop:
             timeout=args.tool_timeout,
             loop=getattr(trainer, "async_loop", None),
         ),
-        sample=trainer.sample_turns,
+        sample=lambda contexts, rollouts, length: trainer._generate_single_turn(
+            contexts, None, {}, 1, rollouts=rollouts, max_new_tokens=length
+        ),
         any_rank=lambda flag: trainer.max_over_ranks(int(flag)) > 0,
         end_token_ids=trainer.eos_token_ids,
-        # Sharded models and vLLM servers make every process take part in every generation.
-        idle_ranks_sample=trainer.is_sharded or trainer.use_vllm,
+        idle_ranks_sample=samples_in_step(trainer),
     )
+
+
+def samples_in_step(trainer: Any) -> bool:
+    """Whether every process has to take part in every sampling."""
+    # The main process asks a vLLM server for all, and the processes of a tensor-parallel engine sample together.
+    one_engine = trainer.use_vllm and (trainer.vllm_mode == "server" or trainer.args.vllm_tensor_parallel_size > 1)
+    return bool(trainer.is_sharded or one_engine)
 
 
 def max_turn_length(trainer: Any) -> int:
@@ -76,11 +112,18 @@ def max_turn_length(trainer: Any) -> int:
 
 def context_length(trainer: Any) -> int:
     """Longest context of the model, in tokens."""
-    if trainer.use_vllm and trainer.vllm_mode == "colocate":
-        return int(trainer.vllm_generation.llm.llm_engine.model_config.max_model_len)
     configured = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    served = trainer.args.vllm_max_model_length if trainer.use_vllm else None
-    return min(configured, served or sys.maxsize)
+    if not trainer.use_vllm:
+        return configured
+    if trainer.vllm_mode == "colocate":
+        return int(trainer.vllm_generation.llm.llm_engine.model_config.max_model_len)
+    if not hasattr(trainer.vllm_generation, "max_model_len"):  # only the main process has a client
+        lengths: list[int | None] = [None]
+        if trainer.accelerator.is_main_process:
+            info = trainer.vllm_generation.vllm_client.get_server_info()
+            lengths = [int(info["model_config"]["max_model_len"])]
+        trainer.vllm_generation.max_model_len = broadcast_object_list(lengths, from_process=0)[0]
+    return int(trainer.vllm_generation.max_model_len)
 
 
 def limit_generation(trainer: Any) -> None:
@@ -90,6 +133,10 @@ def limit_generation(trainer: Any) -> None:
         trainer.vllm_generation.max_completion_length = longest
         return
     config = trainer.generation_config
+    # A model's own generation config must not bring several sequences: the options of the trainer are checked.
+    for name in ("num_beams", "num_return_sequences"):
+        setattr(config, name, 1)
+        trainer.generation_kwargs[name] = 1
     config.max_new_tokens = min(config.max_new_tokens or longest, longest)
     trainer.generation_kwargs["max_new_tokens"] = config.max_new_tokens
 

@@ -97,6 +97,14 @@ class IGPOConfig(GRPOConfig):
     )
 
     # Advantages
+    importance_sampling_level: str = field(
+        default="token",
+        metadata={
+            "help": "Level of the importance sampling ratios: `token`, or `turn`, the geometric mean over the tokens "
+            "of a turn, as GSPO's is over a sequence. `sequence` is refused if turns have advantages of their own: "
+            "one ratio times every token's advantage leaves their sum only."
+        },
+    )
     normalization: str = field(
         default="separate",
         metadata={
@@ -159,6 +167,13 @@ class IGPOConfig(GRPOConfig):
     )
 
     # Rollout
+    max_completion_length: int | None = field(
+        default=4096,
+        metadata={
+            "help": "Tokens of a whole rollout after its prompt: all turns and all observations. TRL's default of 512 "
+            "leaves no room for one search of three passages."
+        },
+    )
     max_turns: int | None = field(
         default=None,
         metadata={
@@ -278,11 +293,17 @@ class IGPOConfig(GRPOConfig):
             )
         if self.std_floor < 0:
             raise ValueError(f"`std_floor` must not be negative, got {self.std_floor}.")
-        if self.importance_sampling_level != "token" and self.uses_beliefs:
+        self._check_choice("importance_sampling_level", ("token", "turn", "sequence"))
+        if self.uses_beliefs and self.importance_sampling_level == "sequence":
             raise ValueError(
                 "With one ratio per sequence the gradient depends on the sum of a rollout's advantages only, "
-                "and the credit of its turns is lost: `importance_sampling_level` must be 'token', got "
-                f"{self.importance_sampling_level!r}."
+                "and the credit of its turns is lost: `importance_sampling_level` must be 'token' or 'turn', got "
+                "'sequence'."
+            )
+        if self.importance_sampling_level == "turn" and self.loss_type == "vespo":
+            raise ValueError(
+                "`loss_type='vespo'` computes weights of sequences itself, so `importance_sampling_level` must be "
+                "'token', got 'turn'. Leave it at 'token', or choose another `loss_type`."
             )
         if self.multi_objective_aggregation != "sum_then_normalize" and self.uses_beliefs:
             raise ValueError(
@@ -293,14 +314,15 @@ class IGPOConfig(GRPOConfig):
 
     def _check_bf16(self) -> None:
         """Train in float32 where nothing computes in bfloat16, unless bfloat16 was asked for."""
+        bf16: bool | None = getattr(self, "bf16")  # noqa: B009  # `None` until TRL decides
         if self.use_cpu or self.fp16 or is_torch_bf16_gpu_available() or is_torch_xla_available():
             return
-        if self.bf16:
+        if bf16:
             raise ValueError(
                 "`bf16=True` needs a GPU that computes in bfloat16, and there is none. Set `bf16=False` to train in "
                 "float32, and `use_cpu=True` to train on the CPU."
             )
-        if self.bf16 is None:
+        if bf16 is None:
             self.bf16 = False
 
     @property

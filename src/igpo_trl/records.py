@@ -1,5 +1,6 @@
 """Records of a generation batch: one trajectory per rollout, for training, evaluation and the sandbox alike."""
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -82,3 +83,12 @@ def completion_columns(step: Step) -> dict[str, list[str]]:
 def _number_or_none(value: float | None) -> float | None:
     """JSON has no NaN."""
     return None if value is None or value != value else value
+
+
+def replace_logged_advantages(logged: deque[float], step: Step) -> None:
+    """Replace the scalar advantages that the parent has just logged by the mean over the turns of each rollout."""
+    assert step.global_advantages is not None
+    means = (step.global_advantages.sum(dim=1) / step.global_num_turns).tolist()
+    for _ in means:
+        logged.pop()
+    logged.extend(means)

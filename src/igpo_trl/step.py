@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .advantages import turn_advantages
 from .beliefs import CachedContexts
 from .beliefs.scorer import BeliefBatch, BeliefScorer
-from .checks import answers_of
+from .data.rows import answers_of
 from .rewards import exact_match, extract_answer, f1_score, last_assistant_text
 from .rollout.kv_cache import PrefixCache
 from .rollout.loop import Rollout

@@ -1,16 +1,14 @@
 """[`IGPOTrainer`]: TRL's `GRPOTrainer` with turn-level advantages from information gain."""
 
-import textwrap
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoProcessor, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from .adapters import check_adapter, is_adapter, load_trainable
 from .beliefs.scorer import KVCapture
@@ -21,23 +19,32 @@ from .checks import (
     check_trainable,
     check_trl_version,
     environment_rewards,
+    refuse_images,
+    warn_of_single_turns,
 )
 from .components import (
+    PAPER,
     can_reuse_prefixes,
     context_length,
     declare_output_head,
     limit_generation,
+    load_processing_class,
     make_belief_scorer,
     make_rollout_loop,
+    max_turn_length,
+    samples_in_step,
 )
 from .config import IGPOConfig
-from .records import completion_columns, trajectories_of
+from .data.rows import plain_rows
+from .records import completion_columns, replace_logged_advantages, trajectories_of
 from .rewards import make_answer_reward
 from .rollout.kv_cache import PrefixCache, replaced_generate
 from .rollout.loop import Rollout, SampledTurns
+from .rollout.sampling import sample_within_context
 from .rollout.tool_calls import parser_errors_as_value_errors
 from .step import Step
 from .trajectory import write_jsonl
+from .turns import old_log_probs_of_turn_ratios
 
 
 class IGPOTrainer(GRPOTrainer):
@@ -70,6 +77,7 @@ class IGPOTrainer(GRPOTrainer):
     | `_tool_call_loop` | runs tools one rollout at a time | hands the rollouts to [`RolloutLoop`]; scores those that end | before 1.8 |
     | `_get_per_token_logps_and_entropies` | log-probabilities of the completions | scores beliefs against the cache of the old log-probabilities' forward | 1.15 |
     | `_calculate_rewards` | calls the reward functions, gathers | keeps the result as the outcome | before 1.8 |
+    | `_compute_loss` | loss of one microbatch | one ratio per turn with `importance_sampling_level="turn"` | before 1.8 |
     | `train`, `_run_epoch` | resumes from the newest checkpoint; one more step at the end | takes the last whole one; takes none | 5.13 |
     | `evaluate`, `evaluation_loop` | evaluate one data set | return every metric; average over sets | before 1.8 |
 
@@ -93,19 +101,7 @@ class IGPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "igpo"]
     _name = "IGPO"
-    _paper = {
-        "title": "Information Gain-based Policy Optimization: "
-        "A Simple and Effective Approach for Multi-Turn LLM Agents",
-        "id": "2510.14967",
-        "citation": textwrap.dedent("""\
-            @inproceedings{wang2026igpo,
-                title        = {{Information Gain-based Policy Optimization: A Simple and Effective Approach for Multi-Turn LLM Agents}},
-                author       = {Guoqing Wang and Sunhao Dai and Guangze Ye and Zeyu Gan and Wei Yao and Yong Deng and Xiaofeng Wu and Zhenzhe Ying},
-                year         = 2026,
-                booktitle    = {International Conference on Learning Representations},
-                eprint       = {arXiv:2510.14967},
-            }"""),  # noqa: E501
-    }
+    _paper = PAPER
 
     def __init__(
         self,
@@ -125,38 +121,32 @@ class IGPOTrainer(GRPOTrainer):
             raise TypeError(
                 f"`args` must be an IGPOConfig, got {type(args).__name__}. It takes every argument of GRPOConfig."
             )
-        continues_adapter = isinstance(model, str) and is_adapter(model)
-        if continues_adapter:
-            model_id = check_adapter(model, kwargs.get("peft_config"))
+        base, adapter = model, model if isinstance(model, str) and is_adapter(model) else None
+        if adapter is not None:
+            base, model_id = check_adapter(adapter, kwargs.get("peft_config"))
         if processing_class is None:
-            processing_class = AutoProcessor.from_pretrained(
-                model_id,
-                revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
-                truncation_side="left",
-                padding_side="left",
-                trust_remote_code=args.trust_remote_code,
-            )
+            processing_class = load_processing_class(model, model_id, args)
         tools, environments = kwargs.get("tools"), kwargs.get("environment_factory")
         if not tools and not environments and kwargs.get("rollout_func") is None:
-            warnings.warn(
-                "Neither `tools` nor `environment_factory` is given: every rollout is a single turn, which has no "
-                "information gain, and training is plain GRPO. Pass `tools=[...]` to train an agent.",
-                UserWarning,
-                stacklevel=2,
-            )
+            warn_of_single_turns()
         default_reward = reward_funcs is None and not environment_rewards(environments)
         check_before_loading(
-            args, processing_class, train_dataset, eval_dataset, tools, environments, needs_answers=default_reward
-        )
+            args, processing_class, train_dataset, eval_dataset, tools, environments,
+            needs_answers=default_reward, model=base,
+        )  # fmt: skip
         if default_reward:
             reward_funcs = make_answer_reward(args.answer_column, format_penalty=args.format_penalty)
-        if continues_adapter:
-            model = load_trainable(model, args, kwargs.pop("quantization_config", None))
+        args.remove_unused_columns = False  # reward functions may read any column, and beliefs read the answers
+        if adapter is not None:
+            model = load_trainable(adapter, args, create_model_from_path, kwargs.pop("quantization_config", None))
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
         )
         # Nobody reports which tools the turns of a `rollout_func` call.
         check_tool_names(args.info_gain_tools, [] if self.rollout_func is not None else self.tools)
+        self._turn_ratio_inputs: dict[str, Any] | None = None
+        if args.importance_sampling_level == "turn":
+            self.importance_sampling_level = "token"  # the parent's part of it, see `_compute_loss`
         self.current_step = Step([], training=False)  # the current generation batch
         limit_generation(self)
         self._belief_scorer = make_belief_scorer(self)
@@ -169,6 +159,7 @@ class IGPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         args, training = self.args, self.model.training
+        inputs = inputs if self.rollout_func is not None else plain_rows(inputs)
         step = self.current_step = Step(
             inputs,
             training,
@@ -210,7 +201,7 @@ class IGPOTrainer(GRPOTrainer):
                 gae_lambda=args.gae_lambda,
             )
             output["advantages"] = step.token_advantages(output["completion_ids"])
-            self._replace_logged_advantages(step)
+            replace_logged_advantages(self._logs["advantages"], step)
             if args.info_gain_weight_end is not None:
                 metrics["info_gain_weight"].append(gain_weight)
             if args.outcome_weight_end is not None:
@@ -247,32 +238,36 @@ class IGPOTrainer(GRPOTrainer):
         prompt_ids: list[list[int]],
         images: Any,
         multimodal_fields: Any,
-        *args: Any,
+        num_generations: int,
+        *,
         rollouts: Sequence[int] | None = None,
         max_new_tokens: int | None = None,
-        **kwargs: Any,
     ) -> Any:
         """As the parent's; `rollouts` are the indices of the rollouts that continue, all of them in the first turn."""
-        self._refuse_images(images)
-        if self.use_vllm or self.use_transformers_continuous_batching:
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
-        if max_new_tokens is None:
-            longest = context_length(self)
-            max_new_tokens = max(longest - len(ids) for ids in prompt_ids)
-            if max_new_tokens < 1:
-                raise ValueError(
-                    f"A prompt has {max(map(len, prompt_ids))} tokens, which leaves no room in the model's context of "
-                    f"{longest} tokens. Shorten the prompts, or use a model with a longer context."
-                )
+        refuse_images(images)
+        if self.use_transformers_continuous_batching:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations)
+        sample_prompts = super()._generate_single_turn
         rollouts = range(len(prompt_ids)) if rollouts is None else rollouts
-        model = self.accelerator.unwrap_model(self.model_wrapped)
-        with replaced_generate(model, self.current_step.kv_cache, rollouts, max_new_tokens):
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        model = None if self.use_vllm else self.accelerator.unwrap_model(self.model_wrapped)
 
-    def sample_turns(self, contexts: list[list[int]], rollouts: list[int], max_new_tokens: int) -> Any:
-        """What [`RolloutLoop`] samples with."""
-        return self._generate_single_turn(
-            contexts, None, {}, num_generations=1, rollouts=rollouts, max_new_tokens=max_new_tokens
+        def generate(rows: list[int], prompts: list[list[int]], length: int) -> Any:
+            # The parent's server samples `num_generations` turns of each different prompt; later pieces differ.
+            each = num_generations if prompts == prompt_ids else 1
+            if model is None:
+                self.vllm_generation.max_completion_length = length
+                return sample_prompts(prompts, None, multimodal_fields, each)
+            with replaced_generate(model, self.current_step.kv_cache, [rollouts[i] for i in rows], length):
+                return sample_prompts(prompts, None, multimodal_fields, each)
+
+        return sample_within_context(
+            generate,
+            prompt_ids,
+            max_turn_length(self) if max_new_tokens is None else max_new_tokens,
+            context_length(self),
+            [*self.eos_token_ids, self._tokenizer.pad_token_id],
+            max_over_ranks=self.max_over_ranks if samples_in_step(self) else int,
+            same_number_on_ranks=self.use_vllm and samples_in_step(self),
         )
 
     def _tool_call_loop(
@@ -285,7 +280,7 @@ class IGPOTrainer(GRPOTrainer):
         images: Any,
         multimodal_fields: Any,
     ) -> Any:
-        self._refuse_images(images)
+        refuse_images(images)
         assert self._rollout_loop is not None  # the parent comes here only if there are tools
         rollouts = [
             Rollout(
@@ -326,7 +321,14 @@ class IGPOTrainer(GRPOTrainer):
                 # The same forward, by the parent; its keys and values are kept until its rows are scored.
                 padding = attention_mask.argmax(dim=1).tolist()
                 model = KVCapture(model, lambda *rows: self._score_captured_rows(padding, *rows))
-        return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
+        log_probs, *others = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, *args, **kwargs
+        )
+        if (inputs := self._turn_ratio_inputs) is not None:
+            sampled_mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+            old_log_probs = inputs.get("old_per_token_logps", log_probs.detach())  # the same while on-policy
+            inputs["old_per_token_logps"] = old_log_probs_of_turn_ratios(log_probs, old_log_probs, sampled_mask)
+        return log_probs, *others
 
     def _score_captured_rows(self, padding: list[int], cache: Any, first: int, size: int) -> None:
         with self.accelerator.autocast():
@@ -339,13 +341,15 @@ class IGPOTrainer(GRPOTrainer):
         self.current_step.completions = completions
         return self.current_step.set_rewards(global_rewards, self.reward_weights, self.reward_func_names)
 
-    def _replace_logged_advantages(self, step: Step) -> None:
-        """The parent has already logged its scalar advantages: log the means of those that are used."""
-        assert step.global_advantages is not None
-        means = (step.global_advantages.sum(dim=1) / step.global_num_turns).tolist()
-        logged = list(self._logs["advantages"])[: -len(means)] + means
-        self._logs["advantages"].clear()
-        self._logs["advantages"].extend(logged)
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        if self.args.importance_sampling_level != "turn":
+            return super()._compute_loss(model, inputs)
+        # The parent takes token ratios to `old_per_token_logps`, and reads these after its forward, the hook above.
+        self._turn_ratio_inputs = dict(inputs)
+        try:
+            return super()._compute_loss(model, self._turn_ratio_inputs)
+        finally:
+            self._turn_ratio_inputs = None
 
     # -------------------------------------------------------------------------------------- training and evaluation
 
@@ -393,8 +397,3 @@ class IGPOTrainer(GRPOTrainer):
 
     def max_over_ranks(self, number: int) -> int:
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
-
-    @staticmethod
-    def _refuse_images(images: Any) -> None:
-        if images:
-            raise ValueError("IGPOTrainer supports text only, got prompts with images.")

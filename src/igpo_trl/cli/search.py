@@ -27,7 +27,9 @@ _Device = Annotated[
 def index(
     corpus: Annotated[
         list[Path],
-        typer.Option(help="Passages: .jsonl, .jsonl.gz, .parquet, .tsv or .tsv.gz. Repeat for several files."),
+        typer.Option(
+            help="Passages: .jsonl, .json, .tsv, .csv (or .gz of these), .parquet. Repeat for several files."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Directory for the index; an existing index is replaced.")],
     kind: Annotated[Kind, typer.Option(help="Search by words, by meaning, or by both.")] = Kind.BM25,

@@ -112,7 +112,7 @@ def make_settings(options: Mapping[str, Any], config: str | Path | None = None) 
     given = {name: value for name, value in options.items() if value is not None}
     from_file = settings_of_training(config) if config is not None else {}
     settings = from_file | {each.name: given[each.name] for each in fields(EvaluationSettings) if each.name in given}
-    limits = {"max_turns": 8, "max_completion_length": 4096} | from_file.get("rollout", {})
+    limits = {"max_turns": 8, "max_completion_length": 8192} | from_file.get("rollout", {})
     rollout = limits | {name: value for name, value in given.items() if name in _ROLLOUT_FIELDS}
     return EvaluationSettings(**settings | {"rollout": rollout})
 

@@ -297,7 +297,7 @@ class RolloutLoop:
         """Sample the next turn of these rollouts."""
         if not rollouts:
             if self._idle_ranks_sample:
-                self._sample_turns([[self.tokenizer.eos_token_id]], [], 1)
+                self._sample_turns([], [], 1)
             return
         rooms = [min(self._room(rollout)[0], self.limits.max_turn_length) for rollout in rollouts]
         contexts = [rollout.context_ids for rollout in rollouts]

@@ -80,11 +80,14 @@ def SearchTool(
 
         return [_render_list(queries, list(map(answer, queries))) for queries in lists]
 
-    @tool(pure=True, batch=search_all)
+    # Ten words for a passage's title.
+    longest = None if max_words is None else k * (max_words + 10)
+
+    @tool(pure=True, batch=search_all, max_words=longest)
     def search(query: str) -> str:
         return search_all([query])[0]
 
-    @tool(pure=True, batch=search_lists)
+    @tool(pure=True, batch=search_lists, max_words=longest)
     def search_many(query: Annotated[list[str], BeforeValidator(_as_list)]) -> str:
         return search_lists([query])[0]
 
