@@ -98,6 +98,15 @@ def check_processing_class(processing_class: Any, uses_tools: bool) -> None:
         )
 
 
+def warn_of_single_turns() -> None:
+    warnings.warn(
+        "Neither `tools` nor `environment_factory` is given: every rollout is a single turn, which has no information "
+        "gain, and training is plain GRPO. Pass `tools=[...]` to train an agent.",
+        UserWarning,
+        stacklevel=3,  # the caller of the trainer
+    )
+
+
 def check_trainable(model: Any) -> None:
     """Raise `ValueError` if all parameters of the model are frozen."""
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -329,14 +329,15 @@ class IGPOConfig(GRPOConfig):
 
     def _check_bf16(self) -> None:
         """Train in float32 where nothing computes in bfloat16, unless bfloat16 was asked for."""
+        bf16: bool | None = getattr(self, "bf16")  # noqa: B009  # `None` until TRL decides
         if self.use_cpu or self.fp16 or is_torch_bf16_gpu_available() or is_torch_xla_available():
             return
-        if self.bf16:
+        if bf16:
             raise ValueError(
                 "`bf16=True` needs a GPU that computes in bfloat16, and there is none. Set `bf16=False` to train in "
                 "float32, and `use_cpu=True` to train on the CPU."
             )
-        if self.bf16 is None:
+        if bf16 is None:
             self.bf16 = False
 
     @property

@@ -1,6 +1,5 @@
 """[`IGPOTrainer`]: TRL's `GRPOTrainer` with turn-level advantages from information gain."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from .adapters import check_adapter, is_adapter, load_trainable
 from .beliefs.scorer import KVCapture
@@ -21,6 +20,7 @@ from .checks import (
     check_trl_version,
     probe_environments,
     refuse_images,
+    warn_of_single_turns,
 )
 from .components import (
     PAPER,
@@ -121,30 +121,25 @@ class IGPOTrainer(GRPOTrainer):
             raise TypeError(
                 f"`args` must be an IGPOConfig, got {type(args).__name__}. It takes every argument of GRPOConfig."
             )
-        continues_adapter = isinstance(model, str) and is_adapter(model)
-        if continues_adapter:
-            model_id = check_adapter(model, kwargs.get("peft_config"))
+        base, adapter = model, model if isinstance(model, str) and is_adapter(model) else None
+        if adapter is not None:
+            base, model_id = check_adapter(adapter, kwargs.get("peft_config"))
         if processing_class is None:
             processing_class = load_processing_class(model, model_id, args)
         tools = kwargs.get("tools")
         kwargs["environment_factory"], environments = probe_environments(kwargs.get("environment_factory"))
         if not tools and not environments and kwargs.get("rollout_func") is None:
-            warnings.warn(
-                "Neither `tools` nor `environment_factory` is given: every rollout is a single turn, which has no "
-                "information gain, and training is plain GRPO. Pass `tools=[...]` to train an agent.",
-                UserWarning,
-                stacklevel=2,
-            )
+            warn_of_single_turns()
         default_reward = reward_funcs is None and not any(hasattr(type(e), "get_reward") for e in environments)
         check_before_loading(
             args, processing_class, train_dataset, eval_dataset, tools, environments,
-            needs_answers=default_reward, model=model_id if isinstance(model, str) else model,
+            needs_answers=default_reward, model=base,
         )  # fmt: skip
         if default_reward:
             reward_funcs = make_answer_reward(args.answer_column, format_penalty=args.format_penalty)
         args.remove_unused_columns = False  # reward functions may read any column, and beliefs read the answers
-        if continues_adapter:
-            model = load_trainable(model, args, kwargs.pop("quantization_config", None))
+        if adapter is not None:
+            model = load_trainable(adapter, args, create_model_from_path, kwargs.pop("quantization_config", None))
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
         )
