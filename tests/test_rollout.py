@@ -64,10 +64,10 @@ from trl.chat_template_utils import add_response_schema, parse_response
 
 import igpo_trl.rollout.loop
 from igpo_trl import IGPOConfig, IGPOTrainer
-from igpo_trl.rollout import ToolRunner, read_calls
+from igpo_trl.rollout import ToolRunner
 from igpo_trl.rollout.loop import Rollout, RolloutLimits, SampledTurns
 from igpo_trl.rollout.observations import TRUNCATION_MARKER, ObservationEncoder
-from igpo_trl.rollout.tool_calls import CallSyntax
+from igpo_trl.rollout.turn_reader import TurnReader, parser_errors_as_value_errors
 from igpo_trl.tools import tool
 from igpo_trl.trajectory import read_jsonl
 from igpo_trl.turns import turn_spans
@@ -521,9 +521,15 @@ def test_a_malformed_call_can_end_the_rollout(tmp_path):
 
 
 def test_a_call_in_a_thought_is_none(tmp_path):
-    trainer = make(tmp_path)
-    thought, unfinished = "<think>maybe <tool_call>{ </think>No.", "<think>maybe <tool_call>{"
-    assert [r[4] for r in roll_out(trainer, [[thought, *NEVER], [unfinished, *NEVER]])] == ["answered"] * 2
+    """Unless the turn ends with it: then it was meant, or has to be said outside the thought."""
+    thought, unclosed, alone = f"<think>{CALL}</think>No.", f"<think>maybe {CALL}", f"<think>{CALL}</think>"
+    first, second, third = roll_out(
+        make(tmp_path), [[thought, *NEVER], *([turn, ANSWER] for turn in (unclosed, alone))]
+    )
+    assert [rollout[4] for rollout in (first, second, third)] == ["answered"] * 3
+    assert len(first[3]) == 1
+    assert second[3][1]["content"] == tiny.search("Paris")
+    assert "stands inside a thought" in third[3][1]["content"]
 
 
 def test_two_calls_in_one_turn_share_an_observation(tmp_path):
@@ -666,6 +672,8 @@ def random_turn(rng):
         text = "[" * rng.choice([5, 2000]) + text
     text = f"<tool_call>{rng.choice(['', chr(10)])}{text}{rng.choice(['</tool_call>', chr(10) + '</tool_call>', ''])}"
     before = rng.choice(["", "", "", "<think>", "<think>so</think>", "</think>", "Well, ", "<tool_call>"])
+    if rng.random() < 0.05:
+        return f"<think>{text}</think>No."
     return before + text * rng.choice([1, 1, 1, 2])
 
 
@@ -675,21 +683,20 @@ def test_soak_of_parsing_and_dispatch():
     rng = random.Random(1)
     tokenizer = add_response_schema(tiny.make_tokenizer())
     prefix = tokenizer.encode("<|im_start|>assistant\n")
-    syntax, runner = CallSyntax(tokenizer), ToolRunner()
+    reader, runner = TurnReader(tokenizer), ToolRunner()
     outcomes = collections.Counter()
     for _ in range(20):
         calls = []
         for _ in range(1000):
             turn = random_turn(rng)
             ids = [*tokenizer.encode(turn, add_special_tokens=False), tokenizer.eos_token_id]
-            with igpo_trl.rollout.tool_calls.parser_errors_as_value_errors(tokenizer):
+            with parser_errors_as_value_errors(tokenizer):
                 message = parse_response(tokenizer, ids, prefix=prefix)
-            read = read_calls(message.get("tool_calls"), {"adder": adder}, lambda _: None)
-            problem = None if read else syntax.problem(ids, prefix)
-            if "think" not in turn:  # a call that was meant is never taken for an answer
-                assert read or problem, turn
-            outcomes["malformed" if problem else "call" if read else "answer"] += 1
-            calls += read
+            reading = reader.read(ids, message, {"adder": adder}, prefix=prefix)
+            # A call that was meant is never taken for an answer.
+            assert bool(reading.calls) != turn.endswith("No."), turn
+            outcomes["malformed" if reading.malformed else "call" if reading.calls else "answer"] += 1
+            calls += reading.calls
         for result in runner.run(calls):
             assert isinstance(result.text, str) and result.text.startswith("Error: ") == (result.error is not None)
             result.text.encode()
@@ -705,7 +712,7 @@ def test_strange_turns_through_the_trainer(tmp_path):
     trainer = make(tmp_path, model=model, tools=[adder], **limits)
     for _, ids, mask, messages, stop in roll_out(trainer, [[random_turn(rng), ANSWER, *NEVER] for _ in range(300)]):
         assert stop == "answered" and len(ids) == len(mask)
-        assert len(messages) == 1 or (messages[-1]["content"] == ANSWER and messages[1]["role"] == "tool")
+        assert messages[0]["content"] == "No." or (messages[-1]["content"] == ANSWER and messages[1]["role"] == "tool")
 
 
 # The loop without a trainer

@@ -34,7 +34,7 @@ from .records import completion_columns, trajectories_of
 from .rewards import make_answer_reward
 from .rollout.kv_cache import PrefixCache, replaced_generate
 from .rollout.loop import Rollout, SampledTurns
-from .rollout.tool_calls import parser_errors_as_value_errors
+from .rollout.turn_reader import parser_errors_as_value_errors
 from .step import Step
 from .trajectory import drop_later, write_jsonl
 

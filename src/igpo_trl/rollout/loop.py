@@ -17,15 +17,14 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
 from trl.chat_template_utils import parse_response
 
-from ..rewards import extract_answer
 from ..trajectory import StopReason
 from .observations import ObservationEncoder
 from .round_log import RoundLog
-from .tool_calls import CallSyntax, ToolCall, read_calls
-from .tool_results import ToolErrorKind, ToolResult
+from .tool_calls import ToolCall
+from .tool_results import ToolResult
 from .tool_runner import ToolRunner
+from .turn_reader import Message, Reading, TurnReader
 
-Message = dict[str, Any]
 #: Contexts, rollout indices and the most new tokens of any of them → a turn (token ids) per context, and its
 #: log-probabilities where the backend gives them.
 Sample = Callable[[list[list[int]], list[int], int], tuple[list[list[int]], list[list[float]] | None]]
@@ -134,9 +133,9 @@ class RolloutLoop:
     1. nothing was sampled: `empty`;
     2. the turn was the forced answer: the rollout keeps the stop reason of the limit that led to it;
     3. the turn was cut off by the completion or context limit: `length_limit` or `context_limit`;
-    4. it holds an answer: `answered`; calls in the same turn are not run;
-    5. it holds no call, or only a call that was cut off: `turn_length_limit` if `max_turn_length` cut it off (the
-       policy may then be asked to answer), else `answered`;
+    4. it holds an answer before any call: `answered`; calls after the answer are not run;
+    5. it holds no call, or none that can be read because `max_turn_length` cut it off: `turn_length_limit` if that cut
+       the turn off (the policy may then be asked to answer), else `answered`;
     6. it holds a malformed call and `on_malformed_tool_call="end"`: `malformed`;
     7. the rounds are used up: `turn_limit`;
     8. otherwise its calls run.
@@ -178,7 +177,7 @@ class RolloutLoop:
         self._any_rank = any_rank
         self._end_token_ids = frozenset([*end_token_ids, tokenizer.pad_token_id])
         self._idle_ranks_sample = idle_ranks_sample
-        self._call_syntax = CallSyntax(tokenizer)
+        self._reader = TurnReader(tokenizer, observations.render_call, self._end_token_ids)
         self._schemas: dict[Any, dict[str, Any]] = {}
         if limits.forced_answer_prompt is not None:  # a template that cannot render the request says so now
             request = self._answer_request()
@@ -313,24 +312,26 @@ class RolloutLoop:
         self, rollout: Rollout, ids: list[int], logprobs: list[float] | None, message: Message | None
     ) -> None:
         """Append a sampled turn and decide what follows: its calls, a request to answer, or the end."""
+        if not ids and not rollout.completion_ids:  # TRL needs a token in every completion
+            rollout.append([self.tokenizer.eos_token_id], sampled=0)
         rollout.turn_starts.append(len(rollout.completion_ids))
         rollout.tools_called.append(())
         rollout.append(ids, sampled=1, logprobs=logprobs)
-        if message is None:
-            rollout.stop = rollout.stop or StopReason.EMPTY
-            return
-        rollout.messages.append(message)
-        if rollout.answer_requested:
-            return
         limit = self._limit_reached(rollout, ids)
+        if not ids or message is None or rollout.answer_requested:  # calls cannot run
+            if message is not None:
+                rollout.messages.append({key: value for key, value in message.items() if key != "tool_calls"})
+            if not ids:
+                rollout.stop = rollout.stop or StopReason.EMPTY
+            return
+        reading = self._read(rollout, ids, message, was_cut=limit is not None)
+        rollout.messages.append(reading.message)
+        calls, malformed = reading.calls, reading.malformed
         if limit in (StopReason.LENGTH_LIMIT, StopReason.CONTEXT_LIMIT):
             rollout.stop = limit
-            return
-        calls, malformed = self._read_calls(rollout, ids, message)
-        answered = extract_answer(message.get("content") or "") is not None
-        if answered or not calls or (malformed and limit):
-            rollout.stop = (None if answered else limit) or StopReason.ANSWERED
-            wants_answer = self.limits.forced_answer_prompt is not None and not answered and limit is not None
+        elif reading.is_answer or not calls or (limit and len(malformed) == len(calls)):
+            rollout.stop = (None if reading.is_answer else limit) or StopReason.ANSWERED
+            wants_answer = self.limits.forced_answer_prompt is not None and not reading.is_answer and limit is not None
             rollout.turn_was_cut = rollout.answer_request_pending = wants_answer
         elif malformed and self.limits.on_malformed_tool_call == "end":
             rollout.stop = StopReason.MALFORMED
@@ -340,22 +341,14 @@ class RolloutLoop:
             rollout.pending_calls, rollout.turn_was_cut = calls, limit is not None
             rollout.tools_called[-1] = tuple(call.name for call in calls if call.problem is None)
 
-    def _read_calls(self, rollout: Rollout, ids: list[int], message: Message) -> tuple[list[ToolCall], bool]:
-        """The calls of a turn, and whether one is malformed; such a call has an error as its result."""
-
+    def _read(self, rollout: Rollout, ids: list[int], message: Message, was_cut: bool) -> Reading:
         def serial(function: Callable[..., Any]) -> int | None:
             """Methods of one environment run one after another, even if a call of an earlier step still hangs."""
             owner = getattr(function, "__self__", None)
             return id(owner) if owner is not None and owner is rollout.environment else None
 
-        calls = read_calls(message.get("tool_calls"), rollout.tools, serial)
-        if calls:
-            return calls, any(call.problem and call.problem.error == ToolErrorKind.MALFORMED for call in calls)
-        problem = self._call_syntax.problem(ids, rollout.observation_ids or rollout.prompt_ids)
-        if problem is None:
-            return [], False
-        result = ToolResult(f"Error: {problem}", ToolErrorKind.MALFORMED)
-        return [ToolCall(next(iter(rollout.tools), "tool"), {}, None, problem=result)], True
+        prefix = rollout.observation_ids or rollout.prompt_ids
+        return self._reader.read(ids, message, rollout.tools, serial, prefix=prefix, was_cut=was_cut)
 
     def _schemas_of(self, rollout: Rollout) -> list[dict[str, Any]]:
         """JSON schemas of the rollout's tools, by which the parser converts arguments; made once per tool."""

@@ -7,6 +7,7 @@ wrote it. Content without markers is encoded exactly like the rendering of the c
 """
 
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -127,6 +128,19 @@ class ObservationEncoder:
                 ids = list(itertools.chain.from_iterable(self._encode_texts(pieces)))
             results.append(ids[self._turn_end(messages, prefix, ids) :])
         return results
+
+    def render_call(self, name: str, arguments: dict[str, Any]) -> str:
+        """The text that the chat template writes for a call; empty if it cannot write it alone."""
+        user = {"role": "user", "content": "dummy"}
+        function = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        assistant = {"role": "assistant", "content": "", "tool_calls": [function]}
+        try:
+            before = self._apply([user], add_generation_prompt=True)
+            text = self._apply([user, assistant], add_generation_prompt=False)
+        except Exception:  # a template may raise anything
+            return ""
+        text = text[len(os.path.commonprefix([before, text])) :].split(str(self.tokenizer.eos_token))[0]
+        return re.sub(r"^\s*<think>\s*</think>", "", text).strip()
 
     def _prefix(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Tokens of the dummy conversation up to the end of its assistant turn."""
