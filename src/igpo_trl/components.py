@@ -2,13 +2,14 @@
 
 import logging
 import sys
+from collections.abc import Sequence
 from typing import Any, cast
 
 from .beliefs.probes import fit_template
 from .beliefs.scorer import BeliefScorer
 from .beliefs.scoring import AliasReduction, Method
 from .rollout.kv_cache import reuse_obstacle
-from .rollout.loop import RolloutLimits, RolloutLoop
+from .rollout.loop import Rollout, RolloutLimits, RolloutLoop
 from .rollout.observations import ObservationEncoder
 from .rollout.tool_runner import ToolRunner
 
@@ -69,9 +70,25 @@ def make_rollout_loop(trainer: Any) -> RolloutLoop:
     )
 
 
+def make_rollouts(trainer: Any, prompt_ids: Sequence[Sequence[int]], with_logprobs: bool) -> list[Rollout]:
+    """The rollouts of a batch, before their first turns."""
+    return [
+        Rollout(
+            index=i,
+            prompt_ids=list(ids),
+            tools={**trainer._sync_tool_dicts[i], **trainer._async_tool_dicts[i]},
+            environment=trainer.environments[i] if trainer.environments else None,
+            logprobs=[] if with_logprobs else None,
+        )
+        for i, ids in enumerate(prompt_ids)
+    ]
+
+
 def max_turn_length(trainer: Any) -> int:
     """Longest turn, in tokens."""
-    return min(trainer.args.max_turn_length or sys.maxsize, trainer.max_completion_length)
+    name = "max_tokens" if trainer.use_vllm else "max_new_tokens"
+    limits = trainer.args.max_turn_length, (trainer.args.generation_kwargs or {}).get(name)
+    return min(trainer.max_completion_length, *(limit for limit in limits if limit))
 
 
 def context_length(trainer: Any) -> int:

@@ -1,7 +1,7 @@
 """What a turn says: calls, or an answer, whichever comes first."""
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -53,14 +53,14 @@ class TurnReader:
     Args:
         tokenizer (`PreTrainedTokenizerBase`): A tokenizer with a `response_template`.
         render_call (`Callable`): Maps the name and the arguments of a call to the text that the chat template writes.
-        end_token_ids (`Sequence[int]`): Tokens that end a turn.
+        end_token_ids (`Iterable[int]`): Tokens that end a turn.
     """
 
     def __init__(
         self,
         tokenizer: Any,
         render_call: Callable[[str, dict[str, Any]], str] = lambda name, arguments: "",
-        end_token_ids: Sequence[int] = (),
+        end_token_ids: Iterable[int] = (),
     ):
         self.tokenizer = tokenizer
         self._render_call = render_call

@@ -97,7 +97,7 @@ class _Scanner:
         start, begin = match.span()
         i = self._skip(forms.BLANK, begin)
         following = self.pattern.match(self.text, i)
-        if following and following.lastgroup in ("open", "function", "tag", "recipient"):
+        if following and following.lastgroup in ("open", "function", "stray", "tag", "recipient"):
             return  # the call begins there
         while self.text.startswith("{{", i):  # braces doubled, as in a Python format string
             i += 1
@@ -278,14 +278,14 @@ class _Scanner:
                     warnings.simplefilter("ignore")  # of an invalid escape sequence
                     call = ast.parse("f" + self.text[bracket:end], mode="eval").body
                 assert isinstance(call, ast.Call)
-                positional = tuple(ast.literal_eval(one) for one in call.args)
+                values = [ast.literal_eval(one) for one in call.args]
                 arguments = {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
             except Exception:  # `ast` raises MemoryError, RecursionError and more on what a policy writes
                 self._fail(start, end, f'expected {name}(parameter="value")', name)
             else:
-                if len(positional) == 1 and isinstance(positional[0], dict) and not arguments:
-                    positional, arguments = (), positional[0]
-                self._add(start, end, name, arguments, positional=positional)
+                if len(values) == 1 and isinstance(values[0], dict) and not arguments:
+                    arguments, values = values[0], []
+                self._add(start, end, name, arguments, positional=tuple(values))
             more = forms.NEXT_CALL.match(self.text, end)
             if more is None:
                 return
