@@ -16,6 +16,7 @@ import trl.chat_template_utils as known
 import trl.trainer.grpo_trainer as grpo_trainer
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_parsing import parse_response
+from transformers.utils.chat_parsing.response_templates import load_response_template
 
 from .rollout.observations import ObservationEncoder
 from .rollout.written_calls import find_calls
@@ -72,7 +73,10 @@ def prepare_for_tools(tokenizer: PreTrainedTokenizerBase) -> None:
             "(Qwen2.5, Qwen3, Llama 3.1, GPT-OSS, …), or another `tokenizer.chat_template`."
         )
     if getattr(tokenizer, "response_template", None) is not None:
-        tokenizer.parse_response("", prefix="")  # raises ValueError for one that is no response template
+        try:
+            load_response_template(tokenizer.response_template)
+        except Exception as error:  # Transformers raises several kinds
+            raise ValueError(f"`tokenizer.response_template` is no response template: {error}.") from error
         return
     try:
         known.add_response_schema(tokenizer)

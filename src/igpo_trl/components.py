@@ -48,6 +48,8 @@ def make_rollout_loop(trainer: Any) -> RolloutLoop:
         RolloutLimits(
             max_completion_length=trainer.max_completion_length,
             max_turn_length=max_turn_length(trainer),
+            max_new_tokens=(args.generation_kwargs or {}).get("max_tokens" if trainer.use_vllm else "max_new_tokens")
+            or sys.maxsize,
             context_length=context_length(trainer),
             max_rounds=min(trainer.max_tool_calling_iterations, max_rounds),
             forced_answer_prompt=args.forced_answer_prompt if args.forced_answer else None,
@@ -86,9 +88,7 @@ def make_rollouts(trainer: Any, prompt_ids: Sequence[Sequence[int]], with_logpro
 
 def max_turn_length(trainer: Any) -> int:
     """Longest turn, in tokens."""
-    name = "max_tokens" if trainer.use_vllm else "max_new_tokens"
-    limits = trainer.args.max_turn_length, (trainer.args.generation_kwargs or {}).get(name)
-    return min(trainer.max_completion_length, *(limit for limit in limits if limit))
+    return min(trainer.args.max_turn_length or sys.maxsize, trainer.max_completion_length)
 
 
 def context_length(trainer: Any) -> int:

@@ -38,6 +38,8 @@ class RolloutLimits:
     Attributes:
         max_completion_length (`int`): turns and observations of a rollout together.
         max_turn_length (`int`): sampled tokens of one turn.
+        max_new_tokens (`int`): the same, from `generation_kwargs`. A turn that it cuts off goes on as in TRL, without an
+            end-of-turn token.
         context_length (`int`): prompt and completion together.
         max_rounds (`int`): rounds of tool calls.
         forced_answer_prompt (`str`, *optional*): user message that asks a rollout which reaches a limit to answer;
@@ -48,6 +50,7 @@ class RolloutLimits:
 
     max_completion_length: int
     max_turn_length: int = sys.maxsize
+    max_new_tokens: int = sys.maxsize
     context_length: int = sys.maxsize
     max_rounds: int = sys.maxsize
     forced_answer_prompt: str | None = None
@@ -57,7 +60,8 @@ class RolloutLimits:
     @property
     def answer_room(self) -> int:
         """Tokens kept free for a forced answer: at most an eighth of the completion."""
-        return min(self.forced_answer_length, self.max_turn_length, self.max_completion_length // 8)
+        turn_length = min(self.max_turn_length, self.max_new_tokens)
+        return min(self.forced_answer_length, turn_length, self.max_completion_length // 8)
 
 
 @dataclass(eq=False)
@@ -182,7 +186,7 @@ class RolloutLoop:
         if limits.forced_answer_prompt is not None:  # a template that cannot render the request says so now
             request = self._answer_request()
             observations.encode([[{"role": "tool", "name": "tool", "content": ""}, request]])
-            if limits.max_turn_length < limits.max_completion_length:
+            if min(limits.max_turn_length, limits.max_new_tokens) < limits.max_completion_length:
                 observations.encode([[request]])
 
     def run(
@@ -338,7 +342,8 @@ class RolloutLoop:
         elif rollout.num_rounds >= self.limits.max_rounds:
             rollout.stop = StopReason.TURN_LIMIT
         else:
-            rollout.pending_calls, rollout.turn_was_cut = calls, limit is not None
+            rollout.pending_calls = calls
+            rollout.turn_was_cut = limit is not None and len(ids) >= self.limits.max_turn_length
             rollout.tools_called[-1] = tuple(call.name for call in calls if call.problem is None)
 
     def _read(self, rollout: Rollout, ids: list[int], message: Message, was_cut: bool) -> Reading:
@@ -368,7 +373,8 @@ class RolloutLoop:
         room, limit = self._room(rollout)
         if room < 1:
             return limit
-        return StopReason.TURN_LENGTH_LIMIT if len(turn) >= self.limits.max_turn_length else None
+        longest = min(self.limits.max_turn_length, self.limits.max_new_tokens)
+        return StopReason.TURN_LENGTH_LIMIT if len(turn) >= longest else None
 
     def _room(self, rollout: Rollout) -> tuple[int, StopReason]:
         """Tokens that may still follow, and the limit that sets them."""

@@ -109,7 +109,7 @@ class TurnReader:
         visible, thoughts = self._split(text)
         written = find_calls(visible, {name: signature_of(tool).parameters for name, tool in tools.items()})
         parsed = read_calls(message.get("tool_calls"), tools, serial)
-        cut_off = was_cut and bool(written) and not written[-1].is_closed
+        cut_off = was_cut and bool(written) and not written[-1].is_closed and written[-1].problem is None
         calls = parsed
         is_parsed = len(parsed) >= len(written) and not cut_off and all(call.problem is None for call in parsed)
         if written and not (is_parsed or len(parsed) > len(written)):
@@ -240,14 +240,21 @@ def _literals(marks: Any) -> list[str]:
 
 @contextmanager
 def parser_errors_as_value_errors(tokenizer: Any) -> Iterator[None]:
-    """TRL takes a `ValueError` of the parser for a malformed call; a deeply nested one is a `RecursionError`."""
+    """
+    TRL takes a `ValueError` of the parser for a malformed call.
+
+    But a deeply nested one is a `RecursionError`, and to the parser a turn without tokens is a batch of none.
+    """
     parse, instance_attribute = tokenizer.parse_response, vars(tokenizer).get("parse_response")
 
     def parse_or_value_error(*args: Any, **kwargs: Any) -> Any:
         try:
-            return parse(*args, **kwargs)
+            parsed = parse(*args, **kwargs)
         except (RecursionError, LookupError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
+        if isinstance(parsed, list) and not parsed:
+            raise ValueError("an empty turn")
+        return parsed
 
     tokenizer.parse_response = parse_or_value_error
     try:
