@@ -38,8 +38,8 @@ class RolloutLimits:
     Attributes:
         max_completion_length (`int`): turns and observations of a rollout together.
         max_turn_length (`int`): sampled tokens of one turn.
-        max_new_tokens (`int`): the same, from `generation_kwargs`. A turn that it cuts off goes on as in TRL, without an
-            end-of-turn token.
+        max_new_tokens (`int`): the same, from `generation_kwargs`. As in TRL, a turn that it cuts off is not closed by
+            an end-of-turn token.
         context_length (`int`): prompt and completion together.
         max_rounds (`int`): rounds of tool calls.
         forced_answer_prompt (`str`, *optional*): user message that asks a rollout which reaches a limit to answer;
