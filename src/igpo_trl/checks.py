@@ -10,8 +10,8 @@ import trl
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from transformers import AutoConfig, ProcessorMixin
-from trl.chat_template_utils import supports_tool_calling
 
+from .chat_templates import prepare_for_tools
 from .data.rows import check_answers, check_columns, check_prompts, columns_of, plain_prompt
 from .rollout.observations import ObservationEncoder
 from .tools import options_of
@@ -83,18 +83,16 @@ def check_processing_class(processing_class: Any, uses_tools: bool) -> None:
             f"IGPOTrainer supports text models only, got the multi-modal processor {type(processing_class).__name__}. "
             "Pass the tokenizer of a text model as `processing_class`."
         )
-    if not uses_tools:
-        return
-    if processing_class.chat_template is None:
+    if uses_tools:
+        prepare_for_tools(processing_class)
+
+
+def check_rollout_output(extra_fields: dict[str, Any]) -> None:
+    """Raise `ValueError` if TRL has not read the mask that a `rollout_func` returned."""
+    if "env_mask" in extra_fields:
         raise ValueError(
-            "The tokenizer has no chat template, which tool calls are rendered with. Use an instruction-tuned model, "
-            "or set `tokenizer.chat_template`."
-        )
-    if not supports_tool_calling(processing_class):
-        raise ValueError(
-            "The tokenizer's chat template cannot call tools: it does not render an assistant's tool call and the "
-            "tool's answer. Use a model that was trained to call tools (Qwen2.5, Qwen3, Llama 3.1, …), or another "
-            "`tokenizer.chat_template`."
+            "`rollout_func` returned an `env_mask`, which is not read if the trainer has tools: they run after it, on "
+            "turns that it left open. Leave out `tools` and `environment_factory`, or the mask."
         )
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .beliefs import CachedContexts
 from .beliefs.scorer import BeliefBatch, BeliefScorer
 from .checks import own_answers
 from .data.rows import answers_of
-from .rewards import exact_match, extract_answer, f1_score, last_assistant_text
+from .rewards import LAST_TURN, exact_match, extract_answer, f1_score, last_assistant_text
 from .rollout.kv_cache import PrefixCache
 from .rollout.loop import Rollout
 from .rollout.round_log import RoundLog
@@ -57,6 +58,7 @@ class Step:
         turn_index (`torch.Tensor` of shape (B, T)), starts (B, K), num_turns (B,): see [`turn_spans`].
         turn_starts (list of list of `int`): `starts` without padding.
         completions (list): the completions as messages or text.
+        last_turns (list of `str`, *optional*): what was sampled last, of rollouts that a `rollout_func` made.
 
         global_rewards (`torch.Tensor` of shape (N, reward functions)): NaN where a function does not apply.
         global_outcome (`torch.Tensor` of shape (N,)): their weighted sum; NaN where none applies.
@@ -86,6 +88,7 @@ class Step:
     prompt_ids: list[list[int]] = field(default_factory=list)
     completion_ids: list[list[int]] = field(default_factory=list)
     completions: Sequence[Any] = ()
+    last_turns: list[str] | None = None
 
     beliefs: torch.Tensor | None = None
     gains: torch.Tensor | None = None
@@ -101,7 +104,8 @@ class Step:
     @cached_property
     def predictions(self) -> list[str | None]:
         """The answer that each rollout gave; `None` where it is missing or malformed."""
-        return [extract_answer(last_assistant_text(completion)) for completion in self.completions]
+        texts = self.last_turns or [last_assistant_text(completion) for completion in self.completions]
+        return [extract_answer(text) for text in texts]
 
     # ----------------------------------------------------------------------------------------------------- rollouts
 
@@ -136,6 +140,18 @@ class Step:
         lengths = torch.tensor([len(ids) for ids in self.completion_ids])
         self.turn_index, self.starts, self.num_turns = turn_spans(sampled_mask, lengths)
         self.turn_starts = [row[:n] for row, n in zip(self.starts.tolist(), self.num_turns.tolist(), strict=True)]
+
+    def set_last_turns(self, tokenizer: Any) -> None:
+        """Decode what was sampled last; to TRL, the completions of a `rollout_func` are one turn each."""
+        last = (self.turn_index == (self.num_turns - 1)[:, None]).tolist()
+        ids = [list(compress(row, mask)) for row, mask in zip(self.completion_ids, last, strict=True)]
+        self.last_turns = tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def with_last_turns(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows for the reward functions, with the last turns as a column where there are any."""
+        if self.last_turns is None:
+            return rows
+        return [row | {LAST_TURN: text} for row, text in zip(rows, self.last_turns, strict=True)]
 
     @classmethod
     def from_output(cls, rows: list[dict[str, Any]], output: dict[str, Any], **fields: Any) -> "Step":

@@ -12,9 +12,11 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from .adapters import check_adapter, is_adapter, load_trainable
 from .beliefs.scorer import KVCapture
+from .chat_templates import edited_templates_accepted
 from .checkpoints import OneRun, checkpoint_to_resume
 from .checks import (
     check_before_loading,
+    check_rollout_output,
     check_tool_names,
     check_trainable,
     check_trl_version,
@@ -31,6 +33,7 @@ from .components import (
     load_processing_class,
     make_belief_scorer,
     make_rollout_loop,
+    make_rollouts,
     max_turn_length,
     samples_in_step,
 )
@@ -41,7 +44,7 @@ from .rewards import make_answer_reward
 from .rollout.kv_cache import PrefixCache, replaced_generate
 from .rollout.loop import Rollout, SampledTurns
 from .rollout.sampling import sample_within_context
-from .rollout.tool_calls import parser_errors_as_value_errors
+from .rollout.turn_reader import parser_errors_as_value_errors
 from .step import Step
 from .trajectory import write_jsonl
 from .turns import old_log_probs_of_turn_ratios
@@ -140,9 +143,10 @@ class IGPOTrainer(GRPOTrainer):
         args.remove_unused_columns = False  # reward functions may read any column, and beliefs read the answers
         if adapter is not None:
             model = load_trainable(adapter, args, create_model_from_path, kwargs.pop("quantization_config", None))
-        super().__init__(
-            model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
-        )
+        with edited_templates_accepted():
+            super().__init__(
+                model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
+            )
         # Nobody reports which tools the turns of a `rollout_func` call.
         check_tool_names(args.info_gain_tools, [] if self.rollout_func is not None else self.tools)
         self._turn_ratio_inputs: dict[str, Any] | None = None
@@ -229,8 +233,11 @@ class IGPOTrainer(GRPOTrainer):
                 result = super()._generate(prompts)
         finally:
             step.kv_cache = None  # its memory is needed for training
-        prompt_ids, completion_ids, sampled_masks, *_ = result
+        prompt_ids, completion_ids, sampled_masks, _, _, extra_fields, *_ = result
         step.set_rollouts(prompt_ids, completion_ids, sampled_masks)
+        if self.rollout_func is not None:
+            check_rollout_output(extra_fields)
+            step.set_last_turns(self._tokenizer)
         if self.tools and self.rollout_func is None:
             metrics = self._metrics["train" if self.model.training else "eval"]
             for name, value in step.round_log.metrics(self.accelerator).items():
@@ -286,16 +293,7 @@ class IGPOTrainer(GRPOTrainer):
     ) -> Any:
         refuse_images(images)
         assert self._rollout_loop is not None  # the parent comes here only if there are tools
-        rollouts = [
-            Rollout(
-                index=i,
-                prompt_ids=list(ids),
-                tools={**self._sync_tool_dicts[i], **self._async_tool_dicts[i]},
-                environment=self.environments[i] if self.environments else None,
-                logprobs=None if logprobs is None else [],
-            )
-            for i, ids in enumerate(prompt_ids)
-        ]
+        rollouts = make_rollouts(self, prompt_ids, with_logprobs=logprobs is not None)
         first_turns = SampledTurns(completion_ids, logprobs, [messages[0] for messages in completions])
         log = self.current_step.round_log = self._rollout_loop.run(rollouts, first_turns, self._score_ended_rollouts)
         return (
@@ -341,9 +339,10 @@ class IGPOTrainer(GRPOTrainer):
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> torch.Tensor:
-        global_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self.current_step.completions = completions
-        return self.current_step.set_rewards(global_rewards, self.reward_weights, self.reward_func_names)
+        step, rows = self.current_step, self.current_step.with_last_turns(inputs)
+        global_rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
+        step.completions = completions
+        return step.set_rewards(global_rewards, self.reward_weights, self.reward_func_names)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         if self.args.importance_sampling_level != "turn":
