@@ -21,6 +21,7 @@ from .checks import (
     check_trl_version,
     environment_rewards,
 )
+from .completions import fill_columns, log_turns, make_loggable
 from .components import (
     can_reuse_prefixes,
     context_length,
@@ -30,7 +31,7 @@ from .components import (
     make_rollout_loop,
 )
 from .config import IGPOConfig
-from .records import completion_columns, trajectories_of
+from .records import trajectories_of
 from .rewards import make_answer_reward
 from .rollout.kv_cache import PrefixCache, replaced_generate
 from .rollout.loop import Rollout, SampledTurns
@@ -203,16 +204,13 @@ class IGPOTrainer(GRPOTrainer):
                 gae_lambda=args.gae_lambda,
             )
             output["advantages"] = step.token_advantages(output["completion_ids"])
-            self._replace_logged_advantages(step)
             if args.info_gain_weight_end is not None:
                 metrics["info_gain_weight"].append(gain_weight)
             if args.outcome_weight_end is not None:
                 metrics["outcome_weight"].append(outcome_weight)
         for name, value in step.metrics(self.accelerator.gather, self.accelerator.device).items():
             metrics[name].append(value)
-        if self.log_completions:
-            for name, column in completion_columns(step).items():
-                self._logs["extra"][name].extend(column)
+        log_turns(step, self._logs)
         if training and args.save_trajectories:
             rollout_advantages = output["advantages"] if step.belief_batch is None else None
             records = trajectories_of(step, self._tokenizer, self.reward_func_names, rollout_advantages)
@@ -329,22 +327,20 @@ class IGPOTrainer(GRPOTrainer):
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> torch.Tensor:
         global_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        fill_columns(self._logs, self._pending_extra_logs, len(completions))
         self.current_step.completions = completions
         return self.current_step.set_rewards(global_rewards, self.reward_weights, self.reward_func_names)
-
-    def _replace_logged_advantages(self, step: Step) -> None:
-        """The parent has already logged its scalar advantages: log the means of those that are used."""
-        assert step.global_advantages is not None
-        means = (step.global_advantages.sum(dim=1) / step.global_num_turns).tolist()
-        logged = list(self._logs["advantages"])[: -len(means)] + means
-        self._logs["advantages"].clear()
-        self._logs["advantages"].extend(logged)
 
     # -------------------------------------------------------------------------------------- training and evaluation
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         check_trainable(self.model)
         return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.log_completions:
+            make_loggable(self._logs)
+        super().log(logs, start_time)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

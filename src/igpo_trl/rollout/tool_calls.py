@@ -15,7 +15,7 @@ from pydantic.errors import PydanticUserError
 from typing_extensions import TypedDict  # Pydantic accepts that of `typing` only from Python 3.12 on
 
 from ..files import encodable
-from .tool_results import ToolErrorKind, ToolResult, cut, describe, error_result, show
+from .tool_results import MAX_NESTING, ToolErrorKind, ToolResult, cut, describe, error_result, nesting, show
 
 MAX_NAME_CHARACTERS = 64
 
@@ -264,14 +264,17 @@ def _json_kinds(annotation: Any) -> tuple[type, ...]:
 
 @contextmanager
 def parser_errors_as_value_errors(tokenizer: Any) -> Iterator[None]:
-    """TRL takes a `ValueError` of the parser for a malformed call; a deeply nested one is a `RecursionError`."""
+    """TRL takes a `ValueError` of the parser for a malformed call; other errors and deep nesting become one."""
     parse, instance_attribute = tokenizer.parse_response, vars(tokenizer).get("parse_response")
 
     def parse_or_value_error(*args: Any, **kwargs: Any) -> Any:
         try:
-            return parse(*args, **kwargs)
+            message = parse(*args, **kwargs)
         except (RecursionError, LookupError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
+        if nesting(message) > MAX_NESTING:  # copying it, or sending it to another process, would fail
+            raise ValueError(f"lists and objects are nested more than {MAX_NESTING} levels deep")
+        return message
 
     tokenizer.parse_response = parse_or_value_error
     try:
