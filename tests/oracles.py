@@ -138,42 +138,47 @@ def critic_advantages(
     """
     The belief as critic, for γ = 1 and gains in probability: `beliefs[i]` has the belief before each turn 0 … S.
 
-    Ridge fit of G_k = R + w (b_S - b_k) on [one-hot k, b_k, b_k², leave-one-out mean of R + w b_S]; then GAE with
-    δ_k = w (b_{k+1} - b_k) + V_{k+1} - V_k and δ_S = R - V_S, divided by the root mean square over all turns.
+    The value of rollout i is a ridge fit, without rollout i, of G_k = R + w (b_S - b_k) on [1, standardised b_k,
+    one-hot k] with a penalty of 4 on all but the intercept, plus the mean residual of each other rollout of the group,
+    summed and divided by their number + 4. Then GAE with δ_k = w (b_{k+1} - b_k) + V_{k+1} - V_k and δ_S = R - V_S,
+    divided by the root mean square over all turns.
     """
     w = info_gain_weight
     max_turns = max(len(row) for row in beliefs)
-    features: list[list[float]] = []
-    targets: list[float] = []
-    for i, row in enumerate(beliefs):
-        if math.isnan(outcomes[i]):
+    scored = [i for i, r in enumerate(outcomes) if not math.isnan(r)]
+    read = np.array([belief for i in scored for belief in beliefs[i]])
+    mean, std = read.mean(), max(float(read.std()), 1e-6)
+    features = {
+        i: np.array([[1.0, (b - mean) / std] + [float(k == j) for j in range(max_turns)] for k, b in enumerate(row)])
+        for i, row in enumerate(beliefs)
+    }
+    targets = {i: np.array([outcomes[i] + w * (row[-1] - b) for b in row]) for i, row in enumerate(beliefs)}
+    penalty = np.diag([0.0] + [2.0] * (max_turns + 1))  # squared, and as so many further rows with target 0
+    values = {}
+    for i in scored:
+        others = [j for j in scored if j != i]
+        if not others:  # nothing to compare with
+            values[i] = targets[i]
             continue
-        first = i - i % num_generations
-        peers = [j for j in range(first, first + num_generations) if j != i and not math.isnan(outcomes[j])]
-        level = sum(outcomes[j] + w * beliefs[j][-1] for j in peers) / len(peers) if peers else 0.0
-        for k, belief in enumerate(row):
-            features.append([float(k == j) for j in range(max_turns)] + [belief, belief**2, level])
-            targets.append(outcomes[i] + w * (row[-1] - belief))
-    # A ridge penalty is so many further rows with target 0.
-    rows = len(targets)
-    penalty = np.diag([math.sqrt(1e-5 * rows)] * max_turns + [math.sqrt(1e-4 * rows)] * 3)
-    coefficients, *_ = np.linalg.lstsq(
-        np.vstack([np.array(features), penalty]), np.array(targets + [0.0] * (max_turns + 3)), rcond=None
-    )
-    values = iter(np.array(features) @ coefficients)
+        rows = np.vstack([features[j] for j in others] + [penalty])
+        wanted = np.concatenate([targets[j] for j in others] + [np.zeros(len(penalty))])
+        coefficients, *_ = np.linalg.lstsq(rows, wanted, rcond=None)
+        peers = [j for j in others if j // num_generations == i // num_generations]
+        missed = [float((targets[j] - features[j] @ coefficients).mean()) for j in peers]
+        values[i] = features[i] @ coefficients + sum(missed) / (len(missed) + 4)
 
     result = []
     for i, row in enumerate(beliefs):
         if math.isnan(outcomes[i]):
             result.append([0.0] * len(row))
             continue
-        value = [next(values) for _ in row]
+        value = values[i]
         delta = [w * (row[k + 1] - row[k]) + value[k + 1] - value[k] for k in range(len(row) - 1)]
         delta.append(outcomes[i] - value[-1])
         result.append([sum(gae_lambda ** (j - k) * delta[j] for j in range(k, len(row))) for k in range(len(row))])
     if scale:
-        scored = [a for i, row in enumerate(result) if not math.isnan(outcomes[i]) for a in row]
-        root_mean_square = math.sqrt(sum(a * a for a in scored) / len(scored))
+        flat = [a for i in scored for a in result[i]]
+        root_mean_square = math.sqrt(sum(a * a for a in flat) / len(flat))
         result = [[a / root_mean_square for a in row] for row in result]
     return result
 

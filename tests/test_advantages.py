@@ -136,23 +136,81 @@ def test_critic_equals_oracle(batch, first_belief, is_scored, info_gain_weight, 
 
 def test_critic_by_hand():
     """
-    Two rollouts of one question, one turn each, no gains: S = 0, so the regression sees two rows.
+    Two rollouts of one question, one turn each, R = (1, 0), no gains, equal beliefs: each fit sees one other row.
 
-    With R = (1, 0) and b = 0: features [1, 0, 0, other's R], targets R. On 2 rows the ridge is 2e-5 on the one-hot
-    and 2e-4 on the leave-one-out mean, x = (c, d) solves
-        (2 + 2e-5) c + 1 d = 1        (one-hot against itself, and against the leave-one-out column (0, 1))
-        1 c + (1 + 2e-4) d = 0        (its target product: 0 · 1 + 1 · 0 = 0)
-    so d = -c / 1.0002 and c = 1 / (2.00002 - 1 / 1.0002). V = c + d · (0, 1), A = R - V, divided by its RMS.
+    Measured from the first return, y = (0, -1). For rollout 0 the one-hot has the penalty 4 and the intercept c none,
+    so c = -1 fits y_1 exactly and V_0 = -1, that is 0 as a return; nothing is left for the level. V_1 is 1.
     """
-    c = 1 / (2.00002 - 1 / 1.0002)
-    d = -c / 1.0002
-    a0, a1 = 1 - c, 0 - (c + d)
-    rms = math.sqrt((a0**2 + a1**2) / 2)
     batch = Batch(2, [[], []], [1.0, 0.0])
-    actual = run(batch, normalization="critic", info_gain_weight=0.0, scale=False)
-    torch.testing.assert_close(actual[:, 0], torch.tensor([a0, a1], dtype=torch.float64), atol=1e-10, rtol=0.0)
-    actual = run(batch, normalization="critic", info_gain_weight=0.0, std_floor=0.0)
-    torch.testing.assert_close(actual[:, 0], torch.tensor([a0, a1], dtype=torch.float64) / rms, atol=1e-6, rtol=0.0)
+    expected = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    for options in ({"scale": False}, {"std_floor": 0.0}):
+        actual = run(batch, normalization="critic", info_gain_weight=0.0, **options)
+        torch.testing.assert_close(actual[:, 0], expected, atol=1e-12, rtol=0.0)
+
+
+@settings(deadline=None, max_examples=100)
+@given(batches(missing=False), st.floats(-5, 5), st.sampled_from([0.5, 0.8, 1.0]), st.integers(0, 2**32 - 1))
+def test_critic_of_equal_outcomes_is_exactly_zero(batch, outcome, gae_lambda, seed):
+    batch = Batch(batch.num_generations, batch.gains, [outcome] * len(batch.outcomes))
+    width = max(len(row) for row in batch.gains) + 1
+    beliefs = torch.rand(len(batch.gains), width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    actual = run(batch, normalization="critic", info_gain_weight=0.0, gae_lambda=gae_lambda, beliefs=beliefs)
+    assert (actual == 0).all()
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(2, 4), st.integers(1, 4), st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1.0]))
+def test_critic_of_a_rollout_does_not_read_its_own_outcome(num_generations, num_groups, seed, info_gain_weight):
+    """Unscaled with λ = 1, A_k = G_k - V_k: another outcome moves it by exactly as much, so V has stayed the same."""
+    generator = torch.Generator().manual_seed(seed)
+    num_rollouts = num_generations * num_groups
+    turns = torch.randint(1, 6, (num_rollouts,), generator=generator)
+    gain = torch.rand(num_rollouts, 6, generator=generator, dtype=torch.float64)
+    outcome = torch.randint(0, 2, (num_rollouts,), generator=generator).double()
+    beliefs = torch.rand(num_rollouts, 6, generator=generator, dtype=torch.float64)
+    options = {"normalization": "critic", "scale": "none", "gae_lambda": 1.0, "beliefs": beliefs}
+    options["info_gain_weight"] = info_gain_weight
+    before = turn_advantages(gain, outcome, turns, num_generations, **options)
+    i = int(torch.randint(num_rollouts, (), generator=generator))
+    outcome[i] += 3.0
+    after = turn_advantages(gain, outcome, turns, num_generations, **options)
+    moved = (after - before)[i, : turns[i]]
+    torch.testing.assert_close(moved, torch.full_like(moved, 3.0), atol=1e-9, rtol=0.0)
+
+
+def test_critic_keeps_the_outcome_of_small_groups():
+    """8 groups of 2, half right, nothing in the belief: GRPO gives ±1, and so does the critic."""
+    batch = Batch(2, [[]] * 16, [1.0, 0.0] * 8)
+    actual = run(batch, normalization="critic", info_gain_weight=0.0)[:, 0]
+    torch.testing.assert_close(actual, torch.tensor([1.0, -1.0] * 8, dtype=torch.float64), atol=1e-6, rtol=0.0)
+
+
+def test_critic_charges_turns_that_one_rollout_alone_reaches():
+    """A rollout of six turns fails among rollouts of two that succeed half of the time: all its turns are to blame."""
+    gains = [[0.0] * 5] + [[0.0]] * 7
+    batch = Batch(4, gains, [0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0])
+    actual = run(batch, normalization="critic", info_gain_weight=0.0, gae_lambda=1.0)[0]
+    assert (actual < -0.5).all() and (actual[2:].max() - actual[2:].min()) < 1e-9
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 16])
+def test_critic_points_the_way_of_the_outcome(num_groups):
+    """Groups of 8, uninformative beliefs and λ = 1: at most 2 % of turns have another sign than GRPO's."""
+    generator = torch.Generator().manual_seed(0)
+    wrong, total = 0, 0
+    for _ in range(200):
+        num_rollouts = 8 * num_groups
+        turns = torch.randint(1, 5, (num_rollouts,), generator=generator)
+        difficulty = torch.rand(num_groups, generator=generator).repeat_interleave(8)
+        outcome = (torch.rand(num_rollouts, generator=generator) < difficulty).double()
+        options = {"normalization": "critic", "info_gain_weight": 0.0, "gae_lambda": 1.0}
+        zeros = torch.zeros(num_rollouts, 4, dtype=torch.float64)
+        actual = turn_advantages(zeros, outcome, turns, 8, beliefs=zeros, **options)
+        grpo = (outcome - outcome.view(-1, 8).mean(dim=1).repeat_interleave(8))[:, None]
+        counts = (torch.arange(4) < turns[:, None]) & (grpo != 0)
+        wrong += int(((actual * grpo < 0) & counts).sum())
+        total += int(counts.sum())
+    assert wrong <= 0.02 * total, wrong / total
 
 
 def test_critic_beliefs_default_to_the_running_sum_of_gains():

@@ -29,7 +29,8 @@ class Scripted(tiny.Scripted, IGPOTrainer):
 def test_a_recorded_step_comes_out_the_same(tmp_path, normalization):
     """
     Recorded with torch 2.13.0, transformers 5.23.0 and trl 1.16.0 before the step was taken apart into `Step`,
-    `RolloutLoop` and `BeliefScorer`: every later version must give these numbers.
+    `RolloutLoop` and `BeliefScorer`: every later version must give these numbers. `critic` was recorded
+    again when its value came to be fitted without the rollout itself.
     """
     torch.manual_seed(0)
     trainer = tiny.make_trainer(

@@ -629,6 +629,8 @@ def test_warning_without_tools_or_environment(make):
         ({"belief_tokens_per_batch": 0}, "got 0"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "got 'normalize_then_sum'"),
         ({"importance_sampling_level": "sequence"}, "credit of its turns is lost.*got 'sequence'"),
+        ({"importance_sampling_level": "word"}, "token, turn, sequence, got 'word'"),
+        ({"importance_sampling_level": "turn", "loss_type": "vespo"}, "must be 'token', got 'turn'"),
     ],
 )
 def test_config_rejects(make, options, message):

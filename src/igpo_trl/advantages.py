@@ -21,8 +21,8 @@ import torch
 Normalization = Literal["joint", "separate", "per_turn", "critic"]
 _SCALES: dict[bool | str, str] = {True: "group", False: "none", "group": "group", "batch": "batch", "none": "none"}
 
-# Ridge of the critic's fit, per row: one on the features, a smaller one on the per-turn intercepts.
-_RIDGE, _RIDGE_INTERCEPT = 1e-4, 1e-5
+# Ridge of the critic's fit in rows of the batch, and of its group levels in rollouts: little data moves little.
+_RIDGE = 4.0
 
 
 def turn_advantages(
@@ -209,37 +209,32 @@ def critic_advantages(rewards: TurnRewards) -> torch.Tensor:
     r"""
     Generalised advantage estimation over turns, with a value read off the belief: the belief as critic.
 
-    A ridge regression over all turns of the batch predicts the return-to-go $G_k = \sum_{j \ge k} \gamma^{j-k} r_j$
-    from [one-hot k, $b_k$, $b_k^2$, leave-one-out group mean of what rollouts reached], which gives $V_k$. Then
+    The value of rollout i is fitted without rollout i, so that no reward is part of its own baseline. A ridge
+    regression over the turns of all other rollouts predicts the return-to-go $G_k = \sum_{j \ge k} \gamma^{j-k} r_j$
+    from an intercept, one-hot k and the belief $b_k$; what it misses on the other rollouts of the same group, shrunk,
+    is added as the level of the question. This gives $V_k$. Then
 
     $$\delta_k = r_k + \gamma V_{k+1} - V_k, \qquad A_k = \sum_{j \ge k} (\gamma\lambda)^{j-k} \delta_j,$$
 
     with $V = 0$ after the last turn, divided by the root mean square of $A$ over the batch and not re-centred. With
     a gain weight of 0 the only reward is the outcome: the objective is GRPO's, and the belief only tells in which turn
     the outcome was decided. For γ = 1 and gains in probability the target is $R + w (b_S - b_k)$ with S the last
-    turn, and what a rollout reached is $R + w b_S$.
+    turn.
 
-    Degenerate cases: a rollout without an outcome is left out of the fit; with `scale="none"` nothing is divided.
+    Degenerate cases: if all returns are equal, every advantage is exactly 0; so is that of a rollout without others.
+    A rollout without an outcome is left out of the fit; with `scale="none"` nothing is divided.
     """
-    weighted_outcome = rewards.outcome_weight * rewards.outcome
-    reward = (rewards.gain_weight * rewards.gain).scatter_(1, rewards.last, weighted_outcome)
-    reached = (weighted_outcome + rewards.gain_weight * rewards.belief.gather(1, rewards.last))[:, 0]
-    is_turn, mask = rewards.is_turn, rewards.is_turn.to(reward.dtype)
-    num_rows = mask.sum().clamp(min=1)
-    value = _fit_value(
-        _discounted_sum(reward, rewards.gamma).mul_(mask),
-        [
-            rewards.belief * mask,
-            (rewards.belief * mask).square(),
-            mask * _leave_one_out_mean(reached, is_turn.any(dim=1), rewards.num_generations)[:, None],
-        ],
-        mask,
-        num_rows,
+    reward = (rewards.gain_weight * rewards.gain).scatter_(1, rewards.last, rewards.outcome_weight * rewards.outcome)
+    is_turn = rewards.is_turn & (rewards.is_scored.sum() > 1)
+    reward = reward.masked_fill_(~is_turn, 0.0)
+    value = _leave_one_out_value(
+        _discounted_sum(reward, rewards.gamma), rewards.belief, is_turn, rewards.num_generations
     )
-    delta = reward.masked_fill(~is_turn, 0.0).sub_(value)  # 0 after the last turn, as the value is
+    delta = reward.sub_(value)  # 0 after the last turn, as the value is
     delta[:, :-1].add_(value[:, 1:], alpha=rewards.gamma)
-    advantages = _discounted_sum(delta, rewards.gamma * rewards.gae_lambda)
+    advantages = _discounted_sum(delta, rewards.gamma * rewards.gae_lambda).masked_fill_(~is_turn, 0.0)
     if rewards.scale != "none":
+        num_rows = is_turn.sum().clamp(min=1).to(advantages.dtype)
         root_mean_square = torch.linalg.vector_norm(advantages) / num_rows.sqrt()
         advantages.div_(root_mean_square.clamp(min=max(rewards.std_floor, torch.finfo(advantages.dtype).tiny)))
     return advantages
@@ -254,34 +249,52 @@ ESTIMATORS: dict[str, Callable[[TurnRewards], torch.Tensor]] = {
 NORMALIZATIONS = tuple(ESTIMATORS)
 
 
-def _leave_one_out_mean(values: torch.Tensor, scored: torch.Tensor, num_generations: int) -> torch.Tensor:
-    """Mean (B,) of the other scored rollouts of the group, 0 where there is none."""
-    grouped = values.masked_fill(~scored, 0.0).view(-1, num_generations)
-    scored = scored.view(-1, num_generations)
-    others = scored.sum(dim=1, keepdim=True) - scored.long()
-    mean = (grouped.sum(dim=1, keepdim=True) - grouped) / others.clamp(min=1)
-    return mean.masked_fill(others < 1, 0.0).reshape(-1)
-
-
-def _fit_value(
-    target: torch.Tensor, features: list[torch.Tensor], mask: torch.Tensor, num_rows: torch.Tensor
+def _leave_one_out_value(
+    returns: torch.Tensor, belief: torch.Tensor, is_turn: torch.Tensor, num_generations: int
 ) -> torch.Tensor:
-    """Prediction (B, K) of the masked targets by ridge regression on [one-hot k, features], each (B, K)."""
-    # Normal equations in blocks: the one-hot columns are never written out (their own block is diagonal).
-    num_features, num_turns = len(features), mask.shape[1]
-    normal = target.new_zeros(num_turns + num_features, num_turns + num_features)
-    normal[:num_turns, :num_turns] = torch.diag(mask.sum(dim=0) + _RIDGE_INTERCEPT * num_rows)
-    normal[num_turns:, :num_turns] = torch.stack([feature.sum(dim=0) for feature in features])
-    normal[:num_turns, num_turns:] = normal[num_turns:, :num_turns].T
-    flat = [feature.view(-1) for feature in features]
-    products = torch.stack([torch.stack([one @ other for other in flat]) for one in flat])
-    normal[num_turns:, num_turns:] = products + _RIDGE * num_rows * torch.eye(num_features).to(products)
-    moments = torch.stack([one @ target.view(-1) for one in flat])
-    solution = torch.linalg.solve(normal, torch.cat([target.sum(dim=0), moments]))
-    value = mask * solution[:num_turns]
-    for feature, coefficient in zip(features, solution[num_turns:].tolist(), strict=True):
-        value.add_(feature, alpha=coefficient)
-    return value
+    """
+    Value (B, K) of every turn, each rollout's from a ridge regression on all rollouts but itself.
+
+    The features are an intercept c, the standardised belief (slope s) and one-hot k (offset t_k). The one-hots have a
+    diagonal block of the normal equations, so eliminating them leaves two unknowns per rollout, and leaving a rollout
+    out changes the sums over the batch only at its own turns: matrix products with (K, 1) vectors give all of them.
+    """
+    weight = is_turn.to(returns.dtype)
+    length = weight.sum(dim=1)
+    num_rows = length.sum().clamp(min=1)
+    # An offset common to all returns belongs to the intercept. Taking it off first makes equal returns exactly 0.
+    offset = returns.flatten()[weight.argmax()] if len(weight) else 0.0
+    x, y = (belief - belief.sum() / num_rows).mul_(weight), (returns - offset).mul_(weight)
+    xx, xy = x * x, x * y
+    # Standardised, the slope would have the penalty _RIDGE; this is the same for the belief as it stands.
+    penalty = _RIDGE * (xx.sum() / num_rows).clamp(min=1e-12)
+
+    # Sums per turn index over all rollouts, and the inverse of (their number + ridge): for turns that a rollout does
+    # not have, and for its own ones, which are left out.
+    n_k, x_k, y_k = (values.sum(dim=0) for values in (weight, x, y))
+    without, own = 1 / (n_k + _RIDGE), 1 / (n_k - 1 + _RIDGE)
+    change = own - without
+    cc = _RIDGE * (n_k @ without + weight @ ((n_k - 1) * own - n_k * without))
+    cx = _RIDGE * (x_k @ without + weight @ (x_k * change) - x @ own)
+    cy = _RIDGE * (y_k @ without + weight @ (y_k * change) - y @ own)
+    of_x = x_k.square() @ without + weight @ (x_k.square() * change) - 2 * (x @ (x_k * own)) + xx @ own
+    of_y = (x_k * y_k) @ without + weight @ (x_k * y_k * change) - x @ (y_k * own) - y @ (x_k * own) + xy @ own
+    xx, xy = xx.sum() - xx.sum(dim=1) + penalty - of_x, xy.sum() - xy.sum(dim=1) - of_y
+    determinant = (cc * xx - cx * cx).clamp(min=torch.finfo(y.dtype).tiny)
+    c, s = (xx * cy - cx * xy) / determinant, (cc * xy - cx * cy) / determinant
+    line = (s[:, None] * x).add_(c[:, None]).mul_(weight)
+    t = torch.addcmul(y_k, s[:, None], x_k, value=-1).sub_(y).addcmul_(c[:, None], n_k, value=-1)
+    t.add_(line).mul_(torch.addcmul(without, weight, change))
+
+    # Level of the question: what fit i misses on rollout j of its group, averaged over j's turns, summed and shrunk.
+    grouped = (-1, num_generations, t.shape[1])
+    divisor = length.clamp(min=1)
+    y_mean, x_mean = ((values.sum(dim=1) / divisor).view(-1, 1, num_generations) for values in (y, x))
+    t_mean = t.view(grouped) @ weight.view(grouped).mT / divisor.view(-1, 1, num_generations)
+    missed = y_mean - c.view(-1, num_generations, 1) - s.view(-1, num_generations, 1) * x_mean - t_mean
+    is_other = (length > 0).view(-1, 1, num_generations) & ~torch.eye(num_generations, dtype=torch.bool).to(is_turn)
+    level = (missed * is_other).sum(dim=2) / (is_other.sum(dim=2) + _RIDGE)
+    return line.add_(t).add_(level.view(-1, 1) + offset).mul_(weight)
 
 
 def _mean_and_std(

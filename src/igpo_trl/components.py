@@ -2,7 +2,10 @@
 
 import logging
 import sys
+import textwrap
 from typing import Any, cast
+
+from transformers import AutoProcessor
 
 from .beliefs.probes import fit_template
 from .beliefs.scorer import BeliefScorer
@@ -13,6 +16,30 @@ from .rollout.observations import ObservationEncoder
 from .rollout.tool_runner import ToolRunner
 
 logger = logging.getLogger(__name__)
+
+PAPER = {
+    "title": "Information Gain-based Policy Optimization: A Simple and Effective Approach for Multi-Turn LLM Agents",
+    "id": "2510.14967",
+    "citation": textwrap.dedent("""\
+        @inproceedings{wang2026igpo,
+            title        = {{Information Gain-based Policy Optimization: A Simple and Effective Approach for Multi-Turn LLM Agents}},
+            author       = {Guoqing Wang and Sunhao Dai and Guangze Ye and Zeyu Gan and Wei Yao and Yong Deng and Xiaofeng Wu and Zhenzhe Ying},
+            year         = 2026,
+            booktitle    = {International Conference on Learning Representations},
+            eprint       = {arXiv:2510.14967},
+        }"""),  # noqa: E501
+}
+
+
+def load_processing_class(model: Any, model_id: str, args: Any) -> Any:
+    """The processing class that is saved with the model."""
+    return AutoProcessor.from_pretrained(
+        model_id,
+        revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
+        truncation_side="left",
+        padding_side="left",
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def make_belief_scorer(trainer: Any) -> BeliefScorer:

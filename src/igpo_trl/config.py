@@ -85,6 +85,14 @@ class IGPOConfig(GRPOConfig):
     )
 
     # Advantages
+    importance_sampling_level: str = field(
+        default="token",
+        metadata={
+            "help": "Level of the importance sampling ratios: `token`, or `turn`, the geometric mean over the tokens "
+            "of a turn, as GSPO's is over a sequence. `sequence` is refused if turns have advantages of their own: "
+            "one ratio times every token's advantage leaves their sum only."
+        },
+    )
     normalization: str = field(
         default="separate",
         metadata={
@@ -259,11 +267,17 @@ class IGPOConfig(GRPOConfig):
             )
         if self.std_floor < 0:
             raise ValueError(f"`std_floor` must not be negative, got {self.std_floor}.")
-        if self.importance_sampling_level != "token" and self.uses_beliefs:
+        self._check_choice("importance_sampling_level", ("token", "turn", "sequence"))
+        if self.uses_beliefs and self.importance_sampling_level == "sequence":
             raise ValueError(
                 "With one ratio per sequence the gradient depends on the sum of a rollout's advantages only, "
-                "and the credit of its turns is lost: `importance_sampling_level` must be 'token', got "
-                f"{self.importance_sampling_level!r}."
+                "and the credit of its turns is lost: `importance_sampling_level` must be 'token' or 'turn', got "
+                "'sequence'."
+            )
+        if self.importance_sampling_level == "turn" and self.loss_type == "vespo":
+            raise ValueError(
+                "`loss_type='vespo'` computes weights of sequences itself, so `importance_sampling_level` must be "
+                "'token', got 'turn'. Leave it at 'token', or choose another `loss_type`."
             )
         if self.multi_objective_aggregation != "sum_then_normalize" and self.uses_beliefs:
             raise ValueError(

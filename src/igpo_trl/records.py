@@ -1,12 +1,16 @@
 """Records of a generation batch: one trajectory per rollout, for training, evaluation and the sandbox alike."""
 
+from collections import deque
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from .step import Step
-from .trajectory import Trajectory, Turn
+from .trajectory import Trajectory, Turn, drop_later
 
 TURN_COLUMNS = ("belief", "info_gain", "turn_advantage")
 
@@ -84,3 +88,23 @@ def completion_columns(step: Step) -> dict[str, list[str]]:
 def _number_or_none(value: float | None) -> float | None:
     """JSON has no NaN."""
     return None if value is None or value != value else value
+
+
+def replace_logged_advantages(logged: deque[float], step: Step) -> None:
+    """Replace the scalar advantages that the parent has just logged by the mean over the turns of each rollout."""
+    assert step.global_advantages is not None
+    means = (step.global_advantages.sum(dim=1) / step.global_num_turns).tolist()
+    for _ in means:
+        logged.pop()
+    logged.extend(means)
+
+
+class DropLaterRecords(TrainerCallback):
+    """Removes records of rollouts that were sampled after the checkpoint from which training resumes."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 0:
+            if state.is_world_process_zero:
+                for path in Path(args.output_dir, "trajectories").glob("*.jsonl"):
+                    drop_later(path, state.global_step)
+            PartialState().wait_for_everyone()

@@ -1,18 +1,17 @@
 """[`IGPOTrainer`]: TRL's `GRPOTrainer` with turn-level advantages from information gain."""
 
-import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
-from transformers import AutoProcessor, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
+from .beliefs.models import changing_positions
 from .beliefs.scorer import KVCapture
 from .checks import (
     check_before_loading,
@@ -21,26 +20,29 @@ from .checks import (
     check_trl_version,
     environment_rewards,
 )
-from .completions import fill_columns, log_turns, make_loggable
 from .components import (
+    PAPER,
     can_reuse_prefixes,
     context_length,
     declare_output_head,
     limit_generation,
+    load_processing_class,
     make_belief_scorer,
     make_rollout_loop,
 )
 from .config import IGPOConfig
-from .records import trajectories_of
+from .logs import LogsRollouts, fill_columns
+from .records import DropLaterRecords, replace_logged_advantages, trajectories_of
 from .rewards import make_answer_reward
 from .rollout.kv_cache import PrefixCache, replaced_generate
 from .rollout.loop import Rollout, SampledTurns
 from .rollout.tool_calls import parser_errors_as_value_errors
 from .step import Step
-from .trajectory import drop_later, write_jsonl
+from .trajectory import write_jsonl
+from .turns import old_log_probs_of_turn_ratios
 
 
-class IGPOTrainer(GRPOTrainer):
+class IGPOTrainer(LogsRollouts, GRPOTrainer):
     """
     Trainer for Information Gain-based Policy Optimization (IGPO, arXiv 2510.14967).
 
@@ -70,6 +72,8 @@ class IGPOTrainer(GRPOTrainer):
     | `_tool_call_loop` | runs tools one rollout at a time | hands the rollouts to [`RolloutLoop`]; scores those that end | before 1.8 |
     | `_get_per_token_logps_and_entropies` | log-probabilities of the completions | scores beliefs against the cache of the old log-probabilities' forward | 1.15 |
     | `_calculate_rewards` | calls the reward functions, gathers | keeps the result as the outcome | before 1.8 |
+    | `_compute_loss` | loss of one microbatch | one ratio per turn with `importance_sampling_level="turn"` | before 1.8 |
+    | `compute_loss`, `log` | average metrics over batches | average them over rollouts, tokens or calls | before 1.8 |
     | `evaluate`, `evaluation_loop` | evaluate one data set | return every metric; average over sets | before 1.8 |
 
     Args:
@@ -91,19 +95,7 @@ class IGPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "igpo"]
     _name = "IGPO"
-    _paper = {
-        "title": "Information Gain-based Policy Optimization: "
-        "A Simple and Effective Approach for Multi-Turn LLM Agents",
-        "id": "2510.14967",
-        "citation": textwrap.dedent("""\
-            @inproceedings{wang2026igpo,
-                title        = {{Information Gain-based Policy Optimization: A Simple and Effective Approach for Multi-Turn LLM Agents}},
-                author       = {Guoqing Wang and Sunhao Dai and Guangze Ye and Zeyu Gan and Wei Yao and Yong Deng and Xiaofeng Wu and Zhenzhe Ying},
-                year         = 2026,
-                booktitle    = {International Conference on Learning Representations},
-                eprint       = {arXiv:2510.14967},
-            }"""),  # noqa: E501
-    }
+    _paper = PAPER
 
     def __init__(
         self,
@@ -124,13 +116,7 @@ class IGPOTrainer(GRPOTrainer):
                 f"`args` must be an IGPOConfig, got {type(args).__name__}. It takes every argument of GRPOConfig."
             )
         if processing_class is None:
-            processing_class = AutoProcessor.from_pretrained(
-                model_id,
-                revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
-                truncation_side="left",
-                padding_side="left",
-                trust_remote_code=args.trust_remote_code,
-            )
+            processing_class = load_processing_class(model, model_id, args)
         tools, environments = kwargs.get("tools"), kwargs.get("environment_factory")
         if not tools and not environments and kwargs.get("rollout_func") is None:
             warnings.warn(
@@ -150,6 +136,9 @@ class IGPOTrainer(GRPOTrainer):
         )
         # Nobody reports which tools the turns of a `rollout_func` call.
         check_tool_names(args.info_gain_tools, [] if self.rollout_func is not None else self.tools)
+        self._turn_ratio_inputs: dict[str, Any] | None = None
+        if args.importance_sampling_level == "turn":
+            self.importance_sampling_level = "token"  # the parent's part of it, see `_compute_loss`
         self.current_step = Step([], training=False)  # the current generation batch
         limit_generation(self)
         self._belief_scorer = make_belief_scorer(self)
@@ -157,12 +146,12 @@ class IGPOTrainer(GRPOTrainer):
         self._reuses_prefixes = can_reuse_prefixes(self)
         declare_output_head(self)
         if args.save_trajectories:
-            self.add_callback(_DropLaterRecords())
+            self.add_callback(DropLaterRecords())
 
     # ----------------------------------------------------------------------------------- one step, from top to bottom
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        args, training = self.args, self.model.training
+        args, training = self.args, self.is_training
         step = self.current_step = Step(
             inputs,
             training,
@@ -174,6 +163,7 @@ class IGPOTrainer(GRPOTrainer):
             scores_every_turn=args.normalization == "critic" or not training,
             optimizer_step=self.state.global_step,
             rank=self.accelerator.process_index,
+            num_counted=self.count_rollouts(len(inputs)),
         )
         if args.uses_beliefs if training else args.belief_at_eval:
             step.belief_batch = self._belief_scorer.begin(step.answers)
@@ -191,7 +181,7 @@ class IGPOTrainer(GRPOTrainer):
             with self.accelerator.autocast():
                 step.score_beliefs(self._belief_scorer, self.model)
         step.gather(self.accelerator)
-        metrics = self._metrics["train" if training else "eval"]
+        metrics = self._metrics[self.mode]
         if training and step.belief_batch is not None:
             gain_weight, outcome_weight = args.weights_at(self.state.global_step / max(1, self.state.max_steps))
             step.set_advantages(
@@ -204,13 +194,12 @@ class IGPOTrainer(GRPOTrainer):
                 gae_lambda=args.gae_lambda,
             )
             output["advantages"] = step.token_advantages(output["completion_ids"])
+            replace_logged_advantages(self._logs["advantages"], step)
             if args.info_gain_weight_end is not None:
                 metrics["info_gain_weight"].append(gain_weight)
             if args.outcome_weight_end is not None:
                 metrics["outcome_weight"].append(outcome_weight)
-        for name, value in step.metrics(self.accelerator.gather, self.accelerator.device).items():
-            metrics[name].append(value)
-        log_turns(step, self._logs)
+        self.log_step(step)
         if training and args.save_trajectories:
             rollout_advantages = output["advantages"] if step.belief_batch is None else None
             records = trajectories_of(step, self._tokenizer, self.reward_func_names, rollout_advantages)
@@ -219,17 +208,20 @@ class IGPOTrainer(GRPOTrainer):
 
     def _generate(self, prompts: list[Any]) -> Any:
         step = self.current_step
-        step.kv_cache = PrefixCache() if self._reuses_prefixes else None
+        step.kv_cache = PrefixCache(changing_positions(self.model)) if self._reuses_prefixes else None
+        training = self.model.training
         try:
             with parser_errors_as_value_errors(self._tokenizer):
                 result = super()._generate(prompts)
         finally:
             step.kv_cache = None  # its memory is needed for training
+            if self.model.training != training:  # as continuous batching and some `rollout_func`s leave it
+                self.model.train(training)
         prompt_ids, completion_ids, sampled_masks, *_ = result
         step.set_rollouts(prompt_ids, completion_ids, sampled_masks)
         if self.tools and self.rollout_func is None:
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            for name, value in step.round_log.metrics(self.accelerator).items():
+            metrics = self._metrics[self.mode]
+            for name, value in step.round_log.metrics(self.accelerator, step.num_counted_here).items():
                 metrics[name].append(value)
         return result
 
@@ -312,12 +304,21 @@ class IGPOTrainer(GRPOTrainer):
         step = self.current_step
         if step.captures_old_log_probs:
             step.captures_old_log_probs = False  # the forwards that follow are those of the reference and of the loss
-            usable = self._belief_scorer.can_use_cache(self.model, input_ids.shape[1], counts_padding=True)
+            assert step.belief_batch is not None  # or nothing would be captured
+            longest = input_ids.shape[1] + step.belief_batch.longest_probe
+            usable = self._belief_scorer.can_use_cache(self.model, longest, counts_padding=True)
             if not self.max_over_ranks(int(not usable)):  # all ranks or none, because they are in step
                 # The same forward, by the parent; its keys and values are kept until its rows are scored.
                 padding = attention_mask.argmax(dim=1).tolist()
                 model = KVCapture(model, lambda *rows: self._score_captured_rows(padding, *rows))
-        return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **kwargs)
+        log_probs, *others = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, *args, **kwargs
+        )
+        if (inputs := self._turn_ratio_inputs) is not None:
+            sampled_mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+            old_log_probs = inputs.get("old_per_token_logps", log_probs.detach())  # the same while on-policy
+            inputs["old_per_token_logps"] = old_log_probs_of_turn_ratios(log_probs, old_log_probs, sampled_mask)
+        return log_probs, *others
 
     def _score_captured_rows(self, padding: list[int], cache: Any, first: int, size: int) -> None:
         with self.accelerator.autocast():
@@ -331,42 +332,21 @@ class IGPOTrainer(GRPOTrainer):
         self.current_step.completions = completions
         return self.current_step.set_rewards(global_rewards, self.reward_weights, self.reward_func_names)
 
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        if self.args.importance_sampling_level != "turn":
+            return super()._compute_loss(model, inputs)
+        # The parent takes token ratios to `old_per_token_logps`, and reads these after its forward, the hook above.
+        self._turn_ratio_inputs = dict(inputs)
+        try:
+            return super()._compute_loss(model, self._turn_ratio_inputs)
+        finally:
+            self._turn_ratio_inputs = None
+
     # -------------------------------------------------------------------------------------- training and evaluation
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         check_trainable(self.model)
         return super().train(*args, **kwargs)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.log_completions:
-            make_loggable(self._logs)
-        super().log(logs, start_time)
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        sets = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(sets, dict):
-            return metrics
-        averages = {}
-        for name in ("f1", "exact_match", "reward"):
-            values = [metrics.get(f"{metric_key_prefix}_{set_name}_{name}") for set_name in sets]
-            if values and all(value is not None for value in values):
-                averages[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
-        self.log(dict(averages))
-        return metrics | averages
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # TRL adds what it has gathered to the log alone, and always under `eval_`: neither the caller of `evaluate`
-        # nor the choice of the best checkpoint sees it, and the sets of a dict could not be told apart.
-        output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        for name, values in self._metrics["eval"].items():
-            if valid := [value for value in values if value == value]:
-                output.metrics[f"{prefix}_{name}"] = sum(valid) / len(valid)
-        self._metrics["eval"].clear()
-        return output
 
     # ------------------------------------------------------------------------------------------------------- ranks
 
@@ -382,14 +362,3 @@ class IGPOTrainer(GRPOTrainer):
     def _refuse_images(images: Any) -> None:
         if images:
             raise ValueError("IGPOTrainer supports text only, got prompts with images.")
-
-
-class _DropLaterRecords(TrainerCallback):
-    """Removes records of rollouts that were sampled after the checkpoint from which training resumes."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step > 0:
-            if state.is_world_process_zero:
-                for path in Path(args.output_dir, "trajectories").glob("*.jsonl"):
-                    drop_later(path, state.global_step)
-            PartialState().wait_for_everyone()

@@ -153,3 +153,34 @@ def expand_to_tokens(turn_values: torch.Tensor, turn_index: torch.Tensor) -> tor
     """
     values = turn_values.gather(1, turn_index.clamp(min=0))
     return values.masked_fill(turn_index < 0, 0.0)
+
+
+def old_log_probs_of_turn_ratios(
+    log_probs: torch.Tensor, old_log_probs: torch.Tensor, sampled_mask: torch.Tensor
+) -> torch.Tensor:
+    r"""
+    Old log-probabilities to which the token ratios of `log_probs` are the ratios of turns.
+
+    The ratio of turn k is the geometric mean of its tokens' ratios, as GSPO's (arXiv 2507.18071) is of a sequence's:
+
+    $$s_k = \exp\Big(\frac{1}{|k|} \sum_{t \in k} \log \frac{\pi(y_t)}{\pi_\text{old}(y_t)}\Big).$$
+
+    Every token of the turn gets it, with its gradient in all of them: the result carries one. At a ratio of 1 the
+    gradient of the loss is that of token ratios.
+
+    Args:
+        log_probs (`torch.Tensor` of shape (B, T)): log-probabilities of the policy that is trained, with gradient.
+        old_log_probs (`torch.Tensor` of shape (B, T)): those of the policy that sampled.
+        sampled_mask (`torch.Tensor` of shape (B, T)): 1 on tokens sampled from the policy; a turn is a run of ones.
+
+    Returns:
+        `torch.Tensor` of shape (B, T): $\log \pi(y_t) - \log s_k$; `old_log_probs` where nothing was sampled.
+    """
+    turn_index, _, _ = turn_spans(sampled_mask, sampled_mask.new_full(sampled_mask.shape[:1], sampled_mask.shape[1]))
+    is_sampled = turn_index >= 0
+    slot = turn_index + 1  # slot 0 collects the tokens of no turn
+    log_ratio = (log_probs - old_log_probs).masked_fill(~is_sampled, 0.0)
+    zeros = log_ratio.new_zeros(len(slot), slot.shape[1] + 1)
+    counts = zeros.scatter_add(1, slot, torch.ones_like(log_ratio))
+    mean = (zeros.scatter_add(1, slot, log_ratio) / counts.clamp(min=1.0)).gather(1, slot)
+    return torch.where(is_sampled, log_probs - mean, old_log_probs)

@@ -1,4 +1,4 @@
-"""TRL's table of completions and our records: whatever a policy writes, every place that they go to can hold it."""
+"""What is logged: any text that a policy writes, in every place that it goes to, and means over rollouts."""
 
 import contextlib
 import importlib.util
@@ -15,11 +15,14 @@ import trl.trainer.grpo_trainer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from transformers import EarlyStoppingCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import print_prompt_completions_sample, strip_images_from_messages
 
 from igpo_trl import IGPOConfig, IGPOTrainer
-from igpo_trl.completions import fill_columns, make_loggable
+from igpo_trl.logs import MetricWeights, fill_columns, make_loggable
 from igpo_trl.report import render_trajectory
+from igpo_trl.rewards import answer_reward
 from igpo_trl.trajectory import Trajectory, Turn, read_jsonl, write_jsonl
 
 # --- the places: what TRL does with its table, and what W&B and Trackio do with theirs -------------------------------
@@ -307,3 +310,244 @@ def test_training_goes_on_whatever_is_logged(tmp_path, monkeypatch):
     assert table["found"].tolist() == ["", "1", "one", '{"a": [1]}']
     assert [len(row) for row in table["completion"]] == [3, 3, 5, 1]
     assert len(list(read_jsonl(tmp_path / "trajectories" / "rank0.jsonl"))) == 4
+
+
+# --- means over rollouts, not over batches ---------------------------------------------------------------------------
+
+
+def test_a_mean_has_the_weights_of_its_batches():
+    weights, metrics = MetricWeights(), {"f1": [0.5], "rate": [1.0], "turns/max": [2.0]}
+    weights.add(metrics, 2, {"rate": 0})
+    metrics["f1"].append(math.nan)
+    metrics["rate"].append(0.25)
+    weights.add(metrics, 2, {"rate": 4})
+    weights.reduce(metrics)
+    assert metrics == {"f1": [0.5], "rate": [0.25], "turns/max": [2.0]}
+    # What was reduced weighs as much as its batches.
+    metrics["f1"].append(1.0)
+    metrics["rate"].append(0.75)
+    metrics["step_time"] = [3.0, 5.0]
+    weights.add(metrics, 1, {"rate": 12})
+    weights.reduce(metrics)
+    assert metrics == {"f1": [2 / 3], "rate": [0.625], "turns/max": [2.0], "step_time": [4.0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("completions/min_length", 1.0),
+        ("completions/max_terminated_length", 3.0),
+        ("rollout/turns/max", 3.0),
+        ("clip_ratio/low_min", 1.0),
+        ("sampling/importance_sampling_ratio/max", 3.0),
+        ("rewards/max_reward/mean", 2.0),
+        ("completions/mean_length", 2.0),
+    ],
+)
+def test_a_smallest_or_largest_value_stays_one(name, value):
+    weights, metrics = MetricWeights(), {name: [1.0, 3.0]}
+    weights.reduce(metrics)
+    assert metrics == {name: [value]}
+    metrics = {name: [math.nan]}
+    MetricWeights().reduce(metrics)
+    assert math.isnan(metrics[name][0])
+
+
+class Scripted(tiny.Scripted, IGPOTrainer):
+    scripts = ([tiny.call("x"), tiny.answer("Paris")], [tiny.answer("Rome")])
+
+
+def test_evaluation_means_are_over_rollouts(tmp_path):
+    """3 of 5 right in batches of 2, 2 and 1: .6, where the mean over batches is .667."""
+    trainer = tiny.make_trainer(
+        Scripted,
+        IGPOConfig,
+        tmp_path,
+        eval_dataset=tiny.make_dataset(5),
+        per_device_eval_batch_size=2,
+        num_generations_eval=1,
+        belief_at_eval=True,
+    )
+    seen = []
+    trainer.add_callback(OnEvaluate(seen.append))
+    metrics = trainer.evaluate()
+    for name in ("f1", "exact_match", "reward", "rewards/answer_reward/mean"):
+        assert metrics[f"eval_{name}"] == pytest.approx(0.6), name
+    assert metrics["eval_rollout/turns/mean"] == pytest.approx(8 / 5)
+    assert metrics["eval_tools/call_frequency"] == pytest.approx(3 / 5)
+    assert metrics["eval_rollout/stop/answered"] == 1.0
+    assert metrics["eval_rollout/turns/max"] == 2.0
+    encode = trainer.processing_class.encode
+    lengths = [sum(len(encode(text)) + 1 for text in script) for script in trainer.scripts]
+    assert metrics["eval_completions/mean_length"] == pytest.approx((3 * lengths[0] + 2 * lengths[1]) / 5)
+    assert metrics["eval_completions/min_length"] == min(lengths)
+    assert metrics["eval_completions/max_length"] == max(lengths)
+    assert seen[0]["eval_f1"] == metrics["eval_f1"] == trainer.state.log_history[-1]["eval_f1"]
+
+
+class OnEvaluate(TrainerCallback):
+    def __init__(self, call):
+        self.call = call
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        self.call(dict(metrics))
+
+
+def test_training_rates_have_their_own_denominators(tmp_path):
+    """Two generation batches in one log: what was scored, called and gained once counts once."""
+
+    class Changing(Scripted):
+        def _generate(self, prompts):
+            broken = '<tool_call>{"name": "search", "arguments": 5}</tool_call>'
+            first = [[tiny.call("x"), broken, broken, tiny.answer("Paris")]] * 2 + [[tiny.answer("Rome")]] * 2
+            second = [[tiny.call("x"), tiny.answer("Paris")]] + [["?"]] * 3
+            self.scripts = second if self.state.global_step else first
+            return super()._generate(prompts)
+
+    gains = []
+
+    def reward(completions, trainer_state, **_):
+        return [1.0, 1.0, 0.0, 0.0] if trainer_state.global_step == 0 else [3.0, None, None, None]
+
+    trainer = tiny.make_trainer(
+        Changing,
+        IGPOConfig,
+        tmp_path,
+        reward_funcs=reward,
+        max_steps=2,
+        logging_steps=2,
+        learning_rate=0.0,
+        save_trajectories=True,
+        max_completion_length=512,
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["reward"] == log["rewards/reward/mean"] == pytest.approx(5 / 5)  # the mean over batches is 1.75
+    assert log["tools/failure_frequency"] == pytest.approx(4 / 7)  # the mean over batches is 1/3
+    assert log["tools/errors/malformed"] == pytest.approx(4 / 7)
+    assert log["tools/call_frequency"] == pytest.approx(7 / 8)
+    records = list(read_jsonl(tmp_path / "trajectories" / "rank0.jsonl"))
+    gains = [turn.info_gain for record in records for turn in record.turns if turn.info_gain is not None]
+    assert len(gains) == 7
+    assert log["info_gain/mean"] == pytest.approx(sum(gains) / 7, rel=1e-4)
+    assert log["info_gain/positive"] == pytest.approx(sum(gain > 0 for gain in gains) / 7)
+    advantages = [abs(turn.advantage) for record in records for turn in record.turns]
+    assert log["advantages/abs_mean"] == pytest.approx(sum(advantages) / len(advantages), rel=1e-4)
+
+
+def test_equal_batches_are_averaged_as_trl_does(tmp_path):
+    logs = {}
+    for trainer_class, config in ((IGPOTrainer, IGPOConfig), (GRPOTrainer, GRPOConfig)):
+        trainer = tiny.make_trainer(
+            type("Scripted", (tiny.Scripted, trainer_class), {"scripts": Scripted.scripts * 2}),
+            config,
+            tmp_path,
+            reward_funcs=answer_reward,
+            max_steps=2,
+            logging_steps=2,
+            **({"info_gain_weight": 0.0} if config is IGPOConfig else {}),
+        )
+        trainer.train()
+        logs[trainer_class] = trainer.state.log_history[0]
+    timed = {name for name in logs[GRPOTrainer] if "time" in name}
+    assert {n: logs[IGPOTrainer][n] for n in logs[GRPOTrainer].keys() - timed} == {
+        n: logs[GRPOTrainer][n] for n in logs[GRPOTrainer].keys() - timed
+    }
+
+
+# --- training or evaluation, in whatever mode the model is -----------------------------------------------------------
+
+
+def test_continuous_batching_evaluates(tmp_path):
+    """It leaves the model in training mode; five questions in batches of two."""
+    trainer = tiny.make_trainer(
+        IGPOTrainer,
+        IGPOConfig,
+        tmp_path,
+        use_transformers_continuous_batching=True,
+        save_trajectories=True,
+        eval_dataset=tiny.make_dataset(5),
+        per_device_eval_batch_size=2,
+        num_generations_eval=1,
+    )
+    said = trainer.processing_class.encode(tiny.answer("Paris"))
+
+    def generate_batch(prompts, **options):  # the backend itself takes a minute to start
+        return {i: SimpleNamespace(generated_tokens=said) for i in range(len(prompts))}
+
+    trainer.model.generate_batch = generate_batch
+    metrics = trainer.evaluate()
+    assert metrics["eval_f1"] == 1.0 and "eval_entropy" in metrics
+    assert not (tmp_path / "trajectories").exists()
+    assert not trainer._metrics["train"]
+    trainer.train()
+    assert "eval_f1" not in trainer.state.log_history[0] and "reward" in trainer.state.log_history[0]
+    assert len(list(read_jsonl(tmp_path / "trajectories" / "rank0.jsonl"))) == 4
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_rollout_function_may_leave_the_model_in_any_mode(tmp_path, monkeypatch, leaves):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+    def roll_out(prompts, trainer):
+        trainer.model.train(leaves)
+        ids = trainer.processing_class.encode(tiny.answer("Paris"))
+        size = len(prompts)
+        return {"prompt_ids": [[5, 6]] * size, "completion_ids": [ids] * size, "logprobs": [[0.0] * len(ids)] * size}
+
+    trainer = tiny.make_trainer(
+        IGPOTrainer,
+        IGPOConfig,
+        tmp_path,
+        tools=None,
+        rollout_func=roll_out,
+        eval_dataset=tiny.make_dataset(3),
+        per_device_eval_batch_size=2,
+        num_generations_eval=1,
+        save_trajectories=True,
+    )
+    assert trainer.evaluate()["eval_f1"] == 1.0
+    assert not (tmp_path / "trajectories").exists()
+    trainer.train()
+    assert "entropy" in trainer.state.log_history[0] and not trainer._metrics["eval"]
+
+
+# --- several evaluation sets -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "steps"), [("eval_f1", 4), ("f1", 4), ("eval_italy_f1", 3), ("eval_rewards/answer_reward/mean", 4)]
+)
+def test_early_stopping_with_several_evaluation_sets(tmp_path, metric, steps):
+    """Italy is right after steps 1 and 2, France from step 2 on: after the best step, two evaluations end training."""
+
+    class Fading(Scripted):
+        def _generate(self, prompts):
+            step = self.state.global_step
+            italian = [tiny.answer("Rome" if step in (1, 2) else "Milan")]
+            french = [tiny.answer("Paris" if step > 1 else "Lyon")]
+            self.scripts = [italian if "Rome" in str(row["answers"]) else french for row in self.current_step.rows]
+            return super()._generate(prompts)
+
+    france, italy = tiny.make_dataset(2), tiny.make_dataset(1).map(lambda _: {"answers": ["Rome"]})
+    trainer = tiny.make_trainer(
+        Fading,
+        IGPOConfig,
+        tmp_path,
+        eval_dataset={"france": france, "italy": italy},
+        per_device_eval_batch_size=2,
+        num_generations_eval=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        save_only_model=True,
+        max_steps=8,
+        learning_rate=0.0,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        greater_is_better=True,
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+    )
+    trainer.train()
+    assert trainer.state.global_step == steps
