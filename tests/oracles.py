@@ -22,12 +22,14 @@ def squad_tokens(text: str) -> list[str]:
 
 
 def squad_f1(prediction: str, answers: Sequence[str]) -> float:
-    """Bag-of-tokens F1: each gold token can be matched once."""
+    """Bag-of-tokens F1: each gold token can be matched once; yes, no and noanswer match only themselves."""
     best = 0.0
     for answer in answers:
         predicted, gold = squad_tokens(prediction), squad_tokens(answer)
         if predicted == gold:
             best = max(best, 1.0)
+            continue
+        if {" ".join(predicted), " ".join(gold)} & {"yes", "no", "noanswer"}:
             continue
         unmatched, common = list(gold), 0
         for token in predicted:

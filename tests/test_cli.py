@@ -62,11 +62,23 @@ def test_demo_passes_its_options_on(run, monkeypatch):
     calls = []
     monkeypatch.setattr(demo, "run_demo", lambda **options: calls.append(options))
     assert run("demo").exit_code == 0
+    assert run("demo", "--quick").exit_code == 0
     assert run("demo", "--quick", "--output-dir", "somewhere", "--seed", 3).exit_code == 0
     assert calls == [
         {"output_dir": Path("outputs/demo"), "quick": False, "seed": 0},
+        {"output_dir": Path("outputs/demo-quick"), "quick": True, "seed": 0},
         {"output_dir": Path("somewhere"), "quick": True, "seed": 3},
     ]
+
+
+def test_a_quick_demo_does_not_replace_a_full_one(run, tmp_path):
+    for method in ("warm_start", "grpo", "grpo_batch", "igpo_critic"):
+        (tmp_path / method).mkdir()
+        (tmp_path / method / "test_greedy.jsonl").write_text("")
+    result = run("demo", "--quick", "--output-dir", tmp_path)
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ") and "files of a full demo" in result.output
+    assert len(result.output.splitlines()) == 1
 
 
 def test_tiny_model_has_the_defaults_of_the_function(run, monkeypatch, tmp_path):
@@ -120,6 +132,34 @@ def test_view_refuses_an_index_out_of_range(run, rollouts, index):
     result = run("view", rollouts, "--index", index)
     assert result.exit_code == 2
     assert "3 rollouts" in result.output
+
+
+def test_mistakes_are_one_line_and_show_a_traceback_with_debug(run, rollouts, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    picture = tmp_path / "file" / "rollout.png"
+    result = run("view", rollouts, "--save", picture)
+    assert (result.exit_code, result.stderr) == (
+        1,
+        f"Error: {picture.parent}: file exists. A file is in the way: choose another path, or remove it.\n",
+    )
+    for words in (["--debug", "view", rollouts, "--save", picture], ["view", "--debug", rollouts, "--save", picture]):
+        result = run(*words)
+        assert result.exit_code == 1 and isinstance(result.exception, FileExistsError)
+    assert isinstance(run("view", rollouts, "--save", picture).exception, SystemExit)
+    # A bug keeps its traceback.
+    monkeypatch.setattr("igpo_trl.report.render_trajectory", lambda _: [][0])
+    assert isinstance(run("view", rollouts).exception, IndexError)
+
+
+def test_tiny_model_says_which_file_is_wrong(run, tmp_path):
+    corpus, questions = tmp_path / "corpus.jsonl", tmp_path / "questions.jsonl"
+    corpus.write_text('{"body": "a"}\n')
+    questions.write_text('{"question": "Who?"}\n')
+    result = run("tiny-model", tmp_path / "model", "--corpus", corpus, "--questions", questions)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {questions}:1 ") and len(result.stderr.splitlines()) == 1
+    result = run("tiny-model", corpus / "model", "--corpus", corpus, "--questions", questions)
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
 
 
 def test_view_names_the_line_that_is_not_a_rollout(run, rollouts):

@@ -2,10 +2,14 @@
 
 import gzip
 import json
+import tempfile
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from igpo_trl.files import cache_dir, looks_like_path, read_records, replace_when_complete
 
@@ -35,13 +39,87 @@ def test_columns_of_a_parquet_file_are_selected(tmp_path):
     assert [record for _, record in selected] == [{"text": "a"}, {"text": "b"}]
 
 
-def test_misplaced_quotes_and_long_cells(tmp_path):
+@pytest.mark.parametrize(
+    ("lines", "texts"),
+    [
+        # Quotes that are text: inches, titles, a quotation that never ends.
+        (['1\t"Dune" is a novel.\tDune', "2\tb\tB"], ['"Dune" is a novel.', "b"]),
+        (
+            ['1\t"Dune is a novel.\tDune', '2\tA 12" record\tB', '3\tc"\tC'],
+            ['"Dune is a novel.', 'A 12" record', 'c"'],
+        ),
+        (['1\ta\t"Dune', "2\tb\tB", '3\tc\tC"'], ["a", "b", "c"]),
+        (['1\t"a\tA', '2\t"b"\tB', '3\t"c\tC', '4\td"\tD'], ['"a', "b", '"c', 'd"']),
+        (['1\t"a""\tA', '2\t"""\tB', '3\t""b""\tC'], ['"a""', '"""', '""b""']),
+        (["1\ta\tA", '2\tb\t"B'], ["a", "b"]),  # at the end of the file
+        # Quotes of CSV: around the whole cell, with tabs and line ends in it.
+        (['1\t"A ""novel""."\tA', '2\t""""\tB', "3\t\tC"], ['A "novel".', '"', ""]),
+        (['1\t"a\tb"\tA', '2\t"""a""\t"\tB'], ["a\tb", '"a"\t']),
+        (['1\t"one', "", 'two"\t"A', 'A"', '2\t"b"\tB', '3\t"c', 'c"\tC'], ["one\n\ntwo", "b", "c\nc"]),
+        (['1\ta\t"A', 'A"', "2\tb\tB"], ["a", "b"]),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_quotes_in_tab_separated_files(tmp_path, lines, texts, end):
     path = tmp_path / "x.tsv"
-    path.write_text(f'id\ttext\n1\t"a" b\n2\t{"b" * 200_000}\n')
-    with pytest.raises(ValueError, match=r"x\.tsv:\d: not a readable table"):
+    path.write_bytes(end.join(["id\ttext\ttitle", *lines, ""]).encode())
+    records = [record for _, record in read_records(path)]
+    assert [record["text"].replace("\r\n", "\n") for record in records] == texts
+    assert [record["id"] for record in records] == [str(i) for i in range(1, len(texts) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "row", "got"),
+    [
+        (["1\ta\tA", '2\t"b', "3\tc\tC"], 3, 2),  # the third column is missing
+        (['1\t"a\tA', "b", "2\tc\tC"], 3, 1),  # no quote closes
+        (['1\t"a\tb\tc"', "2\tc\tC"], 2, 4),
+        (["1\ta\tb\tA", "2\tc\tC"], 2, 4),
+    ],
+)
+def test_a_row_with_too_few_or_too_many_cells_is_named(tmp_path, lines, row, got):
+    path = tmp_path / "x.tsv"
+    path.write_text("\n".join(["id\ttext\ttitle", *lines, ""]))
+    with pytest.raises(ValueError, match=rf"x\.tsv:{row}: got {got} columns, expected \['id', 'text', 'title'\]"):
         list(read_records(path))
-    first, second = (record["text"] for _, record in read_records(path, strict=False))
-    assert (first, len(second)) == ("a b", 200_000)
+
+
+cells = st.lists(st.sampled_from(['"', '""', "a", " ", ",", "é", "\\"]), max_size=5).map("".join)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(cells, cells), min_size=1, max_size=6))
+def test_no_row_is_taken_into_its_neighbour(rows):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.tsv")
+        path.write_text(
+            "".join("\t".join(row) + "\n" for row in [("id", "text", "title"), *(("i", *r) for r in rows)])
+        )
+        records = [record for _, record in read_records(path)]
+    assert len(records) == len(rows)
+    for record, (text, title) in zip(records, rows, strict=True):
+        for got, written in ((record["text"], text), (record["title"], title)):
+            assert got == written or f'"{got.replace(chr(34), chr(34) * 2)}"' == written
+
+
+def test_long_cells(tmp_path):
+    (tmp_path / "x.tsv").write_text(f'id\ttext\n1\t"{"b " * 100_000}\tc"\n')
+    (tmp_path / "x.csv").write_text(f'id,text\n1,"{"b " * 100_000},c"\n')
+    assert [len(record["text"]) for name in ("x.tsv", "x.csv") for _, record in read_records(tmp_path / name)] == [
+        200_002
+    ] * 2
+
+
+def test_misplaced_quotes_in_comma_separated_files(tmp_path):
+    (tmp_path / "x.csv").write_text('id,text\n1,"a" b\n')
+    with pytest.raises(ValueError, match=r"x\.csv:\d: not a readable table"):
+        list(read_records(tmp_path / "x.csv"))
+
+
+def test_json_lines_under_the_name_json(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    assert [record for _, record in read_records(path)] == RECORDS
 
 
 def test_a_file_or_folder_is_replaced_when_it_is_complete(tmp_path):

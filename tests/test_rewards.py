@@ -17,6 +17,7 @@ from igpo_trl.rewards import (
 )
 
 WORDS = ["the", "a", "an", "The", "cat", "cat", "Cat!", "dog", "New", "York", "U.S.", "3.14", "O'Neill", "é", "?", "-"]
+WORDS += ["yes", "No."]
 phrases = st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join)
 aliases = st.lists(phrases, min_size=1, max_size=3)
 variants = st.sampled_from(["squad", "reference"])
@@ -139,6 +140,50 @@ def test_texts_that_normalise_to_nothing():
     assert f1_score("cat", "!!!") == 0.0
     assert f1_score("!!!", "!!!", "reference") == 0.0
     assert exact_match("!!!", "?", "squad") == exact_match("!!!", "?", "reference") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "expected"),
+    [
+        ("yes no", "yes", 0.0),
+        ("yes no", ["no", "yes"], 0.0),
+        ("Yes, they are", "yes", 0.0),
+        ("no answer", "noanswer", 0.0),
+        ("yes", "yes it is", 0.0),  # the same the other way round
+        ("No", "no way", 0.0),
+        ("The yes!", "Yes.", 1.0),
+        ("NO", ["No", "neither"], 1.0),
+        ("neither", ["No", "neither"], 1.0),
+        ("no country for old men", "No Country for Old Men", 1.0),
+        ("no country", "no country for old men", pytest.approx(4 / 7)),  # an answer that merely contains the word
+    ],
+)
+def test_yes_and_no_match_only_themselves(prediction, answers, expected):
+    assert f1_score(prediction, answers) == expected
+    assert answer_reward([f"<answer>{prediction}</answer>"], [answers]) == [expected]
+    metrics = pytest.importorskip("igpo_trl.evaluation.metrics")
+    references = [[answers] if isinstance(answers, str) else answers]
+    assert metrics.AnswerF1().compute(predictions=[prediction], references=references) == {"f1": expected}
+
+
+def test_the_authors_scorer_has_no_such_rule():
+    assert f1_score("yes no", "yes", "reference") == pytest.approx(2 / 3)
+
+
+def test_naming_both_earns_nothing_on_real_yes_no_questions(shared_dir):
+    from igpo_trl.files import read_json_lines
+
+    for name, number in (("hotpotqa", 37), ("2wiki", 174)):
+        rows = (row for _, row in read_json_lines(shared_dir / f"data/questions/{name}.jsonl.gz"))
+        answers = [row["answers"] for row in rows if row["answers"][0].lower() in ("yes", "no")]
+        assert len(answers) == number
+        assert {f1_score("yes no", row) for row in answers} == {0.0}
+
+
+def test_a_typographic_apostrophe_is_no_punctuation():
+    assert exact_match("O'Brien", "OBrien") == 1.0
+    assert f1_score("O’Brien", "O'Brien") == 0.0
+    assert f1_score("O’Brien", ["O'Brien", "O’Brien"]) == 1.0
 
 
 def test_no_prediction_scores_zero():

@@ -765,7 +765,7 @@ def test_ranks_stay_in_step():
     loop, rollouts, first_turns, requests = loop_of([[ANSWER]], any_rank, idle_ranks_sample=True)
     loop.run(rollouts, first_turns)
     assert flags == [False] * 4
-    assert requests == [([[2]], [], 1)] * 3  # one token after one token, for no rollout
+    assert requests == [([], [], 1)] * 3  # for no rollout
     loop, rollouts, first_turns, requests = loop_of([[ANSWER]], any_rank)
     flags.clear()
     loop.run(rollouts, first_turns)

@@ -80,6 +80,33 @@ def test_layouts_of_other_projects(tmp_path):
     assert len(list(read_passages([tmp_path / "psgs.tsv.gz"]))) == 2
 
 
+def test_stray_quotes_lose_no_passage(tmp_path):
+    texts = [
+        '"Dune is a novel.',
+        "By Frank Herbert.",
+        'A 12" record',
+        "Born in 1920.",
+        'He said: "Fear',
+        'is the killer."',
+    ]
+    path = tmp_path / "c.tsv"
+    path.write_text("id\ttext\ttitle\n" + "".join(f'{i}\t{text}\t"{i}\n' for i, text in enumerate(texts)))
+    assert [(p.id, p.text, p.title) for p in read_passages(path)] == [
+        (str(i), text, f'"{i}') for i, text in enumerate(texts)
+    ]
+    assert len(BM25Index.build(path, show_progress=False)) == len(texts)
+
+
+def test_other_file_formats(tmp_path):
+    expected = [Passage("1", "A, B", 'x "y"'), Passage("2", "", "z")]
+    records = [{"id": p.id, "title": p.title, "text": p.text} for p in expected]
+    (tmp_path / "c.json").write_text(json.dumps(records))
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, records)))
+    (tmp_path / "c.csv").write_text('id,title,text\n1,"A, B","x ""y"""\n2,,z\n')
+    for name in ("c.json", "lines.json", "c.csv"):
+        assert list(read_passages(tmp_path / name)) == expected
+
+
 @pytest.mark.parametrize(
     ("contents", "title", "text"),
     [

@@ -1,15 +1,20 @@
 """Checks made before a model is loaded: what was got, what was expected, and how to fix it."""
 
+import inspect
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import trl
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
-from transformers import ProcessorMixin
+from transformers import AutoConfig, ProcessorMixin
 from trl.chat_template_utils import supports_tool_calling
 
+from .data.rows import check_answers, check_columns, check_prompts, columns_of
 from .rollout.observations import ObservationEncoder
+from .tools import options_of
 
 #: The minor version of TRL whose internals the trainer's hooks were tested against.
 SUPPORTED_TRL = "1.16"
@@ -31,9 +36,10 @@ def check_before_loading(
     train_dataset: Dataset | IterableDataset | None,
     eval_dataset: Any,
     tools: Sequence[Callable[..., Any]] | None,
-    environments: Any,
+    environments: Sequence[Any],
     *,
     needs_answers: bool,
+    model: Any,
 ) -> None:
     """
     Raise `ValueError` for whatever would make training fail, or train nothing, once the model is loaded.
@@ -42,22 +48,33 @@ def check_before_loading(
         args ([`IGPOConfig`]): configuration.
         processing_class (`PreTrainedTokenizerBase`): of the model.
         train_dataset, eval_dataset (*optional*): as the trainer got them.
-        tools (list of `Callable`, *optional*), environments (*optional*): as the trainer got them.
+        tools (list of `Callable`, *optional*): as the trainer got them.
+        environments (list): one of each kind.
         needs_answers (`bool`): whether the reward function reads the answers.
+        model (`str` or `PreTrainedModel`): as the trainer got it, or the name of an adapter's base model.
     """
+    check_sampling(args)
+    check_num_questions(args, train_dataset)
     uses_tools = bool(tools or environments)
     check_processing_class(processing_class, uses_tools)
-    if environments is None:  # otherwise the tools are known only once there is an environment
+    if not environments:  # otherwise the tools are known only once there is an environment
         check_tool_names(args.info_gain_tools, tools)
     if uses_tools and args.max_tool_response_tokens is not None:
         ObservationEncoder(processing_class, max_tokens=args.max_tool_response_tokens)  # raises if that is too few
+    owned = any(map(own_answers, environments))
     if args.uses_beliefs or needs_answers:
-        check_answers(train_dataset, args.answer_column, "train_dataset")
-    if train_dataset is not None and uses_tools:
-        check_conversational(train_dataset)
-    if needs_answers or args.belief_at_eval:
-        for name, dataset in named_datasets(eval_dataset):
-            check_answers(dataset, args.answer_column, name)
+        check_answers(train_dataset, args.answer_column, "train_dataset", optional=owned)
+    for name, dataset in named_datasets(train_dataset, "train_dataset") + named_datasets(eval_dataset):
+        check_columns(dataset, name, needs_prompt=not environments)
+        check_prompts(dataset, name, as_messages=uses_tools)
+        # Records hold the answers, and an evaluation reports F1, wherever there are any.
+        is_train = name == "train_dataset"
+        reads_answers = args.save_trajectories if is_train else True
+        needs_column = not is_train and (needs_answers or args.belief_at_eval)
+        if needs_column or (reads_answers and args.answer_column in columns_of(dataset)):
+            check_answers(dataset, args.answer_column, name, optional=owned)
+    if isinstance(train_dataset, Dataset):
+        check_room(args, processing_class, train_dataset, tools or (), context_before_loading(args, model))
 
 
 def check_processing_class(processing_class: Any, uses_tools: bool) -> None:
@@ -90,62 +107,36 @@ def check_trainable(model: Any) -> None:
         )
 
 
-def check_conversational(dataset: Dataset | IterableDataset) -> None:
-    row: dict[str, Any] = next(iter(dataset), {})
-    if isinstance(row.get("prompt"), str):
-        raise ValueError(
-            "With tools, prompts must be lists of messages, got a string in row 0. Map the data set to "
-            "`{'prompt': [{'role': 'user', 'content': question}]}`."
-        )
-
-
-def check_answers(dataset: Dataset | IterableDataset | None, column: str, name: str) -> None:
-    """Raise `ValueError` if the column is missing or, in a map-style data set, a row holds no usable answer."""
-    if dataset is None:
-        raise ValueError(
-            f"Information gain needs right answers: expected a `{name}` with the column `{column}`, got none. "
-            "Pass one, also where an environment writes the prompt."
-        )
-    columns = dataset.column_names
-    if columns is None:  # a stream that does not know its columns
-        columns = list(next(iter(dataset), {}))
-    if column not in columns:
-        raise ValueError(
-            f"Information gain needs right answers: `{name}` has no column `{column}`, got {', '.join(columns)}. Name "
-            "yours with `IGPOConfig(answer_column=...)`."
-        )
-    if isinstance(dataset, Dataset):
-        row = 0
-        for block in dataset.select_columns([column]).with_format(None).iter(batch_size=10_000):
-            for value in block[column]:
-                answers_of({column: value}, column, where=f"row {row} of `{name}`")
-                row += 1
-
-
-def answers_of(row: dict[str, Any], column: str, where: str = "the batch") -> tuple[str, ...]:
-    """The row's answers, stripped; raises `ValueError` for anything but non-empty strings."""
-    value = row.get(column)
-    answers: Sequence[Any] = (value,) if isinstance(value, str) else value if isinstance(value, list | tuple) else ()
-    if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
-        raise ValueError(
-            f"An answer must be a non-empty string or a non-empty list of such, got {value!r} in column `{column}`, "
-            f"{where}. Drop or repair the row."
-        )
-    return tuple(answer.strip() for answer in answers)
-
-
-def named_datasets(dataset: Any) -> list[tuple[str, Any]]:
+def named_datasets(dataset: Any, name: str = "eval_dataset") -> list[tuple[str, Any]]:
     if dataset is None or isinstance(dataset, str):
         return []
     if isinstance(dataset, dict):
-        return [(f"eval_dataset[{key!r}]", value) for key, value in dataset.items()]
-    return [("eval_dataset", dataset)]
+        return [(f"{name}[{key!r}]", value) for key, value in dataset.items()]
+    return [(name, dataset)]
 
 
-def environment_rewards(factory: Any) -> bool:
-    """Whether an environment scores its own rollouts (`get_reward`)."""
-    factories = list(factory.values()) if isinstance(factory, dict) else [factory] if factory else []
-    return any(hasattr(f if isinstance(f, type) else f(), "get_reward") for f in factories)
+def probe_environments(factory: Any) -> tuple[Any, list[Any]]:
+    """
+    One environment of each factory, and factories that give it out first, so that none is made in vain.
+
+    Args:
+        factory (`Callable` or `dict` of them, *optional*): what TRL calls `environment_factory`.
+    """
+    if not factory:
+        return factory, []
+    if isinstance(factory, dict):
+        probes = {name: probe_environments(each) for name, each in factory.items()}
+        return {name: each for name, (each, _) in probes.items()}, [one for _, (one,) in probes.values()]
+    unused = [factory()]
+    return lambda: unused.pop() if unused else factory(), list(unused)
+
+
+def own_answers(environment: Any) -> bool:
+    """Whether an environment has an attribute or a property `answers`, set or declared. (A method is a tool.)"""
+    missing = object()
+    own = inspect.getattr_static(environment, "answers", missing)
+    declared = any("answers" in inspect.get_annotations(kind) for kind in type(environment).__mro__)
+    return declared if own is missing else not inspect.isroutine(own)
 
 
 def check_tool_names(wanted: Sequence[str] | None, tools: Iterable[Callable[..., Any]] | None) -> None:
@@ -156,3 +147,108 @@ def check_tool_names(wanted: Sequence[str] | None, tools: Iterable[Callable[...,
             f"`info_gain_tools` names {', '.join(sorted(unknown))}, got the tools "
             f"{', '.join(sorted(names)) or 'none'}. Give names of this trainer's tools."
         )
+
+
+def check_sampling(args: Any) -> None:
+    """Raise `ValueError` for generation options that give several sequences, or others than samples, per rollout."""
+    for name in ("num_beams", "num_return_sequences", "n", "best_of"):
+        if (number := (args.generation_kwargs or {}).get(name)) not in (None, 1):
+            raise ValueError(
+                f"A turn is one sampled sequence, so `generation_kwargs[{name!r}]` must be 1, got {number!r}. Set "
+                "`num_generations` for several rollouts per question."
+            )
+
+
+def check_num_questions(args: Any, dataset: Dataset | IterableDataset | None) -> None:
+    """Raise `ValueError` if the data set has too few rows for one step: training would end after none."""
+    needed = args.generation_batch_size // args.num_generations
+    if isinstance(dataset, Dataset) and len(dataset) < needed:
+        raise ValueError(
+            f"`train_dataset` has {len(dataset)} questions, and a step needs {needed}: {args.generation_batch_size} "
+            f"rollouts, `num_generations={args.num_generations}` of each. Add questions, raise `num_generations`, or "
+            "lower `per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`."
+        )
+
+
+def check_room(
+    args: Any, processing_class: Any, dataset: Dataset, tools: Sequence[Callable[..., Any]], context_length: int
+) -> None:
+    """
+    Compare what rollouts are likely to need with what they may use, in tokens.
+
+    The estimate is prompt + rounds · (turn + result) + turn. Prompts are rendered (a sample of the data set); a turn
+    counts as 100 tokens, or `max_turn_length` if that is less; a result as the longest `max_words` of a tool, or
+    `max_tool_response_tokens` if that is less. Without a limit of the turns, one round is asked for.
+
+    Raises:
+        `ValueError`: if a prompt alone fills the context. If the estimate alone does not fit, a `UserWarning` says
+            what to raise.
+    """
+    rows = range(0, len(dataset), max(1, len(dataset) // 32))
+    prompts = dataset.select(rows).with_format(None)["prompt"][:] if "prompt" in dataset.column_names else []
+    lengths = [len(render(processing_class, prompt, tools, args.chat_template_kwargs or {})) for prompt in prompts]
+    prompt_length = max(lengths, default=0)
+    if prompt_length >= context_length:
+        raise ValueError(
+            f"The prompt of row {rows[lengths.index(prompt_length)]} of `train_dataset` has {prompt_length} tokens, "
+            f"which leaves no room in the model's context of {context_length} tokens. Shorten the prompts or the "
+            "tools' descriptions, or use a model with a longer context."
+        )
+    words = max((options_of(tool).max_words or 0 for tool in tools), default=0)
+    if not words:
+        return
+    text = " ".join(str(prompt if isinstance(prompt, str) else prompt[-1].get("content", "")) for prompt in prompts)
+    tokens_per_word = len(processing_class.encode(text)) / max(1, len(text.split()))
+    turn = min(100, args.max_turn_length or sys.maxsize)
+    result = min(round(words * max(1.3, tokens_per_word)), args.max_tool_response_tokens or sys.maxsize)
+    limits = [args.max_turns and args.max_turns - 1, args.max_tool_calling_iterations]
+    rounds = min((limit for limit in limits if limit is not None), default=1)
+    needed = rounds * (turn + result) + turn
+    estimate = (
+        f"{rounds} round{'s' * (rounds != 1)} of a turn (about {turn} tokens) and a tool's result (about {result}), "
+        f"and an answer need about {needed} tokens"
+    )
+    remedy = "Rollouts that reach the limit end without an answer."
+    cheaper = "show fewer or shorter passages, or lower `max_tool_response_tokens` or `max_turns`."
+    if needed > (args.max_completion_length or sys.maxsize):
+        warnings.warn(
+            f"{estimate}, and `max_completion_length` is {args.max_completion_length}. {remedy} Raise it, {cheaper}",
+            UserWarning,
+            stacklevel=3,
+        )
+    elif prompt_length + needed > context_length:
+        warnings.warn(
+            f"{estimate} after a prompt of {prompt_length}, and the context is {context_length} tokens long. {remedy} "
+            f"Use a model (or `vllm_max_model_length`) with a longer context, {cheaper}",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def context_before_loading(args: Any, model: Any) -> int:
+    """Longest context of a model that may not be loaded yet, in tokens."""
+    options = args.model_init_kwargs or {}
+    try:
+        config = AutoConfig.from_pretrained(
+            model, revision=options.get("revision") or "main", trust_remote_code=args.trust_remote_code
+        ) if isinstance(model, str) else model.config  # fmt: skip
+    except (OSError, ValueError):  # loading the model says better what is wrong
+        return sys.maxsize
+    limits = [getattr(config.get_text_config(), "max_position_embeddings", None)]
+    limits += [args.vllm_max_model_length] if args.use_vllm else []
+    return min((limit for limit in limits if limit), default=sys.maxsize)
+
+
+def render(processing_class: Any, prompt: Any, tools: Sequence[Callable[..., Any]], options: dict[str, Any]) -> Any:
+    """Token ids of a prompt, as the trainer renders it."""
+    if isinstance(prompt, str):
+        return processing_class.encode(prompt)
+    return processing_class.apply_chat_template(
+        prompt, tools=list(tools) or None, add_generation_prompt=True, return_dict=False, **options
+    )
+
+
+def refuse_images(images: Any) -> None:
+    """Raise a `ValueError` if a prompt or a tool has brought images."""
+    if images:
+        raise ValueError("IGPOTrainer supports text only, got prompts with images.")

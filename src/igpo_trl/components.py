@@ -5,6 +5,7 @@ import sys
 import textwrap
 from typing import Any, cast
 
+from accelerate.utils import broadcast_object_list
 from transformers import AutoProcessor
 
 from .beliefs.probes import fit_template
@@ -13,6 +14,7 @@ from .beliefs.scoring import AliasReduction, Method
 from .rollout.kv_cache import reuse_obstacle
 from .rollout.loop import RolloutLimits, RolloutLoop
 from .rollout.observations import ObservationEncoder
+from .rollout.tool_failures import FailureWatch
 from .rollout.tool_runner import ToolRunner
 
 logger = logging.getLogger(__name__)
@@ -88,12 +90,21 @@ def make_rollout_loop(trainer: Any) -> RolloutLoop:
             timeout=args.tool_timeout,
             loop=getattr(trainer, "async_loop", None),
         ),
-        sample=trainer.sample_turns,
+        sample=lambda contexts, rollouts, length: trainer._generate_single_turn(
+            contexts, None, {}, 1, rollouts=rollouts, max_new_tokens=length
+        ),
         any_rank=lambda flag: trainer.max_over_ranks(int(flag)) > 0,
         end_token_ids=trainer.eos_token_ids,
-        # Sharded models and vLLM servers make every process take part in every generation.
-        idle_ranks_sample=trainer.is_sharded or trainer.use_vllm,
+        idle_ranks_sample=samples_in_step(trainer),
+        failure_watch=FailureWatch(args.max_tool_failures, args.tool_failure_patience, args.output_dir),
     )
+
+
+def samples_in_step(trainer: Any) -> bool:
+    """Whether every process has to take part in every sampling."""
+    # The main process asks a vLLM server for all, and the processes of a tensor-parallel engine sample together.
+    one_engine = trainer.use_vllm and (trainer.vllm_mode == "server" or trainer.args.vllm_tensor_parallel_size > 1)
+    return bool(trainer.is_sharded or one_engine)
 
 
 def max_turn_length(trainer: Any) -> int:
@@ -103,11 +114,18 @@ def max_turn_length(trainer: Any) -> int:
 
 def context_length(trainer: Any) -> int:
     """Longest context of the model, in tokens."""
-    if trainer.use_vllm and trainer.vllm_mode == "colocate":
-        return int(trainer.vllm_generation.llm.llm_engine.model_config.max_model_len)
     configured = getattr(trainer.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-    served = trainer.args.vllm_max_model_length if trainer.use_vllm else None
-    return min(configured, served or sys.maxsize)
+    if not trainer.use_vllm:
+        return configured
+    if trainer.vllm_mode == "colocate":
+        return int(trainer.vllm_generation.llm.llm_engine.model_config.max_model_len)
+    if not hasattr(trainer.vllm_generation, "max_model_len"):  # only the main process has a client
+        lengths: list[int | None] = [None]
+        if trainer.accelerator.is_main_process:
+            info = trainer.vllm_generation.vllm_client.get_server_info()
+            lengths = [int(info["model_config"]["max_model_len"])]
+        trainer.vllm_generation.max_model_len = broadcast_object_list(lengths, from_process=0)[0]
+    return int(trainer.vllm_generation.max_model_len)
 
 
 def limit_generation(trainer: Any) -> None:
@@ -117,6 +135,10 @@ def limit_generation(trainer: Any) -> None:
         trainer.vllm_generation.max_completion_length = longest
         return
     config = trainer.generation_config
+    # A model's own generation config must not bring several sequences: the options of the trainer are checked.
+    for name in ("num_beams", "num_return_sequences"):
+        setattr(config, name, 1)
+        trainer.generation_kwargs[name] = 1
     config.max_new_tokens = min(config.max_new_tokens or longest, longest)
     trainer.generation_kwargs["max_new_tokens"] = config.max_new_tokens
 
@@ -130,6 +152,8 @@ def can_reuse_prefixes(trainer: Any) -> bool:
     obstacle = reuse_obstacle(trainer.accelerator.unwrap_model(trainer.model), trainer.generation_config)
     if obstacle:
         logger.warning("The KV cache is not kept between turns: %s. Every turn runs its whole context.", obstacle)
+    else:
+        logger.info("The KV cache is kept between turns.")
     return obstacle is None
 
 

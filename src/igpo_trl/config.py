@@ -1,13 +1,25 @@
 """Arguments of [`IGPOTrainer`]: those of TRL's `GRPOConfig`, and the ones that IGPO adds."""
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import GRPOConfig
 
 from .advantages import NORMALIZATIONS
 from .beliefs.probes import DEFAULT_TEMPLATE, split_template
 from .rewards import DEFAULT_FORMAT_PENALTY
+
+# TRL calls a property of transformers by its old name.
+warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+
+#: Numbers of TRL and transformers that fail only after the model is loaded, or mean nothing, and their least values.
+_SMALLEST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("max_completion_length", "num_generations", "num_generations_eval", "num_iterations"), 1),
+    **dict.fromkeys(("learning_rate", "temperature", "warmup_steps", "beta", "max_grad_norm"), 0),
+}
 
 
 @dataclass
@@ -155,6 +167,13 @@ class IGPOConfig(GRPOConfig):
     )
 
     # Rollout
+    max_completion_length: int | None = field(
+        default=4096,
+        metadata={
+            "help": "Tokens of a whole rollout after its prompt: all turns and all observations. TRL's default of 512 "
+            "leaves no room for one search of three passages."
+        },
+    )
     max_turns: int | None = field(
         default=None,
         metadata={
@@ -216,6 +235,17 @@ class IGPOConfig(GRPOConfig):
             "`None` is no limit."
         },
     )
+    max_tool_failures: float | None = field(
+        default=0.5,
+        metadata={
+            "help": "Share of one tool's calls in a batch that may fail for want of its service (connection errors, "
+            "timeouts; not wrong arguments). From this share on in `tool_failure_patience` batches in a row, training "
+            "stops with an error. `None` never stops."
+        },
+    )
+    tool_failure_patience: int = field(
+        default=3, metadata={"help": "Batches in a row with that share of failed calls after which training stops."}
+    )
     reuse_prefixes: bool = field(
         default=True,
         metadata={
@@ -235,6 +265,13 @@ class IGPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        # transformers' new name of an option that TRL sets by its old name, which warns.
+        if getattr(self, "activation_checkpointing", False) is None:
+            self.activation_checkpointing = self.gradient_checkpointing
+        self._check_bf16()
+        for name, low in _SMALLEST.items():
+            if (number := getattr(self, name)) is not None and number < low:
+                raise ValueError(f"`{name}` must be at least {low}, got {number}.")
         super().__post_init__()
         self._check_choice("alias_reduction", ("max", "mean", "first"))
         self._check_choice("info_gain", ("prob_diff", "log_prob_diff"))
@@ -243,12 +280,16 @@ class IGPOConfig(GRPOConfig):
         self._check_choice("on_malformed_tool_call", ("observe", "end"))
         for name in (
             "belief_tokens_per_batch", "max_answer_tokens", "max_turns", "max_turn_length", "forced_answer_length",
-            "max_concurrent_tool_calls", "info_gain_every",
+            "max_concurrent_tool_calls", "info_gain_every", "tool_failure_patience",
         ):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if self.tool_timeout is not None and self.tool_timeout <= 0:
             raise ValueError(f"`tool_timeout` must be positive, or `None` for no limit, got {self.tool_timeout}.")
+        if self.max_tool_failures is not None and not 0.0 < self.max_tool_failures <= 1.0:
+            raise ValueError(
+                f"`max_tool_failures` must be a share above 0 and at most 1, or `None`, got {self.max_tool_failures}."
+            )
         if self.forced_answer and not self.forced_answer_prompt.strip():
             raise ValueError("`forced_answer=True` needs a `forced_answer_prompt`, got an empty one.")
         split_template(self.answer_template)
@@ -285,6 +326,18 @@ class IGPOConfig(GRPOConfig):
                 f"'sum_then_normalize', got {self.multi_objective_aggregation!r}. Weight the reward functions with "
                 "`reward_weights` instead."
             )
+
+    def _check_bf16(self) -> None:
+        """Train in float32 where nothing computes in bfloat16, unless bfloat16 was asked for."""
+        if self.use_cpu or self.fp16 or is_torch_bf16_gpu_available() or is_torch_xla_available():
+            return
+        if self.bf16:
+            raise ValueError(
+                "`bf16=True` needs a GPU that computes in bfloat16, and there is none. Set `bf16=False` to train in "
+                "float32, and `use_cpu=True` to train on the CPU."
+            )
+        if self.bf16 is None:
+            self.bf16 = False
 
     @property
     def uses_beliefs(self) -> bool:

@@ -2,11 +2,13 @@
 
 import csv
 import gzip
+import itertools
 import json
 import os
+import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,22 +18,29 @@ FILE_ENDINGS = tuple(f".{kind}{packed}" for kind in ("jsonl", "json", "csv", "ts
 )
 """Endings of the files that [`read_records`] can read."""
 
+_QUOTED_CELL = re.compile(r'"(?:[^"]|"")*"')
+_OPEN_CELL = re.compile(r'"(?:[^"]|"")*+')  # possessive: `"a"` is no open cell
+
 _AS_TEXT = {"mode": "rt", "encoding": "utf-8-sig", "newline": ""}  # with or without a byte order mark
 
 
 def read_records(
-    path: str | Path, *, select_columns: Callable[[list[str]], list[str]] = list, strict: bool = True
+    path: str | Path, *, select_columns: Callable[[list[str]], list[str]] = list
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     Reads the records of a file: JSON Lines, JSON, CSV or TSV, each also as `.gz`, or parquet.
 
-    A JSON file is an array of objects, or an object with such an array under `Data` (TriviaQA's files) or `data`. The
-    cells of CSV and TSV files are strings. All formats but JSON are read as a stream.
+    A JSON file is an array of objects, an object with such an array under `Data` (TriviaQA's files) or `data`, or JSON
+    Lines. The cells of CSV and TSV files are strings. All formats but JSON are read as a stream.
+
+    In a TSV file, a quote is CSV's if its cell begins and ends with one and the quotes inside are doubled; any other
+    quote is text. A line with a cell for every column is always a row of its own, whatever its quotes. A `.csv` file
+    with a tab in its first line is tab-separated, and has the columns `question` and `answers` if that line already
+    holds a list, as in DPR's files of questions.
 
     Args:
         path (`str` or `Path`): The file. Its name tells the format.
         select_columns (`Callable`, *optional*, defaults to `list`): Chooses which of a parquet file's columns to read.
-        strict (`bool`, *optional*, defaults to `True`): Whether a CSV or TSV file with misplaced quotes is an error.
 
     Returns:
         `Iterator`: pairs `(where, record)`. `where` names the file, and the line if the format has lines.
@@ -45,7 +54,7 @@ def read_records(
     if kind == "parquet":
         return _read_parquet(path, select_columns)
     if kind in ("csv", "tsv"):
-        return _read_csv(path, "\t" if kind == "tsv" else ",", strict)
+        return _read_table(path, is_tsv=kind == "tsv")
     return _read_json(path) if kind == "json" else read_json_lines(path)
 
 
@@ -74,9 +83,15 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    text = "".join(_read_lines(path, **_AS_TEXT))
+    lines = _read_lines(path, **_AS_TEXT)
+    first, second = next(lines, ""), next(lines, "")
+    if (
+        second.strip() and first.startswith("{") and first.rstrip().endswith("}")
+    ):  # many tools write JSON Lines to such files
+        yield from read_json_lines(path)
+        return
     try:
-        value = json.loads(text)
+        value = json.loads("".join([first, second, *lines]))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error}). Expected an array of objects.") from error
     if isinstance(value, dict):
@@ -86,18 +101,66 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from ((str(path), record) for record in value)
 
 
-def _read_csv(path: Path, delimiter: str, strict: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_table(path: Path, is_tsv: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     csv.field_size_limit(2**31 - 1)
-    rows = csv.reader(_read_lines(path, **_AS_TEXT), delimiter=delimiter, strict=strict)
+    lines = _read_lines(path, **_AS_TEXT)
+    first = next(lines, "")
+    rows = (_tab_separated if is_tsv or "\t" in first else _comma_separated)(path, itertools.chain([first], lines))
+    header: list[str] | None = None
+    for number, cells in rows:
+        if header is None:
+            if len(cells) != 2 or not cells[1].startswith("["):
+                header = cells
+                continue
+            header = ["question", "answers"]
+        if len(cells) != len(header):
+            raise ValueError(f"{path}:{number}: got {len(cells)} columns, expected {header}.")
+        yield f"{path}:{number}", dict(zip(header, cells, strict=True))
+
+
+def _comma_separated(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    rows = csv.reader(lines, strict=True)
     try:
-        header = next(rows, [])
         for cells in filter(None, rows):  # blank lines are skipped
-            where = f"{path}:{rows.line_num}"
-            if len(cells) != len(header):
-                raise ValueError(f"{where}: got {len(cells)} columns, expected {header}.")
-            yield where, dict(zip(header, cells, strict=True))
+            yield rows.line_num, cells
     except csv.Error as error:
         raise ValueError(f"{path}:{rows.line_num}: not a readable table ({error}).") from error
+
+
+def _tab_separated(_: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    width, start, block = 0, 0, list[str]()  # the block: lines from a quote that opens a cell to the next whole row
+    for number, line in enumerate(lines, start=1):
+        cells = line.rstrip("\r\n").split("\t")
+        if not block and cells == [""]:  # blank lines are skipped
+            continue
+        width = width or len(cells)
+        if block and len(cells) == width:
+            yield from _rows_of_block(start, block, width)
+            block = []
+        if block:
+            block.append(line)
+        elif '"' in line and any(map(_OPEN_CELL.fullmatch, cells)):
+            start, block = number, [line]
+        else:
+            yield number, list(map(_unquoted, cells))
+    yield from _rows_of_block(start, block, width)
+
+
+def _rows_of_block(start: int, block: list[str], width: int) -> list[tuple[int, list[str]]]:
+    """The rows of lines that may hold quoted cells with tabs and line ends, or else one row for each line."""
+    reader = csv.reader(block, delimiter="\t", strict=True)
+    try:
+        rows = [(start + reader.line_num - 1, cells) for cells in reader if cells]
+        if all(len(cells) == width for _, cells in rows):
+            return rows
+    except csv.Error:
+        pass
+    split = ((number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(block, start=start))
+    return [(number, list(map(_unquoted, cells))) for number, cells in split if cells != [""]]
+
+
+def _unquoted(cell: str) -> str:
+    return cell[1:-1].replace('""', '"') if cell.startswith('"') and _QUOTED_CELL.fullmatch(cell) else cell
 
 
 def _read_parquet(

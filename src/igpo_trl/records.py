@@ -2,15 +2,12 @@
 
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import PartialState
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 
 from .step import Step
-from .trajectory import Trajectory, Turn, drop_later
+from .trajectory import Trajectory, Turn
 
 TURN_COLUMNS = ("belief", "info_gain", "turn_advantage")
 
@@ -97,14 +94,3 @@ def replace_logged_advantages(logged: deque[float], step: Step) -> None:
     for _ in means:
         logged.pop()
     logged.extend(means)
-
-
-class DropLaterRecords(TrainerCallback):
-    """Removes records of rollouts that were sampled after the checkpoint from which training resumes."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step > 0:
-            if state.is_world_process_zero:
-                for path in Path(args.output_dir, "trajectories").glob("*.jsonl"):
-                    drop_later(path, state.global_step)
-            PartialState().wait_for_everyone()

@@ -2,7 +2,8 @@
 
 Two scorers, chosen by `variant`:
 
-- `"squad"` (default): the SQuAD metric, that is bag-of-tokens F1 on text without case, punctuation and articles.
+- `"squad"` (default): the SQuAD metric, that is bag-of-tokens F1 on text without case, punctuation and articles. As in
+  HotpotQA's official scorer, `yes`, `no` and `noanswer` match only themselves: `yes no` against `yes` is 0.
 - `"reference"`: what the IGPO authors' training script computes: *set*-of-tokens F1, articles kept, punctuation
   replaced by a space. It differs from SQuAD's on repeated tokens (`cat cat cat` against `cat` is 1 rather than 0.5)
   and on articles. Use it to compare with their numbers, not with those of other papers.
@@ -28,6 +29,8 @@ _THINK_TAG = re.compile(r"<(/?)think>", re.IGNORECASE)
 _REFERENCE_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.IGNORECASE | re.DOTALL)
 _REFERENCE_TAGS = ("answer", "think", "tool_call", "code")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+# One word decides such a question: an answer that names both would earn 2/3 on each of them.
+_WHOLE_ANSWERS = ("yes", "no", "noanswer")
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _SPACE_PUNCTUATION = str.maketrans(string.punctuation, " " * len(string.punctuation))
 
@@ -78,7 +81,11 @@ def f1_score(prediction: str | None, answers: str | Sequence[str], variant: Vari
 
     `F1 = 2 P R / (P + R)` with precision P and recall R over tokens: counted tokens for `"squad"`, distinct ones for
     `"reference"`. Where prediction or answer has no token left after normalisation (`"the"`, `"!!!"`), `"squad"` gives
-    1 if neither has and 0 otherwise (as SQuAD 2.0 does), `"reference"` always 0.
+    1 if neither has and 0 otherwise (as SQuAD 2.0 does), `"reference"` always 0. Where one of the two is `yes`, `no`
+    or `noanswer`, `"squad"` gives 1 or 0 (as HotpotQA's and 2WikiMultihopQA's scorers do).
+
+    Normalisation is SQuAD's: only ASCII punctuation is removed. A typographic apostrophe stays, so `O’Brien` and
+    `O'Brien` (`obrien`) share no token; give both as aliases where it matters.
 
     Args:
         prediction (`str` or `None`): Predicted answer; `None`, as [`extract_answer`] returns it, scores 0.
@@ -293,8 +300,9 @@ def _normalize_reference(text: str) -> str:
 
 
 def _squad_f1(prediction: str, answer: str) -> float:
-    predicted, gold = Counter(_normalize_squad(prediction).split()), Counter(_normalize_squad(answer).split())
-    if not predicted or not gold:
+    texts = _normalize_squad(prediction), _normalize_squad(answer)
+    predicted, gold = (Counter(text.split()) for text in texts)
+    if not predicted or not gold or any(text in _WHOLE_ANSWERS for text in texts):
         return float(predicted == gold)
     return _harmonic_mean((predicted & gold).total(), predicted.total(), gold.total())
 
@@ -312,6 +320,8 @@ def _harmonic_mean(common: int, num_predicted: int, num_gold: int) -> float:
 
 
 def _aliases(answers: str | Sequence[str], where: str = "`answers`") -> Sequence[str]:
+    if hasattr(answers, "tolist"):  # an array of NumPy
+        answers = answers.tolist()
     aliases = [answers] if isinstance(answers, str) else answers
     if not isinstance(aliases, Sequence) or not all(isinstance(alias, str) for alias in aliases):
         raise TypeError(

@@ -27,6 +27,7 @@ class ToolOptions:
     retry_on: tuple[type[Exception], ...] = ()
     max_attempts: int = 3
     timeout: float | None = None
+    max_words: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
@@ -50,6 +51,7 @@ def tool(
     retry_on: type[Exception] | tuple[type[Exception], ...] = (),
     max_attempts: int = 3,
     timeout: float | None = None,
+    max_words: int | None = None,
 ) -> Callable[[F], F]: ...
 def tool(
     function: F | None = None,
@@ -59,6 +61,7 @@ def tool(
     retry_on: type[Exception] | tuple[type[Exception], ...] = (),
     max_attempts: int = 3,
     timeout: float | None = None,
+    max_words: int | None = None,
 ) -> F | Callable[[F], F]:
     """
     Declare how to run a tool. Works with and without arguments.
@@ -76,6 +79,8 @@ def tool(
             Transient errors. The call is tried again after each, with growing pauses.
         max_attempts (`int`, *optional*, defaults to `3`): Total number of attempts. Only used with `retry_on`.
         timeout (`float`, *optional*): Seconds that one call may take, retries included; `None` for the runner's limit.
+        max_words (`int`, *optional*): Words of its longest usual result. The trainer warns before training if rollouts
+            with such results do not fit into their limits.
 
     Example:
 
@@ -85,7 +90,7 @@ def tool(
     ```
     """
     kinds = (retry_on,) if isinstance(retry_on, type) else tuple(retry_on)
-    options = ToolOptions(pure=pure, batch=batch, retry_on=kinds, max_attempts=max_attempts, timeout=timeout)
+    options = ToolOptions(pure, batch, kinds, max_attempts, timeout, max_words)
 
     def attach(function: F) -> F:
         function.tool_options = options  # type: ignore[attr-defined]

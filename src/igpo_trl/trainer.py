@@ -11,14 +11,17 @@ from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.trainer.utils import get_config_model_id
 
+from .adapters import check_adapter, is_adapter, load_trainable
 from .beliefs.models import changing_positions
 from .beliefs.scorer import KVCapture
+from .checkpoints import OneRun, checkpoint_to_resume
 from .checks import (
     check_before_loading,
     check_tool_names,
     check_trainable,
     check_trl_version,
-    environment_rewards,
+    probe_environments,
+    refuse_images,
 )
 from .components import (
     PAPER,
@@ -29,13 +32,17 @@ from .components import (
     load_processing_class,
     make_belief_scorer,
     make_rollout_loop,
+    max_turn_length,
+    samples_in_step,
 )
 from .config import IGPOConfig
+from .data.rows import plain_rows
 from .logs import LogsRollouts, fill_columns
-from .records import DropLaterRecords, replace_logged_advantages, trajectories_of
+from .records import replace_logged_advantages, trajectories_of
 from .rewards import make_answer_reward
 from .rollout.kv_cache import PrefixCache, replaced_generate
 from .rollout.loop import Rollout, SampledTurns
+from .rollout.sampling import sample_within_context
 from .rollout.tool_calls import parser_errors_as_value_errors
 from .step import Step
 from .trajectory import write_jsonl
@@ -74,10 +81,12 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
     | `_calculate_rewards` | calls the reward functions, gathers | keeps the result as the outcome | before 1.8 |
     | `_compute_loss` | loss of one microbatch | one ratio per turn with `importance_sampling_level="turn"` | before 1.8 |
     | `compute_loss`, `log` | average metrics over batches | average them over rollouts, tokens or calls | before 1.8 |
+    | `train`, `_run_epoch` | resumes from the newest checkpoint; one more step at the end | takes the last whole one; takes none | 5.13 |
     | `evaluate`, `evaluation_loop` | evaluate one data set | return every metric; average over sets | before 1.8 |
 
     Args:
-        model (`str` or `PreTrainedModel` or `PeftModel`): as in `GRPOTrainer`; text models only.
+        model (`str` or `PreTrainedModel` or `PeftModel`): as in `GRPOTrainer`; text models only. The directory of a
+            PEFT adapter is one, and is trained further.
         reward_funcs (*optional*): as in `GRPOTrainer`. Defaults to [`answer_reward`], unless the environment owns the
             reward (`get_reward`).
         args ([`IGPOConfig`], *optional*): configuration.
@@ -115,9 +124,13 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
             raise TypeError(
                 f"`args` must be an IGPOConfig, got {type(args).__name__}. It takes every argument of GRPOConfig."
             )
+        continues_adapter = isinstance(model, str) and is_adapter(model)
+        if continues_adapter:
+            model_id = check_adapter(model, kwargs.get("peft_config"))
         if processing_class is None:
             processing_class = load_processing_class(model, model_id, args)
-        tools, environments = kwargs.get("tools"), kwargs.get("environment_factory")
+        tools = kwargs.get("tools")
+        kwargs["environment_factory"], environments = probe_environments(kwargs.get("environment_factory"))
         if not tools and not environments and kwargs.get("rollout_func") is None:
             warnings.warn(
                 "Neither `tools` nor `environment_factory` is given: every rollout is a single turn, which has no "
@@ -125,12 +138,16 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
                 UserWarning,
                 stacklevel=2,
             )
-        default_reward = reward_funcs is None and not environment_rewards(environments)
+        default_reward = reward_funcs is None and not any(hasattr(type(e), "get_reward") for e in environments)
         check_before_loading(
-            args, processing_class, train_dataset, eval_dataset, tools, environments, needs_answers=default_reward
-        )
+            args, processing_class, train_dataset, eval_dataset, tools, environments,
+            needs_answers=default_reward, model=model_id if isinstance(model, str) else model,
+        )  # fmt: skip
         if default_reward:
             reward_funcs = make_answer_reward(args.answer_column, format_penalty=args.format_penalty)
+        args.remove_unused_columns = False  # reward functions may read any column, and beliefs read the answers
+        if continues_adapter:
+            model = load_trainable(model, args, kwargs.pop("quantization_config", None))
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
         )
@@ -145,13 +162,14 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         self._rollout_loop = make_rollout_loop(self) if self.tools else None
         self._reuses_prefixes = can_reuse_prefixes(self)
         declare_output_head(self)
-        if args.save_trajectories:
-            self.add_callback(DropLaterRecords())
+        self.add_callback(OneRun(self))
 
     # ----------------------------------------------------------------------------------- one step, from top to bottom
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         args, training = self.args, self.is_training
+        inputs = [dict(row) for row in inputs]  # to which environments may add their answers
+        inputs = inputs if self.rollout_func is not None else plain_rows(inputs)
         step = self.current_step = Step(
             inputs,
             training,
@@ -166,7 +184,6 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
             num_counted=self.count_rollouts(len(inputs)),
         )
         if args.uses_beliefs if training else args.belief_at_eval:
-            step.belief_batch = self._belief_scorer.begin(step.answers)
             # The parent's own condition for that forward, which has no name there.
             computes_old_log_probs = args.gradient_accumulation_steps % (
                 args.steps_per_generation * self.num_iterations
@@ -208,6 +225,9 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
 
     def _generate(self, prompts: list[Any]) -> Any:
         step = self.current_step
+        step.take_answers(self.environments)
+        if self.args.uses_beliefs if step.training else self.args.belief_at_eval:
+            step.belief_batch = self._belief_scorer.begin(step.answers)
         step.kv_cache = PrefixCache(changing_positions(self.model)) if self._reuses_prefixes else None
         training = self.model.training
         try:
@@ -230,32 +250,36 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         prompt_ids: list[list[int]],
         images: Any,
         multimodal_fields: Any,
-        *args: Any,
+        num_generations: int,
+        *,
         rollouts: Sequence[int] | None = None,
         max_new_tokens: int | None = None,
-        **kwargs: Any,
     ) -> Any:
         """As the parent's; `rollouts` are the indices of the rollouts that continue, all of them in the first turn."""
-        self._refuse_images(images)
-        if self.use_vllm or self.use_transformers_continuous_batching:
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
-        if max_new_tokens is None:
-            longest = context_length(self)
-            max_new_tokens = max(longest - len(ids) for ids in prompt_ids)
-            if max_new_tokens < 1:
-                raise ValueError(
-                    f"A prompt has {max(map(len, prompt_ids))} tokens, which leaves no room in the model's context of "
-                    f"{longest} tokens. Shorten the prompts, or use a model with a longer context."
-                )
+        refuse_images(images)
+        if self.use_transformers_continuous_batching:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations)
+        sample_prompts = super()._generate_single_turn
         rollouts = range(len(prompt_ids)) if rollouts is None else rollouts
-        model = self.accelerator.unwrap_model(self.model_wrapped)
-        with replaced_generate(model, self.current_step.kv_cache, rollouts, max_new_tokens):
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        model = None if self.use_vllm else self.accelerator.unwrap_model(self.model_wrapped)
 
-    def sample_turns(self, contexts: list[list[int]], rollouts: list[int], max_new_tokens: int) -> Any:
-        """What [`RolloutLoop`] samples with."""
-        return self._generate_single_turn(
-            contexts, None, {}, num_generations=1, rollouts=rollouts, max_new_tokens=max_new_tokens
+        def generate(rows: list[int], prompts: list[list[int]], length: int) -> Any:
+            # The parent's server samples `num_generations` turns of each different prompt; later pieces differ.
+            each = num_generations if prompts == prompt_ids else 1
+            if model is None:
+                self.vllm_generation.max_completion_length = length
+                return sample_prompts(prompts, None, multimodal_fields, each)
+            with replaced_generate(model, self.current_step.kv_cache, [rollouts[i] for i in rows], length):
+                return sample_prompts(prompts, None, multimodal_fields, each)
+
+        return sample_within_context(
+            generate,
+            prompt_ids,
+            max_turn_length(self) if max_new_tokens is None else max_new_tokens,
+            context_length(self),
+            [*self.eos_token_ids, self._tokenizer.pad_token_id],
+            max_over_ranks=self.max_over_ranks if samples_in_step(self) else int,
+            same_number_on_ranks=self.use_vllm and samples_in_step(self),
         )
 
     def _tool_call_loop(
@@ -268,7 +292,7 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         images: Any,
         multimodal_fields: Any,
     ) -> Any:
-        self._refuse_images(images)
+        refuse_images(images)
         assert self._rollout_loop is not None  # the parent comes here only if there are tools
         rollouts = [
             Rollout(
@@ -344,9 +368,14 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
 
     # -------------------------------------------------------------------------------------- training and evaluation
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         check_trainable(self.model)
-        return super().train(*args, **kwargs)
+        checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
+        return super().train(checkpoint or resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not self.control.should_training_stop:  # `OneRun` stops a finished run, which the parent would continue
+            super()._run_epoch(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------------- ranks
 
@@ -357,8 +386,3 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
 
     def max_over_ranks(self, number: int) -> int:
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
-
-    @staticmethod
-    def _refuse_images(images: Any) -> None:
-        if images:
-            raise ValueError("IGPOTrainer supports text only, got prompts with images.")

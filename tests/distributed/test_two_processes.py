@@ -80,3 +80,9 @@ def test_repeated_questions_do_not_count_in_evaluation(evaluations):
         if name.startswith(("eval_rollout", "eval_reward", "eval_belief", "eval_info_gain")) and "second" not in name:
             if not name.endswith("std"):  # of each batch
                 assert two[name] == pytest.approx(one[name], abs=1e-5), name
+
+
+def test_both_processes_stop_when_a_tool_fails_on_one(runs):
+    _, (first, second) = runs
+    assert "'search' does not work: 6 of 11 calls failed" in first[0]["stopped"]
+    assert "it is gone" in first[0]["stopped"] and second[0]["stopped"] == first[0]["stopped"]

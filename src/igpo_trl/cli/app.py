@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 
 from . import data, evaluate, search
-from .errors import one_line_errors
+from .errors import Commands, one_line_errors
 
 app = typer.Typer(
     help="IGPO for TRL: turn-level information gain for agents that search before they answer.",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
@@ -33,6 +34,7 @@ def main(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     pass
 
@@ -40,21 +42,26 @@ def main(
 @app.command()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A smaller run, which takes a minute or two.")] = False,
-    output_dir: Annotated[Path, typer.Option(help="Folder for curves and rollouts.")] = Path("outputs/demo"),
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for curves and rollouts.", show_default="outputs/demo, or outputs/demo-quick with --quick"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of model, training and questions.")] = 0,
 ) -> None:
     """Train GRPO and IGPO on a synthetic search task, on a CPU, and compare them on held-out questions."""
     from ..sandbox.demo import run_demo
 
-    run_demo(output_dir=output_dir, quick=quick, seed=seed)
+    run_demo(output_dir=output_dir or Path("outputs", "demo-quick" if quick else "demo"), quick=quick, seed=seed)
 
 
 @app.command(
     "train", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
 )
 def train_command(context: typer.Context) -> None:
-    """Train a search agent. `igpo train --help` lists the arguments, which are those of train.py. On several GPUs:
-    accelerate launch -m igpo_trl train --config FILE."""
+    """Train a search agent. `igpo train --help` lists the options, `--help-all` those of TRL and transformers too. On
+    several GPUs: accelerate launch -m igpo_trl train --config FILE."""
     from .train import main
 
     main(context.args)

@@ -64,7 +64,7 @@ def evaluate(
     max_turns: Annotated[int | None, _option(help="Turns, including the answer.", show_default="8")] = None,
     max_turn_length: Annotated[int | None, _option(help="Sampled tokens of one turn.")] = None,
     max_completion_length: Annotated[
-        int | None, _option(help="Tokens of a rollout, including passages.", show_default="4096")
+        int | None, _option(help="Tokens of a rollout, including passages.", show_default="8192")
     ] = None,
     forced_answer: Annotated[
         bool | None, _option("--forced-answer/--no-forced-answer", help="Ask for an answer at a limit.")

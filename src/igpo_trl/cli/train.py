@@ -6,120 +6,34 @@ Every argument of the configuration file can be overridden on the command line, 
 
 import hashlib
 import json
+import logging
+import os
+import sys
 import time
-from collections.abc import Sequence, Sized
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerate import PartialState
-from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from transformers.integrations import TensorBoardCallback
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from ..checkpoints import checkpoint_to_resume
 from ..config import IGPOConfig
-from ..data import check_questions, find_sources, hold_out, load_questions, resolve_system_prompt
-from ..files import cache_dir, looks_like_path
+from ..data import check_questions, hold_out, load_questions
+from ..evaluation import check_retrieval
+from ..files import cache_dir
 from ..search import BM25Index, Searchable, SearchTool, open_search
 from ..trainer import IGPOTrainer
+from .arguments import ScriptArguments as ScriptArguments
+from .arguments import TrainParser, UsageError
+from .checks import check_arguments, check_best_metric, is_finished
+from .errors import debugging, fail, keep_trace, one_line_errors
+from .interrupts import say_how_to_resume
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-
-@dataclass
-class ScriptArguments:
-    """Arguments of `igpo train`, besides those of the trainer (`IGPOConfig`) and the model (TRL's `ModelConfig`)."""
-
-    questions: str = field(
-        metadata={
-            "help": "Training questions: a file, or sets by name, such as `hotpotqa` or `nq,hotpotqa` (docs/data.md)."
-        }
-    )
-    corpus: str | None = field(
-        default=None, metadata={"help": "Passages to search, .jsonl or .jsonl.gz with `id`, `title` and `text`."}
-    )
-    index: str | None = field(
-        default=None,
-        metadata={
-            "help": "What to search: the directory of an index of any kind (`igpo index`), or the address of a search "
-            "server (`igpo serve`). If the directory has no index yet, a BM25 index of `corpus` is built there. "
-            "Defaults to a BM25 index of `corpus` in the cache ($IGPO_CACHE or ~/.cache/igpo_trl)."
-        },
-    )
-    eval_questions: str | None = field(
-        default=None,
-        metadata={"help": "Evaluation questions, given in the same way. Defaults to some of `questions`, held out."},
-    )
-    num_eval_questions: int = field(
-        default=100,
-        metadata={"help": "Questions to evaluate on before and after training; 0 for no evaluation."},
-    )
-    system_prompt: str = field(
-        default="think",
-        metadata={"help": "`think`, `no_think`, `none`, a text file, or the text of a system prompt."},
-    )
-    search_k: int = field(default=3, metadata={"help": "Passages that one search returns."})
-    search_max_words: int = field(default=200, metadata={"help": "Longest passage shown, in words."})
-    search_many_queries: bool = field(
-        default=False,
-        metadata={"help": "Whether one search may have several queries, as in the IGPO authors' agent."},
-    )
-    method: str = field(
-        default="igpo",
-        metadata={
-            "help": "`igpo`, or `grpo` for GRPO with the same arguments, rollouts and evaluation: IGPO's trainer with "
-            "`info_gain_weight` 0, whose advantages are then exactly GRPO's."
-        },
-    )
-
-
-def check_arguments(script: ScriptArguments, training: IGPOConfig, model: ModelConfig) -> None:
-    """Raises errors that would otherwise occur only after the model is loaded."""
-    if not model.model_name_or_path:
-        raise ValueError("`model_name_or_path` is missing: the name of a model on the hub, or a directory.")
-    if looks_like_path(model.model_name_or_path) and not Path(model.model_name_or_path).is_dir():
-        raise FileNotFoundError(
-            f"no such model directory: {model.model_name_or_path}. To make a tiny model for a CPU, run: "
-            "igpo tiny-model DIR --corpus FILE --questions FILE"
-        )
-    if script.corpus is None and script.index is None:
-        raise ValueError("give `corpus` (passages) or `index` (an index of them, or a search server).")
-    index = script.index or ""
-    builds_index = not ("://" in index or Path(index, "manifest.json").is_file())  # otherwise the corpus is not read
-    if script.corpus is not None and builds_index and not Path(script.corpus).is_file():
-        raise FileNotFoundError(f"`corpus`: no such file: {script.corpus}")
-    for name in ("questions", "eval_questions"):
-        if (source := getattr(script, name)) is not None:
-            try:
-                find_sources(source)
-            except (FileNotFoundError, ValueError) as error:
-                raise type(error)(f"`{name}`: {error}") from error
-    resolve_system_prompt(script.system_prompt)
-    if script.method not in ("igpo", "grpo"):
-        raise ValueError(f"`method` must be igpo or grpo, got {script.method!r}.")
-    if script.num_eval_questions < 0:
-        raise ValueError(f"`num_eval_questions` must not be negative, got {script.num_eval_questions}.")
-    for name in ("search_k", "search_max_words"):
-        if getattr(script, name) < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {getattr(script, name)}.")
-    last = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
-    if last is not None and training.resume_from_checkpoint is None:
-        raise FileExistsError(
-            f"{training.output_dir} has checkpoints of an earlier run. Add --resume_from_checkpoint true to resume "
-            "it, or choose another --output_dir."
-        )
-
-
-def checkpoint_to_resume(training: IGPOConfig) -> str | None:
-    """The directory named by `resume_from_checkpoint`; for `true` the last checkpoint, or `None` if there is none."""
-    choice = str(training.resume_from_checkpoint or "false")
-    if choice.lower() == "false":
-        return None
-    if choice.lower() == "true":
-        return get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
-    if not Path(choice).is_dir():
-        raise FileNotFoundError(f"`resume_from_checkpoint`: no such directory: {choice}. Give one, or `true`.")
-    return choice
 
 
 def load_data(script: ScriptArguments) -> tuple["Dataset", "Dataset | None"]:
@@ -141,34 +55,27 @@ def split_by_set(questions: "Dataset") -> "dict[str, Dataset] | Dataset":
 
 
 def open_or_build_index(script: ScriptArguments) -> Searchable:
-    """Opens what to search. If there is no index yet, builds a BM25 index of the corpus first."""
-    if script.index is not None and "://" in script.index:
-        server = open_search(script.index)
-        server.search("Is anybody there?", 1)  # raises an error before a model is loaded if the server is unusable
-        return server
+    """Opens what to search. Without `index`, that is a BM25 index of the corpus in the cache, built if need be."""
     if script.index is not None:
-        directory = Path(script.index)
-    else:
-        corpus = Path(str(script.corpus)).resolve()
-        stamp = f"{corpus}|{corpus.stat().st_size}|{corpus.stat().st_mtime_ns}"
-        directory = cache_dir("bm25", hashlib.sha256(stamp.encode()).hexdigest()[:16])
+        index = open_search(script.index)
+        if "://" in script.index:
+            index.search("Is anybody there?", 1)  # raises an error before a model is loaded if the server is unusable
+        return index
+    corpus = Path(str(script.corpus)).resolve()
+    stamp = f"{corpus}|{corpus.stat().st_size}|{corpus.stat().st_mtime_ns}"
+    directory = cache_dir("bm25", hashlib.sha256(stamp.encode()).hexdigest()[:16])
     while True:
         try:
             return open_search(directory)
-        except FileNotFoundError:
-            # With a manifest the index exists, and it is its embedding model that is missing.
-            if script.corpus is None or (directory / "manifest.json").exists():
-                raise
-        except ValueError:
-            if script.index is not None:
-                raise
+        except (FileNotFoundError, ValueError):  # not built yet, or damaged
+            pass
         try:
-            return BM25Index.build(str(script.corpus), directory=directory)
+            return BM25Index.build(str(script.corpus), directory=directory, show_progress=sys.stderr.isatty())
         except BlockingIOError:  # another run, or this run on another machine, is building it
             time.sleep(1)
 
 
-def record_evaluation(trainer: IGPOTrainer, name: str) -> None:
+def record_evaluation(trainer: IGPOTrainer, name: str) -> dict[str, float]:
     """Evaluates the trainer, prints the scores, and adds them under `name` to `evaluation.json`."""
     metrics = trainer.evaluate()
     sets = list(trainer.eval_dataset) if isinstance(trainer.eval_dataset, dict) else []
@@ -194,17 +101,27 @@ def record_evaluation(trainer: IGPOTrainer, name: str) -> None:
     for set_name, of_set in (*scores.items(), *([("mean", mean)] if sets else [])):
         label = f"{name} training" + (f", {set_name}" if set_name else "")
         trainer.accelerator.print(f"{label}: " + ", ".join(f"{key} {value:.4f}" for key, value in of_set.items()))
+    return metrics
 
 
 def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConfig) -> None:
     """Loads questions and index, then trains, evaluates and saves."""
     check_arguments(script, training, model)
-    checkpoint = checkpoint_to_resume(training)
+    checkpoint = checkpoint_to_resume(training.resume_from_checkpoint, training)
+    if checkpoint is not None and is_complete(script, training):
+        if PartialState().is_main_process:
+            print(
+                f"{training.output_dir} is done: {Path(checkpoint).name} is its last, the model is saved. To train "
+                "longer, raise `max_steps` or `num_train_epochs`."
+            )
+        return
     train_dataset, eval_dataset = load_data(script)
     if PartialState().is_main_process:
         check_questions(train_dataset, eval_dataset)
     with PartialState().main_process_first():
         index = open_or_build_index(script)
+    if PartialState().is_main_process:
+        check_retrieval(index, train_dataset, script.search_k)
 
     training.model_init_kwargs = {
         "revision": model.model_revision,
@@ -228,21 +145,72 @@ def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConf
         f"{len(train_dataset)} questions to train on, {len(eval_dataset or [])} to evaluate on, "
         + (f"{len(index)} passages." if isinstance(index, Sized) else f"searching at {script.index}.")
     )
+    keep_tensorboard_folder(trainer, resumes=checkpoint is not None)
     if eval_dataset is not None and checkpoint is None:
-        record_evaluation(trainer, "before")
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    if eval_dataset is not None:
-        record_evaluation(trainer, "after")
+        with keep_trace():
+            metrics = record_evaluation(trainer, "before")
+        check_best_metric(training, metrics)
+    with keep_trace(when=lambda: trainer.optimizer is not None):  # without one, training has not begun
+        trainer.train(resume_from_checkpoint=checkpoint)
+    with keep_trace():
+        trainer.save_model()
+        trainer.save_state()
+        if eval_dataset is not None:
+            record_evaluation(trainer, "after")
     if training.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.print(f"Saved to {training.output_dir}.")
     trainer.accelerator.end_training()
 
 
+def is_complete(script: ScriptArguments, training: IGPOConfig) -> bool:
+    """Whether a run has been trained, saved and evaluated."""
+    evaluation = Path(str(training.output_dir), "evaluation.json")
+    evaluated = script.num_eval_questions == 0 or (
+        evaluation.is_file() and "after" in json.loads(evaluation.read_text(encoding="utf-8"))
+    )
+    return evaluated and is_finished(str(training.output_dir), training)  # the state is saved after the model
+
+
+def keep_tensorboard_folder(trainer: IGPOTrainer, resumes: bool) -> None:
+    """Makes a run that resumes write where it wrote before."""
+    folders = Path(str(trainer.args.output_dir), "runs").glob("*")
+    earlier = sorted(folders, key=lambda path: path.stat().st_mtime) if resumes else []
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and earlier:
+            callback.logging_dir = str(earlier[-1])
+
+
+@contextmanager
+def log_lines() -> Iterator[None]:
+    """Prints what the package logs: notes by the main process, warnings by all."""
+    handler, log = logging.StreamHandler(), logging.getLogger("igpo_trl")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains with the arguments of a command line, such as `["--config", FILE]`; by default that of this process."""
-    name = {} if arguments is None else {"prog": "igpo train"}
-    parser = TrlParser((ScriptArguments, IGPOConfig, ModelConfig), description=__doc__, **name)
-    run_training(*parser.parse_args_and_config(None if arguments is None else list(arguments)))
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = TrainParser(prog="igpo train" if arguments is not None else Path(sys.argv[0]).name)
+    if not {"-h", "--help", "--help-all"}.isdisjoint(words):
+        print(parser.format_help(everything="--help-all" in words), end="")
+        return
+    # With a value, `--debug` is an option of transformers.
+    flags = [i for i, word in enumerate(words) if word == "--debug" and "".join(words[i + 1 : i + 2])[:1] in ("", "-")]
+    debug, options = bool(flags), [word for i, word in enumerate(words) if i not in flags]
+    with debugging(debug), one_line_errors(also=(RuntimeError, TypeError)), log_lines():
+        try:
+            parsed = parser.parse_args_and_config(options)
+        except UsageError as error:
+            if debug:
+                raise
+            fail(error, status=2)
+        with say_how_to_resume(words, parsed[1]):
+            run_training(*parsed)

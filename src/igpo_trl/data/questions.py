@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import read_records
+from .cells import as_text, is_missing
 from .layouts import UNUSED_COLUMNS, Record, answer_list, parse_cells, read_record
-from .prompts import THINK_SYSTEM_PROMPT, resolve_system_prompt
+from .prompts import THINK_SYSTEM_PROMPT, plain_text, resolve_system_prompt
 from .sets import Source, canonical_name, find_sources, read_dataset
 
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ def load_questions(
 
     - a file: JSON Lines, JSON, CSV or TSV, each also as `.gz`, or parquet. Its columns tell its layout: `question` and
       `answers` (the gold answer, then its aliases), and optionally `id`, `dataset`, `hops` and `supporting_titles`;
-      the layouts in which NQ-open, TriviaQA, HotpotQA, 2WikiMultihopQA, MuSiQue, Bamboogle and PopQA are published;
-      FlashRAG's (`golden_answers`); or the IGPO authors' parquet (`reward_model.ground_truth`);
+      the layouts in which NQ-open, TriviaQA, HotpotQA, 2WikiMultihopQA, MuSiQue, Bamboogle, PopQA and SQuAD are
+      published; FlashRAG's and Search-R1's (`golden_answers`); verl's, which the IGPO authors use
+      (`reward_model.ground_truth`); DPR's (`nq-test.csv`); or KILT's (`input`, `output`);
     - one of the seven sets by name: `nq`, `triviaqa`, `popqa`, `hotpotqa`, `2wiki`, `musique`, `bamboogle`;
     - `owner/name` or `owner/name/configuration` of another data set on the hub in one of these layouts, or a folder
       with such a data set.
@@ -68,9 +70,10 @@ def load_questions(
     prompt = resolve_system_prompt(system_prompt)
     sources = find_sources(source, split)  # all of them, before the first one is read
     rows: dict[str, dict[str, Any]] = {}  # by id
+    prefixes: dict[str, Path] = {}  # of made-up ids, with their files
     for each in sources:
         number_before = len(rows)
-        for where, row in islice(_read(each, prompt), limit):
+        for where, row in islice(_read(each, prompt, prefixes), limit):
             if row["id"] in rows:
                 raise ValueError(f"{where}: the id {row['id']!r} is that of an earlier question. Ids must be unique.")
             rows[row["id"]] = row
@@ -87,11 +90,13 @@ def load_questions(
     return Dataset.from_list(list(rows.values()), features=features)
 
 
-def _read(source: Source, system_prompt: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read(
+    source: Source, system_prompt: str | None, prefixes: dict[str, Path]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the rows of a source in the schema, each with its location for error messages."""
     is_table = source.is_file and source.location.removesuffix(".gz").endswith((".csv", ".tsv"))
     if source.is_file:
-        name, id_prefix = _file_names(Path(source.location))
+        name, id_prefix = _file_names(Path(source.location).resolve(), prefixes)
         records = read_records(
             source.location, select_columns=lambda names: [name for name in names if name not in UNUSED_COLUMNS]
         )
@@ -116,13 +121,16 @@ def _read(source: Source, system_prompt: str | None) -> Iterator[tuple[str, dict
         logger.warning("%s: left out %d questions that are marked as not answerable.", source, unanswerable)
 
 
-def _file_names(path: Path) -> tuple[str, str]:
-    """The name of the set in a file, and the prefix of the ids of rows without one."""
-    stem = path.name.split(".")[0]
-    if stem.lower() in _SPLIT_NAMES and path.resolve().parent.name:
-        folder = path.resolve().parent.name
-        return folder, f"{folder}-{stem}-"
-    return stem, f"{stem}-"
+def _file_names(path: Path, prefixes: dict[str, Path]) -> tuple[str, str]:
+    """The name of the set in a file, and the prefix of the ids of rows without one: unlike that of any other file."""
+    name = prefix = path.name.split(".")[0]
+    folders = [folder.name for folder in path.parents if folder.name]
+    if name.lower() in _SPLIT_NAMES and folders:
+        name = folders.pop(0)
+        prefix = f"{name}-{prefix}"
+    while prefixes.setdefault(prefix, path) != path and folders:
+        prefix = f"{folders.pop(0)}-{prefix}"
+    return name, f"{prefix}-"
 
 
 def _to_row(record: Record, name: str, default_id: str, system_prompt: str | None) -> dict[str, Any]:
@@ -134,6 +142,10 @@ def _to_row(record: Record, name: str, default_id: str, system_prompt: str | Non
                 "or another layout of docs/data.md."
             )
     question, hops, titles = record["question"], record.get("hops"), record.get("supporting_titles") or []
+    if isinstance(question, list):
+        question = plain_text(question)
+    if isinstance(hops, float):  # as pandas writes integers where some are missing
+        hops = None if is_missing(hops) else int(hops) if hops.is_integer() else hops
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"`question` is {question!r}, expected a non-empty string.")
     if record["answers"] == []:
@@ -151,8 +163,8 @@ def _to_row(record: Record, name: str, default_id: str, system_prompt: str | Non
     return {
         "prompt": messages,
         "answers": answer_list(record["answers"]),
-        "dataset": str(record.get("dataset") or name),
-        "id": str(record["id"]) if record.get("id") is not None else default_id,
+        "dataset": name if is_missing(record.get("dataset")) else as_text(record["dataset"]),
+        "id": default_id if is_missing(record.get("id")) else as_text(record["id"]),
         "hops": hops,
         "supporting_titles": titles,
     }

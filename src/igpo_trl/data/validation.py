@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .layouts import answer_list, question_text
+from .layouts import answer_list
+from .prompts import question_text
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -174,11 +174,12 @@ def make_trainer(settings: EvaluationSettings, arguments: IGPOConfig, tool: Any)
         model = PeftModel.from_pretrained(model, settings.adapter)
         if Path(settings.adapter, "tokenizer_config.json").is_file():
             tokenizer = settings.adapter
+    rows = arguments.generation_batch_size // arguments.num_generations  # as many as a training step would need
     trainer = EvaluationTrainer(
         model=model,
         reward_funcs=make_answer_reward(format_penalty=0.0, variant=settings.variant),
         args=arguments,
-        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": ""}], "answers": ["-"]}]),
+        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": ""}], "answers": ["-"]}] * rows),
         processing_class=AutoTokenizer.from_pretrained(tokenizer, padding_side="left", truncation_side="left"),
         tools=[tool],
     )

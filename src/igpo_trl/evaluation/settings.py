@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ..adapters import base_of_adapter, is_adapter
 from ..data import load_questions
 from ..data.questions import order_by_hash
 from ..files import looks_like_path
@@ -94,13 +95,11 @@ class EvaluationSettings:
         for path in (self.model, self.adapter):
             if path and looks_like_path(path) and not Path(path).is_dir():
                 raise FileNotFoundError(f"no such directory: {path}. Expected a model, or its name on the hub.")
-        adapter_config = Path(self.model, "adapter_config.json")
-        if self.adapter is None and adapter_config.is_file():
+        if self.adapter is None and is_adapter(self.model):
             self.adapter = self.model
-            self.model = json.loads(adapter_config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+            self.model = base_of_adapter(self.model)
         elif self.adapter is not None and Path(self.adapter).is_dir():
-            if not Path(self.adapter, "adapter_config.json").is_file():
-                raise FileNotFoundError(f"no adapter_config.json in {self.adapter}: it is not a PEFT adapter.")
+            base_of_adapter(self.adapter)
 
 
 def make_settings(options: Mapping[str, Any], config: str | Path | None = None) -> EvaluationSettings:
@@ -113,7 +112,7 @@ def make_settings(options: Mapping[str, Any], config: str | Path | None = None) 
     given = {name: value for name, value in options.items() if value is not None}
     from_file = settings_of_training(config) if config is not None else {}
     settings = from_file | {each.name: given[each.name] for each in fields(EvaluationSettings) if each.name in given}
-    limits = {"max_turns": 8, "max_completion_length": 4096} | from_file.get("rollout", {})
+    limits = {"max_turns": 8, "max_completion_length": 8192} | from_file.get("rollout", {})
     rollout = limits | {name: value for name, value in given.items() if name in _ROLLOUT_FIELDS}
     return EvaluationSettings(**settings | {"rollout": rollout})
 

@@ -50,10 +50,17 @@ def run_demo(output_dir: Path, quick: bool = False, seed: int = 0, plan: DemoPla
     curves and trajectories.
 
     A `quick` demo takes a minute or two instead of ten, and only shows that everything runs. Files of an earlier demo
-    are replaced.
+    are replaced, but a quick demo does not replace a full one.
+
+    Raises:
+        FileExistsError: A quick demo would replace the files of a full one.
     """
     plan = plan or (QUICK if quick else DemoPlan())
     output_dir = Path(output_dir)
+    methods = [method for method, _ in plan.methods]
+    others = sorted(path.parent.name for path in output_dir.glob("*/test_greedy.jsonl"))
+    if quick and set(others) - {"warm_start", *methods}:
+        raise FileExistsError(f"{output_dir} has the files of a full demo. Choose another --output-dir for --quick.")
     output_dir.mkdir(parents=True, exist_ok=True)
     console = Console()
     started = time.perf_counter()

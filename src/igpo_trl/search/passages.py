@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import read_json_lines, read_records
+from ..files import FILE_ENDINGS, read_json_lines, read_records
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ Corpus = str | Path | Iterable[str | Path] | Iterable[dict[str, Any]] | Iterable
 """
 A file, several files, or any iterable of `dict` or `Passage`, such as a `datasets.Dataset`.
 
-Files are JSON Lines (`.jsonl`, `.jsonl.gz`), `.parquet`, or tab-separated with a header (`.tsv`, `.tsv.gz`).
+Files are JSON Lines, JSON, `.parquet`, or tables with a header (`.tsv`, `.csv`), see [`read_records`].
 """
 
 _IDS = ("id", "_id", "docid", "doc_id")
@@ -43,7 +43,7 @@ def read_passages(corpus: Corpus) -> Iterator[Passage]:
 
     A record needs an id (`id`, `_id`, `docid` or `doc_id`; string or integer) and either `title` (may be empty) and
     `text` (may not), or `contents`, whose first line is the title, as in Search-R1's Wikipedia. Other fields are
-    ignored.
+    ignored. Every row becomes a passage, or is an error.
 
     Raises:
         FileNotFoundError: A file does not exist. Raised by the call itself, before anything is read.
@@ -54,9 +54,7 @@ def read_passages(corpus: Corpus) -> Iterator[Passage]:
     for path in items:
         if isinstance(path, str | Path) and not Path(path).is_file():
             problem = "a directory" if Path(path).is_dir() else "no such file"
-            raise FileNotFoundError(
-                f"{problem}: {path}. Expected a .jsonl, .jsonl.gz, .parquet, .tsv or .tsv.gz file."
-            )
+            raise FileNotFoundError(f"{problem}: {path}. Expected a file that ends in {', '.join(FILE_ENDINGS)}.")
     return _checked(corpus)
 
 
@@ -172,4 +170,4 @@ def _read_file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if name.endswith(".parquet"):
         records = read_records(path, select_columns=lambda names: [n for n in names if n in _FIELDS] or names)
         return ((f"{where} (row {row})", record) for row, (where, record) in enumerate(records, start=1))
-    return read_records(path, strict=False) if name.endswith((".tsv", ".tsv.gz")) else read_json_lines(path)
+    return read_records(path) if name.endswith(FILE_ENDINGS) else read_json_lines(path)

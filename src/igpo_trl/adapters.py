@@ -1,0 +1,81 @@
+"""The directory of a PEFT adapter: what it was trained on, and how to train it further."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .files import looks_like_path
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether this is the directory of an adapter."""
+    return Path(name, _CONFIG).is_file()
+
+
+def base_of_adapter(directory: str | Path) -> str:
+    """
+    The name of the model that an adapter was trained on.
+
+    Raises:
+        FileNotFoundError: A file is missing, or the base model is.
+        ValueError: `adapter_config.json` is damaged or names no base model.
+    """
+    path = Path(directory, _CONFIG)
+    if not path.is_file():
+        raise FileNotFoundError(f"no {_CONFIG} in {directory}: it is not a PEFT adapter.")
+    try:
+        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = None
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{path} names no base model. Set `base_model_name_or_path` in it.")
+    if not any(Path(directory, name).is_file() for name in _WEIGHTS):
+        raise FileNotFoundError(f"no {_WEIGHTS[0]} in {directory}: the adapter has no weights.")
+    if looks_like_path(base) and not Path(base).is_dir():
+        raise FileNotFoundError(
+            f"the base model of the adapter {directory} is missing: no such directory: {base}. If it has moved, "
+            f"change `base_model_name_or_path` in {path}."
+        )
+    return base
+
+
+def check_adapter(directory: str, peft_config: Any) -> str:
+    """
+    Check an adapter that is to be trained further, and return where its tokenizer is.
+
+    Raises as [`base_of_adapter`], and `ValueError` if there is a `peft_config` for another adapter.
+    """
+    base = base_of_adapter(directory)
+    if peft_config:
+        raise ValueError(
+            f"{directory} is an adapter, which is trained further, and `peft_config` (`use_peft`) asks for a new one. "
+            "Leave that out, or give the adapter's base model, or the two merged into one model."
+        )
+    return directory if Path(directory, "tokenizer_config.json").is_file() else base
+
+
+def load_trainable(directory: str, args: Any, quantization_config: Any = None) -> Any:
+    """
+    The `PeftModel` of an adapter in a directory, on its base model, with trainable weights.
+
+    The base model is loaded as `GRPOTrainer` would load it. `args.model_init_kwargs` is used up.
+    """
+    from peft import PeftModel
+    from trl.trainer.utils import create_model_from_path
+
+    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    revision = json.loads(Path(directory, _CONFIG).read_text(encoding="utf-8")).get("revision")
+    options["revision"] = revision or "main"  # that of the arguments is not the base model's
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None
+    args.model_init_kwargs = None
+    base = create_model_from_path(base_of_adapter(directory), **options)
+    plugin = args.deepspeed_plugin
+    # The weights of ZeRO-3 have one type, as in `GRPOTrainer`.
+    one_type = plugin is not None and plugin.zero_stage == 3 and quantization_config is None
+    return PeftModel.from_pretrained(base, directory, is_trainable=True, autocast_adapter_dtype=not one_type)
