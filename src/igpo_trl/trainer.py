@@ -17,6 +17,7 @@ from .beliefs.scorer import KVCapture
 from .checkpoints import OneRun, checkpoint_to_resume
 from .checks import (
     check_before_loading,
+    check_datasets,
     check_tool_names,
     check_trainable,
     check_trl_version,
@@ -92,8 +93,8 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         args ([`IGPOConfig`], *optional*): configuration.
         train_dataset (`Dataset` or `IterableDataset`): needs the columns `prompt` and `args.answer_column`.
         eval_dataset (*optional*), processing_class (*optional*): as in `GRPOTrainer`.
-        kwargs: every other argument of `GRPOTrainer` (`tools`, `environment_factory`, `rollout_func`, `peft_config`,
-            `callbacks`, …).
+        reward_processing_classes, callbacks, optimizers, quantization_config, peft_config, tools, rollout_func,
+            environment_factory (*optional*): as in `GRPOTrainer`, and in its order.
 
     Raises:
         `ImportError`: if TRL's minor version is not the supported one.
@@ -114,9 +115,17 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        **kwargs: Any,
+        reward_processing_classes: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: Any = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
     ):
         check_trl_version()
+        check_datasets(train_dataset, eval_dataset)
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
             args = IGPOConfig(f"{model_id.split('/')[-1]}-IGPO")
@@ -126,12 +135,11 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
             )
         continues_adapter = isinstance(model, str) and is_adapter(model)
         if continues_adapter:
-            model_id = check_adapter(model, kwargs.get("peft_config"))
+            model_id = check_adapter(model, peft_config)
         if processing_class is None:
             processing_class = load_processing_class(model, model_id, args)
-        tools = kwargs.get("tools")
-        kwargs["environment_factory"], environments = probe_environments(kwargs.get("environment_factory"))
-        if not tools and not environments and kwargs.get("rollout_func") is None:
+        environment_factory, environments = probe_environments(environment_factory)
+        if not tools and not environments and rollout_func is None:
             warnings.warn(
                 "Neither `tools` nor `environment_factory` is given: every rollout is a single turn, which has no "
                 "information gain, and training is plain GRPO. Pass `tools=[...]` to train an agent.",
@@ -147,10 +155,11 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
             reward_funcs = make_answer_reward(args.answer_column, format_penalty=args.format_penalty)
         args.remove_unused_columns = False  # reward functions may read any column, and beliefs read the answers
         if continues_adapter:
-            model = load_trainable(model, args, kwargs.pop("quantization_config", None))
+            model, quantization_config = load_trainable(model, args, quantization_config), None
         super().__init__(
-            model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
-        )
+            model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes,
+            callbacks, optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory,
+        )  # fmt: skip
         # Nobody reports which tools the turns of a `rollout_func` call.
         check_tool_names(args.info_gain_tools, [] if self.rollout_func is not None else self.tools)
         self._turn_ratio_inputs: dict[str, Any] | None = None
