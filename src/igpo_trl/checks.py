@@ -30,6 +30,17 @@ def check_trl_version() -> None:
         )
 
 
+def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
+    """Raise `TypeError` unless every data set is a `Dataset` or `IterableDataset`."""
+    for name, dataset in [("train_dataset", train_dataset), *named_datasets(eval_dataset)]:
+        if dataset is None or isinstance(dataset, Dataset | IterableDataset):
+            continue
+        fix = "Make one, for example with `Dataset.from_list(rows)`."
+        if isinstance(dataset, dict):
+            fix = f"Pass one of its entries: {', '.join(map(repr, dataset)) or 'it has none'}."
+        raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got {type(dataset).__name__}. {fix}")
+
+
 def check_before_loading(
     args: Any,
     processing_class: Any,
@@ -62,6 +73,13 @@ def check_before_loading(
     if uses_tools and args.max_tool_response_tokens is not None:
         ObservationEncoder(processing_class, max_tokens=args.max_tool_response_tokens)  # raises if that is too few
     owned = any(map(own_answers, environments))
+    columns = [] if train_dataset is None else columns_of(train_dataset)
+    if needs_answers and not args.uses_beliefs and not owned and args.answer_column not in columns:
+        raise ValueError(
+            "No reward: `reward_funcs` is not given, and the default, the F1 of the answer, needs right answers in "
+            f"the column `{args.answer_column}` of `train_dataset`, got {', '.join(columns) or 'no data set'}. Pass "
+            "`reward_funcs`, or name the column of the answers with `IGPOConfig(answer_column=...)`."
+        )
     if args.uses_beliefs or needs_answers:
         check_answers(train_dataset, args.answer_column, "train_dataset", optional=owned)
     for name, dataset in named_datasets(train_dataset, "train_dataset") + named_datasets(eval_dataset):

@@ -103,7 +103,8 @@ def write_jsonl(path: str | Path, trajectories: Iterable[Trajectory], append: bo
     """Write trajectories, one a line; parent folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a" if append else "w", encoding="utf-8") as file:
+    # A lone surrogate, which UTF-8 cannot encode, becomes its escape, which JSON can read.
+    with path.open("a" if append else "w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(trajectory.to_json() + "\n" for trajectory in trajectories)
 
 

@@ -11,6 +11,7 @@ from ..files import encodable
 
 MAX_ERROR_CHARACTERS = 500
 _ADDRESS = re.compile(r"^<.* at 0x[0-9a-fA-F]+>$", re.DOTALL)  # what Python shows of an object without a text
+MAX_NESTING = 50  # levels of lists and objects in a message; a stack holds some hundreds
 MEDIA_TYPES = frozenset(
     f"{prefix}{kind}{suffix}"
     for kind in ("image", "audio", "video")
@@ -58,6 +59,16 @@ def show(value: Any) -> str:
         return f"{reprlib.repr(value)} ({type(value).__name__})"
     except Exception:  # an integer of thousands of digits, or a broken `__repr__`
         return f"a value of type {type(value).__name__}"
+
+
+def nesting(value: Any) -> int:
+    """Number of levels of lists and dicts inside each other; more than `MAX_NESTING` are not told apart."""
+    depth, level = 0, [value]
+    while level and depth <= MAX_NESTING:
+        containers = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list | tuple)]
+        level = [inner for container in containers for inner in container]
+        depth += bool(containers)
+    return depth
 
 
 def error_result(kind: ToolErrorKind, text: str, seconds: float | None = None) -> ToolResult:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..rewards import extract_answer
 from .tool_calls import ToolCall, check_call, malformed_call, read_calls, signature_of
-from .tool_results import ToolErrorKind, cut
+from .tool_results import MAX_NESTING, ToolErrorKind, cut, nesting
 from .written_calls import WrittenCall, find_calls
 
 Message = dict[str, Any]
@@ -243,7 +243,8 @@ def parser_errors_as_value_errors(tokenizer: Any) -> Iterator[None]:
     """
     TRL takes a `ValueError` of the parser for a malformed call.
 
-    But a deeply nested one is a `RecursionError`, and to the parser a turn without tokens is a batch of none.
+    But a deeply nested one is a `RecursionError`, now or when it is copied, and to the parser a turn without tokens is
+    a batch of none.
     """
     parse, instance_attribute = tokenizer.parse_response, vars(tokenizer).get("parse_response")
 
@@ -254,6 +255,8 @@ def parser_errors_as_value_errors(tokenizer: Any) -> Iterator[None]:
             raise ValueError(f"{type(error).__name__}: {error}") from error
         if isinstance(parsed, list) and not parsed:
             raise ValueError("an empty turn")
+        if nesting(parsed) > MAX_NESTING:  # copying it, or sending it to another process, would fail
+            raise ValueError(f"lists and objects are nested more than {MAX_NESTING} levels deep")
         return parsed
 
     tokenizer.parse_response = parse_or_value_error
