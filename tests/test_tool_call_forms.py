@@ -364,10 +364,11 @@ def test_the_first_of_answer_and_call_counts(family, kind):
     else:
         broken = {"qwen2_5": "<tool_call>{</tool_call>", "qwen3_6": "<tool_call><function=search</tool_call>"}
         call, answer = (good if kind == "good" else broken).get(family, LLAMA[:-2] + "\n"), "<answer>Rome</answer>"
-    answered = read(answer + call, family)
+    begin = "</think>" if family == "qwen3_6" else ""  # the prompt has opened a thought
+    answered = read(begin + answer + call, family)
     assert answered.is_answer and answered.calls == [] and "tool_calls" not in answered.message
     assert answer_reward([[answered.message]], answers=[["Rome"]]) == [1.0]
-    called = read(call + answer, family)
+    called = read(begin + call + answer, family)
     assert not called.is_answer and bool(called.malformed) == (kind == "broken")
     assert answer_reward([[called.message]], answers=[["Rome"]]) == [-2.0]
 
@@ -389,6 +390,20 @@ def test_what_is_an_answer_before_a_call(turn, is_answer):
     reading = read(turn)
     assert (reading.is_answer, bool(reading.calls)) == (is_answer, not is_answer)
     assert answer_reward([[reading.message]], answers=[["Milan"]]) == [1.0 if is_answer else -2.0]
+
+
+def test_an_answer_in_an_unclosed_thought_is_none():
+    """Qwen3.5's generation prompt opens the thought. Without the call this turn has no answer either."""
+    answer = "<answer>Rome</answer>"
+    assert not read(answer, "qwen3_6").is_answer
+    assert calls_of(answer + QWEN3_5["as published"], "qwen3_6") == PARIS
+    assert read(f"</think>{answer}{QWEN3_5['as published']}", "qwen3_6").is_answer
+
+
+def test_what_is_wrong_is_said_once():
+    called = calls_of("<tool_call>\n" * 500 + CALL)
+    assert [arguments for _, arguments in called if arguments != "malformed"] == [{"query": "Paris"}]
+    assert len(called) <= 2
 
 
 # Turns that a limit has cut off
