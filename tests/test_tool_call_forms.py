@@ -16,6 +16,8 @@ from trl import chat_template_utils
 from trl.chat_template_utils import add_response_schema, parse_response
 
 from igpo_trl.rewards import answer_reward
+from igpo_trl.rollout import ToolRunner
+from igpo_trl.rollout.loop import Rollout, RolloutLimits, RolloutLoop, SampledTurns
 from igpo_trl.rollout.observations import ObservationEncoder
 from igpo_trl.rollout.tool_calls import signature_of
 from igpo_trl.rollout.turn_reader import TurnReader, parser_errors_as_value_errors
@@ -152,6 +154,7 @@ GPTOSS = {
     f"functions.search <|constrain|>json{HARMONY}",
     "no end": '<|channel|>commentary to=functions.search <|constrain|>json<|message|>{"query": "Paris"}',
     "no message token": '<|channel|>commentary to=functions.search <|constrain|>json {"query": "Paris"}<|call|>',
+    "Python in the final channel": "<|channel|>final<|message|>functions.search(query='Paris')<|return|>",
     "JSON in the final channel": f"<|channel|>final<|message|>{CALL}<|return|>",
 }  # fmt: skip
 LLAMA3_1 = {
@@ -165,6 +168,7 @@ LLAMA3_1 = {
     "end of message": LLAMA + "<|eom_id|>",
     "python tag": f"<|python_tag|>{LLAMA}<|eom_id|>",
     "python tag, built-in form": '<|python_tag|>search.call(query="Paris")<|eom_id|>',
+    "user-defined form without >": '<function=search{"query": "Paris"}</function><|eot_id|>',
     "user-defined form": '<function=search>{"query": "Paris"}</function><|eom_id|>',
     "Python list": "[search(query='Paris')]<|eot_id|>",
     "arguments": CALL + "<|eot_id|>",
@@ -346,6 +350,36 @@ def test_marks_inside_the_arguments_belong_to_them():
             f'<tool_call>{{"name": "search", "arguments": {{"query": "{query}"}}}}</tool_call> And <tool_call>{CALL}'
         )
         assert calls_of(turn) == [("search", {"query": query}), *PARIS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rollout_of_every_family(family):
+    """A broken call, a call in an unusual form, an answer: each is followed by what it should be."""
+    tokenizer = tokenizer_of(family)
+    unusual = {"qwen2_5": "code fence", "qwen3_6": "no tags", "gptoss": "analysis channel", "llama3_1": "python tag"}
+    broken = {"gptoss": "<|channel|>commentary to=functions.search<|message|>{<|call|>"}.get(family, "<tool_call>{")
+    final = {"gptoss": "<|channel|>final<|message|>", "qwen3_6": "</think>"}.get(family, "")
+    script = [broken, FAMILIES[family][unusual[family]], f"{final}<answer>Paris</answer>{ENDS[family]}"]
+    turns = [tokenizer.encode(turn, add_special_tokens=False) for turn in script]
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Where?"}], add_generation_prompt=True)
+    ids = prompt["input_ids"]
+    ends = tokenizer.convert_tokens_to_ids([ENDS[family], *MARKS.get(family, [])[-2:]])
+    loop = RolloutLoop(
+        tokenizer,
+        RolloutLimits(max_completion_length=4000),
+        ObservationEncoder(tokenizer),
+        ToolRunner(),
+        sample=lambda contexts, rollouts, longest: ([turns.pop(0)], None),
+        end_token_ids=ends,
+    )
+    rollout, first = Rollout(0, list(ids), {"search": tiny.search}), turns.pop(0)
+    with parser_errors_as_value_errors(tokenizer):
+        message = parse_response(tokenizer, first, prefix=ids)
+        log = loop.run([rollout], SampledTurns([first], None, [message]))
+    assert log.stops == ["answered"] and log.errors == {"malformed": 1} and log.tools_called == [[(), ("search",), ()]]
+    observations = [message["content"] for message in rollout.messages if message["role"] == "tool"]
+    assert "Write it in this form:" in observations[0] and observations[1] == tiny.search("Paris")
+    assert answer_reward([rollout.messages], answers=["Paris"]) == [1.0]
 
 
 # An answer and a call in one turn
