@@ -16,6 +16,8 @@ from trl import chat_template_utils
 from trl.chat_template_utils import add_response_schema, parse_response
 
 from igpo_trl.rewards import answer_reward
+from igpo_trl.rollout import ToolRunner
+from igpo_trl.rollout.loop import Rollout, RolloutLimits, RolloutLoop, SampledTurns
 from igpo_trl.rollout.observations import ObservationEncoder
 from igpo_trl.rollout.tool_calls import signature_of
 from igpo_trl.rollout.turn_reader import TurnReader, parser_errors_as_value_errors
@@ -152,6 +154,7 @@ GPTOSS = {
     f"functions.search <|constrain|>json{HARMONY}",
     "no end": '<|channel|>commentary to=functions.search <|constrain|>json<|message|>{"query": "Paris"}',
     "no message token": '<|channel|>commentary to=functions.search <|constrain|>json {"query": "Paris"}<|call|>',
+    "Python in the final channel": "<|channel|>final<|message|>functions.search(query='Paris')<|return|>",
     "JSON in the final channel": f"<|channel|>final<|message|>{CALL}<|return|>",
 }  # fmt: skip
 LLAMA3_1 = {
@@ -165,6 +168,7 @@ LLAMA3_1 = {
     "end of message": LLAMA + "<|eom_id|>",
     "python tag": f"<|python_tag|>{LLAMA}<|eom_id|>",
     "python tag, built-in form": '<|python_tag|>search.call(query="Paris")<|eom_id|>',
+    "user-defined form without >": '<function=search{"query": "Paris"}</function><|eot_id|>',
     "user-defined form": '<function=search>{"query": "Paris"}</function><|eom_id|>',
     "Python list": "[search(query='Paris')]<|eot_id|>",
     "arguments": CALL + "<|eot_id|>",
@@ -348,6 +352,36 @@ def test_marks_inside_the_arguments_belong_to_them():
         assert calls_of(turn) == [("search", {"query": query}), *PARIS]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rollout_of_every_family(family):
+    """A broken call, a call in an unusual form, an answer: each is followed by what it should be."""
+    tokenizer = tokenizer_of(family)
+    unusual = {"qwen2_5": "code fence", "qwen3_6": "no tags", "gptoss": "analysis channel", "llama3_1": "python tag"}
+    broken = {"gptoss": "<|channel|>commentary to=functions.search<|message|>{<|call|>"}.get(family, "<tool_call>{")
+    final = {"gptoss": "<|channel|>final<|message|>", "qwen3_6": "</think>"}.get(family, "")
+    script = [broken, FAMILIES[family][unusual[family]], f"{final}<answer>Paris</answer>{ENDS[family]}"]
+    turns = [tokenizer.encode(turn, add_special_tokens=False) for turn in script]
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Where?"}], add_generation_prompt=True)
+    ids = prompt["input_ids"]
+    ends = tokenizer.convert_tokens_to_ids([ENDS[family], *MARKS.get(family, [])[-2:]])
+    loop = RolloutLoop(
+        tokenizer,
+        RolloutLimits(max_completion_length=4000),
+        ObservationEncoder(tokenizer),
+        ToolRunner(),
+        sample=lambda contexts, rollouts, longest: ([turns.pop(0)], None),
+        end_token_ids=ends,
+    )
+    rollout, first = Rollout(0, list(ids), {"search": tiny.search}), turns.pop(0)
+    with parser_errors_as_value_errors(tokenizer):
+        message = parse_response(tokenizer, first, prefix=ids)
+        log = loop.run([rollout], SampledTurns([first], None, [message]))
+    assert log.stops == ["answered"] and log.errors == {"malformed": 1} and log.tools_called == [[(), ("search",), ()]]
+    observations = [message["content"] for message in rollout.messages if message["role"] == "tool"]
+    assert "Write it in this form:" in observations[0] and observations[1] == tiny.search("Paris")
+    assert answer_reward([rollout.messages], answers=["Paris"]) == [1.0]
+
+
 # An answer and a call in one turn
 
 
@@ -364,10 +398,11 @@ def test_the_first_of_answer_and_call_counts(family, kind):
     else:
         broken = {"qwen2_5": "<tool_call>{</tool_call>", "qwen3_6": "<tool_call><function=search</tool_call>"}
         call, answer = (good if kind == "good" else broken).get(family, LLAMA[:-2] + "\n"), "<answer>Rome</answer>"
-    answered = read(answer + call, family)
+    begin = "</think>" if family == "qwen3_6" else ""  # the prompt has opened a thought
+    answered = read(begin + answer + call, family)
     assert answered.is_answer and answered.calls == [] and "tool_calls" not in answered.message
     assert answer_reward([[answered.message]], answers=[["Rome"]]) == [1.0]
-    called = read(call + answer, family)
+    called = read(begin + call + answer, family)
     assert not called.is_answer and bool(called.malformed) == (kind == "broken")
     assert answer_reward([[called.message]], answers=[["Rome"]]) == [-2.0]
 
@@ -389,6 +424,20 @@ def test_what_is_an_answer_before_a_call(turn, is_answer):
     reading = read(turn)
     assert (reading.is_answer, bool(reading.calls)) == (is_answer, not is_answer)
     assert answer_reward([[reading.message]], answers=[["Milan"]]) == [1.0 if is_answer else -2.0]
+
+
+def test_an_answer_in_an_unclosed_thought_is_none():
+    """Qwen3.5's generation prompt opens the thought. Without the call this turn has no answer either."""
+    answer = "<answer>Rome</answer>"
+    assert not read(answer, "qwen3_6").is_answer
+    assert calls_of(answer + QWEN3_5["as published"], "qwen3_6") == PARIS
+    assert read(f"</think>{answer}{QWEN3_5['as published']}", "qwen3_6").is_answer
+
+
+def test_what_is_wrong_is_said_once():
+    called = calls_of("<tool_call>\n" * 500 + CALL)
+    assert [arguments for _, arguments in called if arguments != "malformed"] == [{"query": "Paris"}]
+    assert len(called) <= 2
 
 
 # Turns that a limit has cut off

@@ -28,9 +28,8 @@ _CLOSE = rf"""(?P<close>
     </(?:\w+:)?(?:{_TOOL}|function|invoke|parameter)> | <\|/{_TOOL}\|> | <{_TOOL}\|> | <\|{_TOOL}(?:_section)?_end\|>
     | <[|｜](?:tool|function)▁calls?▁end[|｜]> | <end_function_call> | \[/TOOL_CALLS?\]
     | <\|(?:END_ACTION|action_end|call)\|>)"""
-_FUNCTION = (
-    r"""(?P<function><(?:function|invoke)\s*(?:=|\s\s*name\s*=)\s*["']?(?P<function_name>[^<>"'\n]*)["']?\s*>)"""
-)
+_FUNCTION = r"""(?P<function>
+    <(?:function|invoke)(?:\s*=|\s+name\s*=)\s*["']?(?P<function_name>[^<>"'\n{]*)["']?\s*(?:>|(?=\{)))"""
 _STRAY = r"(?P<stray><(?:function\s*=|(?:function|invoke)\s+name\b|parameter\s*=|parameter\s+name\b))"
 _RECIPIENT = r"""(?P<recipient>(?<![\w.])to=(?!(?:assistant|user|system|developer)\b)
     (?:(?:functions\.)?(?P<recipient_name>[\w.\-]+)
@@ -90,11 +89,11 @@ def call_pattern(names: tuple[str, ...]) -> re.Pattern[str]:
                     (?=[ \t]*(?:[,;}}\]"'\n]|\Z))
                 | (?<!\w)["'](?:{name})["']\s*:\s*(?=\{{))""",
             rf"(?P<tag><(?P<tag_name>{tags})(?:\s[^<>]*)?>)",
-            rf"""(?P<python>^[ \t]*+[\[(`*>-]*+[ \t]*+(?:print\(|await[ ]|return[ ]|\w+[ ]?=[ ]?)?
+            rf"""(?P<python>(?:^|(?<=\|>))[ \t]*+[\[(`*>-]*+[ \t]*+(?:print\(|await[ ]|return[ ]|\w+[ ]?=[ ]?)?
                 (?:\w+\.)?(?P<python_name>{name})(?:\.call|\.run|\.invoke)?\()""",
-            rf"""(?P<line>^[^\w\n<{{]{{0,6}}(?P<label>(?:action|tool|function|call|tool[ _]call|function[ _]call
-                |(?:tool|function)[ _]name)[`"'*✿]*[ \t]*[:：][ \t]*)?[`"'*]*
-                (?:functions\.)?(?P<line_name>{name})(?![\w(.]))""",
+            rf"""(?P<line>(?:^|(?<=\|>))[^\w\n<{{]{{0,6}}
+                (?P<label>(?:action|call|tool|function|(?:tool|function)[ _](?:call|name))[`"'*✿]*[ \t]*[:：][ \t]*)?
+                [`"'*]*(?:functions\.)?(?P<line_name>{name})(?![\w(.]))""",
         ]
     return re.compile("|".join(forms), re.VERBOSE | re.IGNORECASE | re.MULTILINE)
 

@@ -14,11 +14,13 @@ Message = dict[str, Any]
 
 MAX_REASON_CHARACTERS = 120
 MAX_EXAMPLE_CHARACTERS = 300
+PROMPT_END = 16  # tokens of a generation prompt that may open a thought
 
 _THOUGHT = r"""
     (?P<analysis><\|channel\|>\s*analysis\s*<\|message\|>) | (?P<end><\|end\|>|(?=<\|start\|>|<\|channel\|>))
     | (?P<open><think(?:ing)?>|\[THINK\]|<\|channel>thought\b|{open})
     | (?P<close></think(?:ing)?>|\[/THINK\]|<channel\|>|{close})"""
+_OPEN_THOUGHT = re.compile(r"(?:<think(?:ing)?>|\[THINK\])\s*\Z", re.IGNORECASE)
 _HEADER = re.compile(r"(?:<\|start\|>\w*)?<\|channel\|>\w*[^<\n]{0,80}(?:<\|constrain\|>\w*)?<\|message\|>")
 
 
@@ -113,9 +115,13 @@ class TurnReader:
         calls = parsed
         is_parsed = len(parsed) >= len(written) and not cut_off and all(call.problem is None for call in parsed)
         if written and not (is_parsed or len(parsed) > len(written)):
-            calls = [self._check(one, tools, serial) for one in written]
             if cut_off:
-                calls[-1] = self._malformed("it was cut off", tools, written[-1].name)
+                written[-1] = written[-1]._replace(problem="it was cut off")
+            said_once: dict[Any, WrittenCall] = {}  # what is wrong, however often it occurs
+            for i, one in enumerate(written):
+                said_once.setdefault(one.problem or i, one)
+            written = list(said_once.values())
+            calls = [self._check(one, tools, serial) for one in written]
             message = self._message(message, visible, thoughts, written, calls)
         elif not parsed:
             reason = self._reason(ids, prefix, visible, thoughts, tools)
@@ -126,7 +132,8 @@ class TurnReader:
         start = min(starts, default=0)
         if not message.get("tool_calls"):
             message = self._message(message, visible, thoughts, [WrittenCall(start, len(visible), None)], calls)
-        if extract_answer(visible[:start]) is None:
+        in_thought = not thoughts and _OPEN_THOUGHT.search(self.tokenizer.decode(list(prefix[-PROMPT_END:])))
+        if in_thought or extract_answer(visible[:start]) is None:
             return Reading(calls, message, False)
         answer = {"content": self._plain(visible[:start])}
         return Reading([], {key: value for key, value in message.items() if key != "tool_calls"} | answer, True)
