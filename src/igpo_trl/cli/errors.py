@@ -1,10 +1,13 @@
 """Errors of commands: one line on stderr instead of a traceback, which `--debug` shows."""
 
 import errno
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -48,10 +51,9 @@ def fail(error: BaseException, status: int = 1) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     message = describe(error)
     print(f"Error{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr, flush=True)
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun and `accelerate launch` show this at the end
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(RuntimeError(message))
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun and `accelerate launch` show at the end
+        details = {"py_callstack": f"Error: {message}", "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}), encoding="utf-8")
     raise SystemExit(status) from error
 
 
