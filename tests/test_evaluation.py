@@ -5,17 +5,21 @@ import importlib.util
 import io
 import itertools
 import json
+import logging
+import math
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from rich.console import Console
 
 from igpo_trl import evaluation
 from igpo_trl.data import load_questions
 from igpo_trl.evaluation import (
     bootstrap_interval,
+    check_retrieval,
     compare_runs,
     has_answer,
     load_trajectories,
@@ -24,7 +28,7 @@ from igpo_trl.evaluation import (
     score_retrieval,
     score_run,
 )
-from igpo_trl.evaluation.retrieval import retrieval_table
+from igpo_trl.evaluation.retrieval import FEWEST_FOUND, retrieval_table
 from igpo_trl.evaluation.run import RolloutKey, RunDirectory, append_lines, drop_torn_line, key_of
 from igpo_trl.evaluation.scores import AVERAGE, measure
 from igpo_trl.evaluation.settings import choose_questions, pair_sources, questions_digest
@@ -434,6 +438,48 @@ def test_bm25_finds_the_answers_of_real_questions(shared_dir):
     assert (scores.questions, scores.searchable, scores.supported) == (541, 541, 0)
     assert scores.answer[5].mean >= 0.94
     assert scores.answer[5].low < scores.answer[5].mean < scores.answer[10].mean
+
+
+def test_the_average_of_one_set_is_that_set():
+    runs = [[rollout("nq", str(i), "Paris" if i < n else "Rome") for i in range(4)] for n in (1, 3)]
+    scores = score_run(runs[0])
+    assert list(scores.sets) == ["nq", AVERAGE] and scores.sets[AVERAGE] == scores.sets["nq"]
+    assert scores.sets["average"].metrics["f1"].mean == 0.25
+    assert [[row[0] for row in table.rows] for table in scores.tables()] == [["nq"], ["nq"]]
+    comparison = compare_runs(*runs)
+    assert comparison.sets[AVERAGE] == comparison.sets["nq"]
+    assert [row[0] for row in comparison.table().rows][:2] == ["nq: F1", "nq: EM"]
+    assert len(comparison.table().rows) == len(comparison.sets["nq"])
+
+
+def test_an_index_of_another_corpus_is_noticed_before_training(tmp_path, caplog):
+    index = BM25Index.build([{"id": "1", "title": "Dune", "text": "A novel by Frank Herbert."}], show_progress=False)
+    right = [question(str(i), "Who wrote Dune?", answers=["Frank Herbert"]) for i in range(1000)]
+    wrong = [question(str(i), "Where is the Louvre?", answers=["Paris"]) for i in range(1000)]
+    yes_no = [question("0", "Is Dune a novel?", answers=["yes"])]
+    caplog.clear()
+    assert check_retrieval(index, right) == 1.0
+    index.save(tmp_path / "index")
+    caplog.set_level(logging.INFO)
+    mixed = [*right[:500], *wrong[:500]]
+    assert check_retrieval(tmp_path / "index", Dataset.from_list(mixed)) == 0.5  # of all, not of the first
+    assert math.isnan(check_retrieval(index, yes_no))
+    assert not caplog.records
+    assert check_retrieval(index, wrong) == 0.0
+    (record,) = caplog.records
+    assert "Only 0 of 100 sampled questions" in record.getMessage() and "another corpus" in record.getMessage()
+    assert check_retrieval(index, [*wrong[:9], *yes_no]) == 0.0
+    assert "Only 0 of 9 sampled questions" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "other"), [("nq", "musique"), ("musique", "hotpotqa")])
+def test_real_questions_and_an_index_of_another_set(shared_dir, name, other, caplog):
+    index = BM25Index.build(shared_dir / f"data/corpus/{name}.jsonl.gz", show_progress=False)
+    caplog.set_level(logging.INFO)
+    questions = {each: load_questions(shared_dir / f"data/questions/{each}.jsonl.gz") for each in (name, other)}
+    caplog.clear()
+    assert check_retrieval(index, questions[name]) > 2 * FEWEST_FOUND and not caplog.records
+    assert check_retrieval(index, questions[other]) < FEWEST_FOUND and len(caplog.records) == 1
 
 
 def test_the_static_embedding_of_the_results_finds_rare_words(repository, tmp_path):

@@ -512,6 +512,10 @@ def test_impossible_options(options, message):
         PageReader(**options)
     with pytest.raises(ValueError, match="max_words=0"):
         ReadPageTool(max_words=0)
+    with pytest.raises(
+        TypeError, match=r"got reader='answers/', expected a PageReader, such as PageReader\('answers/'\)"
+    ):
+        ReadPageTool("answers/")
 
 
 def test_without_the_check_a_private_address_can_be_read(site, monkeypatch):

@@ -132,7 +132,7 @@ def test_contradictory_options_are_refused(run, corpus, tmp_path, options, messa
 
 
 def test_serve_answers_what_search_asks(run, built):
-    command = [sys.executable, "-m", "igpo_trl", "serve", "--index", str(built), "--port", "0"]
+    command = [sys.executable, "-m", "igpo_trl", "serve", "--index", str(built), "--port", "0", "--max-queries", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         address = re.search(r"http://[\d.:]+", process.stdout.readline())[0]
@@ -140,6 +140,8 @@ def test_serve_answers_what_search_asks(run, built):
         assert result.exit_code == 0, result.output
         found = [json.loads(line)["passages"] for line in result.output.splitlines()]
         assert [[p["title"] for p in passages] for passages in found] == [["Tacoma"], []]
+        result = run("search", "--index", address, "Puget", "xyzzy", "Dune")
+        assert result.exit_code == 1 and "got 3 queries, expected at most 2" in result.stderr
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)

@@ -14,7 +14,17 @@ import pytest
 from test_search import PASSAGES
 
 import igpo_trl.search
-from igpo_trl.search import BM25Index, HTTPSearch, Searchable, load_index, open_search
+from igpo_trl.evaluation import score_retrieval
+from igpo_trl.search import (
+    BM25Index,
+    HTTPSearch,
+    HybridIndex,
+    Searchable,
+    SearchTool,
+    create_app,
+    load_index,
+    open_search,
+)
 from igpo_trl.search.indexes.directory import file_checksum, new_index
 from igpo_trl.search.indexes.passage_file import PassageWriter, StoredPassages, fingerprint
 from igpo_trl.search.indexes.tokens import SHARD, CorpusTokenizer
@@ -210,6 +220,10 @@ def test_open_search_takes_a_directory_or_an_address(saved, index):
         open_search("ftp://x")
     with pytest.raises(FileNotFoundError, match="no index in absent"):
         open_search("absent")
+    for address in ("localhost:8000", "127.0.0.1:8000/retrieve", "my-host.example:80"):
+        with pytest.raises(ValueError, match=f"begins with http://, as http://{address}"):
+            open_search(address)
+    assert open_search(index) is index
     manifest = saved / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"kind": "other"}))
     with pytest.raises(ValueError, match="kind 'other', which this release does not know"):
@@ -238,3 +252,32 @@ def test_earlier_paths_still_work():
 def test_bad_settings_are_refused_before_the_corpus_is_read(settings):
     with pytest.raises(ValueError, match="klingon" if "klingon" in settings.values() else "expected k1 of at least 0"):
         BM25Index.build("absent.jsonl", **settings)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda source: SearchTool(source, k=1)(query="Herbert"),
+        lambda source: create_app(source),
+        lambda source: HybridIndex([source, source]).search("Herbert"),
+        lambda source: score_retrieval(source, [{"prompt": [{"content": "Herbert"}], "answers": ["x"]} | TITLES]),
+    ],
+    ids=["SearchTool", "create_app", "HybridIndex", "score_retrieval"],
+)
+def test_whatever_searches_opens_a_path_or_refuses_it(saved, tmp_path, use):
+    """Without a check, every call of the policy would fail."""
+    use(saved), use(str(saved))
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("{}")
+    for wrong, error, message in (
+        (tmp_path / "absent", FileNotFoundError, "no index in"),
+        (str(corpus), ValueError, "is a file, expected the directory of an index.*igpo index --corpus"),
+        (None, TypeError, "got None .NoneType., expected an index"),
+        (BM25Index, TypeError, "expected an index"),
+        ([saved], TypeError, "expected an index"),
+    ):
+        with pytest.raises(error, match=message):
+            use(wrong)
+
+
+TITLES = {"supporting_titles": []}

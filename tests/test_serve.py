@@ -123,6 +123,26 @@ def test_a_client_that_does_what_that_of_search_r1_does(server):
     ]
 
 
+@pytest.mark.parametrize("queries", ["queries", "query"])
+@pytest.mark.parametrize("topk", ["topk", "top_k", "k"])
+@pytest.mark.parametrize("one", ["American Tacoma writer novel", ["American Tacoma writer novel"]])
+def test_the_names_of_other_clients_are_read_and_so_is_a_single_string(server, queries, topk, one):
+    status, answer = post(server.url, {queries: one, topk: 1})
+    assert status == 200
+    assert [[document["id"] for document in documents] for documents in answer["result"]] == [["b"]]
+
+
+def test_one_request_for_all_rollouts_of_search_r1():
+    """512 prompts with 5 rollouts each, and queries of 500 tokens that are all escaped."""
+    queries = [f"{i} " + "\N{CJK UNIFIED IDEOGRAPH-5B57}" * 750 for i in range(2560)]
+    index = Recorder()
+    with Running(index) as running:
+        status, answer = post(running.url, {"queries": queries, "topk": 1, "return_scores": True})
+    assert status == 200
+    assert [hits[0]["document"]["id"] for hits in answer["result"]] == [f"{query}-1" for query in queries]
+    assert max(len(batch) for batch, _ in index.calls) == 256
+
+
 def test_the_client_of_this_package_gets_what_the_index_gives(server, index):
     queries = ["Tacoma", "", "xyzzy", "Frank Herbert", "particular", "peculiar", "1965 \ud83d"]
     client = HTTPSearch(server.url)
@@ -145,14 +165,24 @@ def test_health(server):
     [
         (b"not json", 400, "Invalid JSON"),
         (b'{"queries": ["\xff"]}', 400, "Invalid JSON"),
-        ({"queries": "Dune"}, 422, "`queries`: .*array"),
+        ({"queries": {"a": 1}}, 422, "`queries`: .*array"),
+        ({"queries": None}, 422, "`queries`: .*array"),
         ({"queries": ["a", 1]}, 422, r"`queries.1`: .*string"),
-        ({"query": "a"}, 422, "`queries`: Field required"),
+        ({"query": ["a", 1]}, 422, r"`query.1`: .*string"),
+        ({"topk": 1}, 422, "`queries`: Field required"),
+        ({"queries": ["a"], "top_n": 1}, 422, "`top_n`: no such field.*did you mean `top_k`"),
+        ({"queries": ["a"], "topk_retrieval": 9}, 422, "`topk_retrieval`: no such field.*Expected .*topk"),
+        ({"queries": ["a"], "return_score": True}, 422, "`return_score`: no such field.*`return_scores`"),
+        ({"Queries": ["a"]}, 422, "`Queries`: no such field.*did you mean `queries`"),
+        ({"queries": ["a"], "query": "b"}, 422, "`query`: another name of a field that the request has"),
+        ({"queries": ["a"], "topk": 2, "k": 3}, 422, "`k`: another name of a field"),
         (["a"], 422, "object"),
-        ({"queries": ["a"] * 9}, 422, "`queries`: .*at most 8"),
-        ({"queries": ["a"], "topk": 6}, 422, "`topk`: .*less than or equal to 5"),
+        ({"queries": ["a"] * 9}, 422, "`queries`: got 9 queries, expected at most 8.*--max-queries"),
+        ({"queries": ["a"], "topk": 6}, 422, "`topk`: got 6, expected at most 5.*--max-topk"),
+        ({"queries": ["a"], "k": 6}, 422, "`k`: got 6, expected at most 5"),
+        ({"queries": ["a"], "top_k": 1.5}, 422, "`top_k`: .*integer"),
         ({"queries": ["a"], "topk": -1}, 422, "`topk`: .*greater than or equal to 0"),
-        ({"queries": ["a" * 2000]}, 413, "longer than 2000 bytes"),
+        ({"queries": ["a" * 2000]}, 413, "longer than 2000 bytes.*max_body"),
     ],
 )
 def test_a_bad_request_gets_an_explanation(server, body, status, message):

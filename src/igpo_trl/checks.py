@@ -1,5 +1,6 @@
 """Checks made before a model is loaded: what was got, what was expected, and how to fix it."""
 
+import inspect
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +12,7 @@ from packaging.version import Version
 from transformers import AutoConfig, ProcessorMixin
 from trl.chat_template_utils import supports_tool_calling
 
-from .data.rows import check_answers, check_columns, check_prompts, columns_of
+from .data.rows import check_answers, check_columns, check_prompts, columns_of, plain_prompt
 from .rollout.observations import ObservationEncoder
 from .tools import options_of
 
@@ -35,7 +36,7 @@ def check_before_loading(
     train_dataset: Dataset | IterableDataset | None,
     eval_dataset: Any,
     tools: Sequence[Callable[..., Any]] | None,
-    environments: Any,
+    environments: Sequence[Any],
     *,
     needs_answers: bool,
     model: Any,
@@ -47,7 +48,8 @@ def check_before_loading(
         args ([`IGPOConfig`]): configuration.
         processing_class (`PreTrainedTokenizerBase`): of the model.
         train_dataset, eval_dataset (*optional*): as the trainer got them.
-        tools (list of `Callable`, *optional*), environments (*optional*): as the trainer got them.
+        tools (list of `Callable`, *optional*): as the trainer got them.
+        environments (list): one of each kind.
         needs_answers (`bool`): whether the reward function reads the answers.
         model (`str` or `PreTrainedModel`): as the trainer got it, or the name of an adapter's base model.
     """
@@ -55,12 +57,13 @@ def check_before_loading(
     check_num_questions(args, train_dataset)
     uses_tools = bool(tools or environments)
     check_processing_class(processing_class, uses_tools)
-    if environments is None:  # otherwise the tools are known only once there is an environment
+    if not environments:  # otherwise the tools are known only once there is an environment
         check_tool_names(args.info_gain_tools, tools)
     if uses_tools and args.max_tool_response_tokens is not None:
         ObservationEncoder(processing_class, max_tokens=args.max_tool_response_tokens)  # raises if that is too few
+    owned = any(map(own_answers, environments))
     if args.uses_beliefs or needs_answers:
-        check_answers(train_dataset, args.answer_column, "train_dataset")
+        check_answers(train_dataset, args.answer_column, "train_dataset", optional=owned)
     for name, dataset in named_datasets(train_dataset, "train_dataset") + named_datasets(eval_dataset):
         check_columns(dataset, name, needs_prompt=not environments)
         check_prompts(dataset, name, as_messages=uses_tools)
@@ -69,7 +72,7 @@ def check_before_loading(
         reads_answers = args.save_trajectories if is_train else True
         needs_column = not is_train and (needs_answers or args.belief_at_eval)
         if needs_column or (reads_answers and args.answer_column in columns_of(dataset)):
-            check_answers(dataset, args.answer_column, name)
+            check_answers(dataset, args.answer_column, name, optional=owned)
     if isinstance(train_dataset, Dataset):
         check_room(args, processing_class, train_dataset, tools or (), context_before_loading(args, model))
 
@@ -121,10 +124,28 @@ def named_datasets(dataset: Any, name: str = "eval_dataset") -> list[tuple[str, 
     return [(name, dataset)]
 
 
-def environment_rewards(factory: Any) -> bool:
-    """Whether an environment scores its own rollouts (`get_reward`)."""
-    factories = list(factory.values()) if isinstance(factory, dict) else [factory] if factory else []
-    return any(hasattr(f if isinstance(f, type) else f(), "get_reward") for f in factories)
+def probe_environments(factory: Any) -> tuple[Any, list[Any]]:
+    """
+    One environment of each factory, and factories that give it out first, so that none is made in vain.
+
+    Args:
+        factory (`Callable` or `dict` of them, *optional*): what TRL calls `environment_factory`.
+    """
+    if not factory:
+        return factory, []
+    if isinstance(factory, dict):
+        probes = {name: probe_environments(each) for name, each in factory.items()}
+        return {name: each for name, (each, _) in probes.items()}, [one for _, (one,) in probes.values()]
+    unused = [factory()]
+    return lambda: unused.pop() if unused else factory(), list(unused)
+
+
+def own_answers(environment: Any) -> bool:
+    """Whether an environment has an attribute or a property `answers`, set or declared. (A method is a tool.)"""
+    missing = object()
+    own = inspect.getattr_static(environment, "answers", missing)
+    declared = any("answers" in inspect.get_annotations(kind) for kind in type(environment).__mro__)
+    return declared if own is missing else not inspect.isroutine(own)
 
 
 def check_tool_names(wanted: Sequence[str] | None, tools: Iterable[Callable[..., Any]] | None) -> None:
@@ -173,7 +194,8 @@ def check_room(
             what to raise.
     """
     rows = range(0, len(dataset), max(1, len(dataset) // 32))
-    prompts = dataset.select(rows).with_format(None)["prompt"][:] if "prompt" in dataset.column_names else []
+    stored = dataset.select(rows).with_format(None)["prompt"][:] if "prompt" in dataset.column_names else []
+    prompts = [plain_prompt(prompt) for prompt in stored]
     lengths = [len(render(processing_class, prompt, tools, args.chat_template_kwargs or {})) for prompt in prompts]
     prompt_length = max(lengths, default=0)
     if prompt_length >= context_length:

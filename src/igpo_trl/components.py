@@ -14,6 +14,7 @@ from .beliefs.scoring import AliasReduction, Method
 from .rollout.kv_cache import reuse_obstacle
 from .rollout.loop import RolloutLimits, RolloutLoop
 from .rollout.observations import ObservationEncoder
+from .rollout.tool_failures import FailureWatch
 from .rollout.tool_runner import ToolRunner
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ def make_rollout_loop(trainer: Any) -> RolloutLoop:
         any_rank=lambda flag: trainer.max_over_ranks(int(flag)) > 0,
         end_token_ids=trainer.eos_token_ids,
         idle_ranks_sample=samples_in_step(trainer),
+        failure_watch=FailureWatch(args.max_tool_failures, args.tool_failure_patience, args.output_dir),
     )
 
 

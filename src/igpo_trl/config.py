@@ -235,6 +235,17 @@ class IGPOConfig(GRPOConfig):
             "`None` is no limit."
         },
     )
+    max_tool_failures: float | None = field(
+        default=0.5,
+        metadata={
+            "help": "Share of one tool's calls in a batch that may fail for want of its service (connection errors, "
+            "timeouts; not wrong arguments). From this share on in `tool_failure_patience` batches in a row, training "
+            "stops with an error. `None` never stops."
+        },
+    )
+    tool_failure_patience: int = field(
+        default=3, metadata={"help": "Batches in a row with that share of failed calls after which training stops."}
+    )
     reuse_prefixes: bool = field(
         default=True,
         metadata={
@@ -269,12 +280,16 @@ class IGPOConfig(GRPOConfig):
         self._check_choice("on_malformed_tool_call", ("observe", "end"))
         for name in (
             "belief_tokens_per_batch", "max_answer_tokens", "max_turns", "max_turn_length", "forced_answer_length",
-            "max_concurrent_tool_calls", "info_gain_every",
+            "max_concurrent_tool_calls", "info_gain_every", "tool_failure_patience",
         ):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if self.tool_timeout is not None and self.tool_timeout <= 0:
             raise ValueError(f"`tool_timeout` must be positive, or `None` for no limit, got {self.tool_timeout}.")
+        if self.max_tool_failures is not None and not 0.0 < self.max_tool_failures <= 1.0:
+            raise ValueError(
+                f"`max_tool_failures` must be a share above 0 and at most 1, or `None`, got {self.max_tool_failures}."
+            )
         if self.forced_answer and not self.forced_answer_prompt.strip():
             raise ValueError("`forced_answer=True` needs a `forced_answer_prompt`, got an empty one.")
         split_template(self.answer_template)

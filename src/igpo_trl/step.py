@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .advantages import turn_advantages
 from .beliefs import CachedContexts
 from .beliefs.scorer import BeliefBatch, BeliefScorer
+from .checks import own_answers
 from .data.rows import answers_of
 from .rewards import exact_match, extract_answer, f1_score, last_assistant_text
 from .rollout.kv_cache import PrefixCache
@@ -103,6 +104,16 @@ class Step:
         return [extract_answer(last_assistant_text(completion)) for completion in self.completions]
 
     # ----------------------------------------------------------------------------------------------------- rollouts
+
+    def take_answers(self, environments: Sequence[Any] | None) -> None:
+        """Fill in the answers that a row does not have with those that its environment has after its `reset`."""
+        if not any(map(own_answers, environments or ())):
+            return
+        for row, environment in zip(self.rows, environments or (), strict=True):
+            if row.get(self.answer_column) is None:
+                owned = {self.answer_column: getattr(environment, "answers", None)}
+                where = f"`{type(environment).__name__}.answers` after its `reset`"
+                row[self.answer_column] = list(answers_of(owned, self.answer_column, where))
 
     def set_rollouts(
         self,

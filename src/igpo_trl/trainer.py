@@ -18,7 +18,7 @@ from .checks import (
     check_tool_names,
     check_trainable,
     check_trl_version,
-    environment_rewards,
+    probe_environments,
     refuse_images,
     warn_of_single_turns,
 )
@@ -126,10 +126,11 @@ class IGPOTrainer(GRPOTrainer):
             base, model_id = check_adapter(adapter, kwargs.get("peft_config"))
         if processing_class is None:
             processing_class = load_processing_class(model, model_id, args)
-        tools, environments = kwargs.get("tools"), kwargs.get("environment_factory")
+        tools = kwargs.get("tools")
+        kwargs["environment_factory"], environments = probe_environments(kwargs.get("environment_factory"))
         if not tools and not environments and kwargs.get("rollout_func") is None:
             warn_of_single_turns()
-        default_reward = reward_funcs is None and not environment_rewards(environments)
+        default_reward = reward_funcs is None and not any(hasattr(type(e), "get_reward") for e in environments)
         check_before_loading(
             args, processing_class, train_dataset, eval_dataset, tools, environments,
             needs_answers=default_reward, model=base,
@@ -159,6 +160,7 @@ class IGPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         args, training = self.args, self.model.training
+        inputs = [dict(row) for row in inputs]  # to which environments may add their answers
         inputs = inputs if self.rollout_func is not None else plain_rows(inputs)
         step = self.current_step = Step(
             inputs,
@@ -173,7 +175,6 @@ class IGPOTrainer(GRPOTrainer):
             rank=self.accelerator.process_index,
         )
         if args.uses_beliefs if training else args.belief_at_eval:
-            step.belief_batch = self._belief_scorer.begin(step.answers)
             # The parent's own condition for that forward, which has no name there.
             computes_old_log_probs = args.gradient_accumulation_steps % (
                 args.steps_per_generation * self.num_iterations
@@ -219,6 +220,9 @@ class IGPOTrainer(GRPOTrainer):
 
     def _generate(self, prompts: list[Any]) -> Any:
         step = self.current_step
+        step.take_answers(self.environments)
+        if self.args.uses_beliefs if step.training else self.args.belief_at_eval:
+            step.belief_batch = self._belief_scorer.begin(step.answers)
         step.kv_cache = PrefixCache() if self._reuses_prefixes else None
         try:
             with parser_errors_as_value_errors(self._tokenizer):

@@ -8,6 +8,7 @@ import torch
 
 import igpo_trl.beliefs.scorer
 from igpo_trl import IGPOConfig, IGPOTrainer
+from igpo_trl.rollout.tool_failures import FailureWatch, ToolCounts, ToolUnavailable
 
 SEARCH = tiny.call("Paris")
 # The two halves need different numbers of tool rounds, and the last rollouts no belief at all.
@@ -79,6 +80,12 @@ def main(folder: Path, num_processes: int) -> None:
                 },
             }
         )
+    watch = FailureWatch(max_share=0.5, patience=1, output_dir=folder)
+    try:  # the tool fails on the last process only
+        last = accelerator.is_last_process
+        watch.update({"search": ToolCounts(6, 6, 6, "it is gone")} if last else {"search": ToolCounts(5)})
+    except ToolUnavailable as error:
+        results[0]["stopped"] = str(error)
     torch.save(results, folder / f"rank{accelerator.process_index}of{num_processes}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -57,3 +57,9 @@ def test_mistake_17_both_processes_make_the_same_number_of_forwards(runs):
     assert [one["forwards"] for one in first] == [one["forwards"] for one in second]
     # The second process has no rollout with a gain to score (but the critic's), and runs along all the same.
     assert all(one["forwards"] > 0 for one in second)
+
+
+def test_both_processes_stop_when_a_tool_fails_on_one(runs):
+    _, (first, second) = runs
+    assert "'search' does not work: 6 of 11 calls failed" in first[0]["stopped"]
+    assert "it is gone" in first[0]["stopped"] and second[0]["stopped"] == first[0]["stopped"]

@@ -87,7 +87,8 @@ def keep_trace(when: Callable[[], bool] = lambda: True) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if when() and not any(kind.__name__ == "SearchError" for kind in type(error).__mro__):
+        outside = {"SearchError", "ToolUnavailable"}  # something else has broken down
+        if when() and not outside.intersection(kind.__name__ for kind in type(error).__mro__):
             error.keeps_trace = True  # type: ignore[attr-defined]
         raise
 

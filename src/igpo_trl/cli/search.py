@@ -137,9 +137,19 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 for a free one.", min=0, max=65535)] = 8000,
     model: _Model = None,
     device: _Device = None,
+    topk: Annotated[int, typer.Option(help="Passages per query if a request names no number.", min=1)] = 3,
+    max_queries: Annotated[int, typer.Option(help="Most queries per request.", min=1)] = 8192,
+    max_topk: Annotated[int, typer.Option(help="Most passages per query.", min=1)] = 100,
+    max_body: Annotated[int, typer.Option(help="Most bytes per request.", min=1)] = 64 * 1024 * 1024,
+    max_waiting: Annotated[
+        int, typer.Option(help="Most waiting queries; beyond it clients are told to try again.", min=1)
+    ] = 16384,
+    max_batch: Annotated[int, typer.Option(help="Most queries per call of the index.", min=1)] = 256,
 ) -> None:
     """Serve an index over HTTP, with the `/retrieve` protocol of Search-R1."""
     from .. import search as library
 
+    limits = {"topk": topk, "max_queries": max_queries, "max_topk": max_topk, "max_body": max_body}
     with one_line_errors():
-        library.serve(library.open_search(index, model=model, device=device), host=host, port=port)
+        searchable = library.open_search(index, model=model, device=device)
+        library.serve(searchable, host=host, port=port, max_waiting=max_waiting, max_batch=max_batch, **limits)

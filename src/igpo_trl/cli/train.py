@@ -24,6 +24,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from ..checkpoints import checkpoint_to_resume
 from ..config import IGPOConfig
 from ..data import check_questions, hold_out, load_questions
+from ..evaluation import check_retrieval
 from ..files import cache_dir
 from ..search import BM25Index, Searchable, SearchTool, open_search
 from ..trainer import IGPOTrainer
@@ -121,6 +122,8 @@ def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConf
         check_questions(train_dataset, eval_dataset)
     with PartialState().main_process_first():
         index = open_or_build_index(script)
+    if PartialState().is_main_process:
+        check_retrieval(index, train_dataset, script.search_k)
 
     training.model_init_kwargs = {
         "revision": model.model_revision,

@@ -58,21 +58,32 @@ def check_prompts(dataset: "Dataset | IterableDataset", name: str, *, as_message
             )
 
 
-def check_answers(dataset: "Dataset | IterableDataset | None", column: str, name: str) -> None:
-    """Raise `ValueError` if the column is missing or a row, of a stream the first one, holds no usable answer."""
+def check_answers(
+    dataset: "Dataset | IterableDataset | None", column: str, name: str, *, optional: bool = False
+) -> None:
+    """
+    Raise `ValueError` if the column is missing or a row, of a stream the first one, holds no usable answer.
+
+    With `optional`, environments own the answers that are not there.
+    """
+    if dataset is None and optional:
+        return
     if dataset is None:
         raise ValueError(
             f"Information gain needs right answers: expected a `{name}` with the column `{column}`, got none. "
-            "Pass one, also where an environment writes the prompt."
+            "Pass one, or let the environment own them in an attribute `answers`."
         )
     columns = columns_of(dataset)
+    if column not in columns and optional:
+        return
     if column not in columns:
         raise ValueError(
             f"Information gain needs right answers: `{name}` has no column `{column}`, got {', '.join(columns)}. Name "
-            "yours with `IGPOConfig(answer_column=...)`."
+            "yours with `IGPOConfig(answer_column=...)`, or let the environment own them in an attribute `answers`."
         )
     for where, value in _cells(dataset, column, name):
-        answers_of({column: value}, column, where)
+        if not (optional and value is None):
+            answers_of({column: value}, column, where)
 
 
 def answers_of(row: dict[str, Any], column: str, where: str = "the batch") -> tuple[str, ...]:

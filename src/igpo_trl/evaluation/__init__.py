@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .compare import Comparison, compare_runs
 from .intervals import bootstrap_interval, mcnemar_test, permutation_test
-from .retrieval import RetrievalScores, score_retrieval
+from .retrieval import RetrievalScores, check_retrieval, score_retrieval
 from .run import load_trajectories
 from .scores import RunScores, has_answer, score_run
 from .settings import EvaluationSettings
@@ -24,6 +24,7 @@ __all__ = [
     "RetrievalScores",
     "RunScores",
     "bootstrap_interval",
+    "check_retrieval",
     "compare_runs",
     "has_answer",
     "load_trajectories",

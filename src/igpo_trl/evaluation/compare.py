@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ..rewards import Variant
 from ..trajectory import Trajectory
 from .intervals import Interval, bootstrap_interval, mcnemar_test, permutation_test
-from .scores import AVERAGE, METRICS, question_values
+from .scores import AVERAGE, METRICS, question_values, without_repetition
 from .tables import Table, format_p, format_percent, to_plain
 
 RIGHT_OR_WRONG = ("em", "judge", "in_evidence", "answered")
@@ -47,10 +47,10 @@ class Comparison:
 
     def table(self, names: tuple[str, str] = ("A", "B")) -> Table:
         """F1, EM and the judge for every set, and the other metrics for the last row's set only."""
-        rows = []
-        for name, metrics in self.sets.items():
+        rows, sets = [], without_repetition(self.sets)
+        for name, metrics in sets.items():
             for metric, each in metrics.items():
-                if metric not in ("f1", "em", "judge") and name != list(self.sets)[-1]:
+                if metric not in ("f1", "em", "judge") and name != list(sets)[-1]:
                     continue
                 heading, form = METRICS[metric]
                 mean, low, high = (_signed(form, value) for value in each.difference)
@@ -103,7 +103,9 @@ def compare_runs(
                 differences[metric] = _difference([pair], seed, metric in RIGHT_OR_WRONG)
         if differences:
             sets[name] = differences
-    if len(sets) > 1:
+    if len(sets) == 1:
+        sets[AVERAGE] = next(iter(sets.values()))
+    else:
         sets[AVERAGE] = {metric: _difference(of_sets, seed) for metric, of_sets in pairs.items() if of_sets}
     return Comparison(sets, len(questions[0] - questions[1]), len(questions[1] - questions[0]), variant)
 

@@ -1,15 +1,23 @@
 """How good an index is for a set of questions, without any model: each question itself is the query."""
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ..search import Searchable
+from ..search import Searchable, open_search
 from .intervals import Interval, bootstrap_interval
 from .scores import has_answer, is_searchable
 from .tables import Table, format_interval, format_percent, to_plain
 
+logger = logging.getLogger(__name__)
+
 _BATCH = 64  # queries per search
+# Each of the five sets in docs/results/retrieval_quality.md finds 38 to 90 % in its own corpus, and 0 to 16 % in that
+# of another, where names and years turn up by chance.
+FEWEST_FOUND = 0.15
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ class RetrievalScores:
 
 
 def score_retrieval(
-    index: Searchable,
+    index: Searchable | str | Path,
     questions: Iterable[dict[str, Any]],
     ks: Sequence[int] = (5, 10),
     *,
@@ -57,7 +65,7 @@ def score_retrieval(
     Answers are looked for in title and text, see [`has_answer`]. Titles are compared without regard to case.
 
     Args:
-        index (`Searchable`): What to search.
+        index (`Searchable`, `str` or `Path`): What to search: an index, or what [`open_search`] opens.
         questions (iterable of `dict`):
             Rows of [`load_questions`].
         ks (sequence of `int`, *optional*, defaults to `(5, 10)`): Numbers of results to look at.
@@ -71,11 +79,12 @@ def score_retrieval(
     rows, ks = list(questions), sorted(set(ks))
     if not rows or not ks or ks[0] < 1:
         raise ValueError(f"expected questions and k of at least 1, got {len(rows)} questions and k {list(ks)}.")
+    searchable = open_search(index)
     answer: dict[int, list[float]] = {k: [] for k in ks}
     recall: dict[int, list[float]] = {k: [] for k in ks}
     for first in range(0, len(rows), _BATCH):
         batch = rows[first : first + _BATCH]
-        results = index.search_batch([row["prompt"][-1]["content"] for row in batch], ks[-1])
+        results = searchable.search_batch([row["prompt"][-1]["content"] for row in batch], ks[-1])
         for row, passages in zip(batch, results, strict=True):
             answers, titles = row["answers"], {title.casefold() for title in row["supporting_titles"]}
             texts = (f"{passage.title}\n{passage.text}" for passage in passages)
@@ -102,6 +111,35 @@ def score_retrieval(
 
 def _intervals(curve: dict[int, list[float]]) -> dict[int, Interval]:
     return {k: bootstrap_interval(values) for k, values in curve.items() if values}
+
+
+def check_retrieval(index: Searchable | str | Path, questions: Sequence[Any], k: int = 3, sample: int = 100) -> float:
+    """
+    Searches with a sample of questions before training, and warns if few of the answers are found.
+
+    Then the index is probably one of another corpus, and training would teach the policy to search in vain.
+
+    Args:
+        index (`Searchable`, `str` or `Path`): What to search: an index, or what [`open_search`] opens.
+        questions (`Dataset`, or sequence of `dict`): Rows with `prompt` and `answers`, as of [`load_questions`].
+        k (`int`, *optional*, defaults to `3`): Passages per search.
+        sample (`int`, *optional*, defaults to `100`): Number of questions to search with, spread over all.
+
+    Returns:
+        `float`: Share of the questions whose answer is found; NaN if none can be looked for, as with yes-no questions.
+    """
+    rows = [questions[i * len(questions) // sample] for i in range(sample)] if len(questions) > sample else questions
+    scores = score_retrieval(index, [{"supporting_titles": [], **row} for row in rows], [k])
+    if not scores.searchable:
+        return math.nan
+    share = scores.answer[k].mean
+    if share < FEWEST_FOUND:
+        logger.warning(
+            f"Only {round(share * scores.searchable)} of {scores.searchable} sampled questions have an answer among "
+            f"the first {k} passages that a search with the question finds. Is this an index of another corpus? (For "
+            "multi-hop questions over all of Wikipedia it may be right.) `igpo eval --retrieval-only` measures it."
+        )
+    return share
 
 
 def retrieval_table(scores: Sequence[RetrievalScores]) -> Table:

@@ -6,13 +6,15 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from ..rewards import Variant, exact_match, extract_answer, f1_score
 from ..trajectory import Trajectory
 from .intervals import Interval, bootstrap_interval
 from .run import key_of
 from .tables import Table, format_interval, format_number, format_percent, format_share, to_plain
+
+T = TypeVar("T")
 
 AVERAGE = "average"
 
@@ -140,10 +142,11 @@ class RunScores:
 
     def tables(self) -> list[Table]:
         """A table of the scores, and one of the stop reasons."""
-        shown = [name for name in METRICS if any(name in scores.metrics for scores in self.sets.values())]
-        reasons = sorted({reason for scores in self.sets.values() for reason in scores.stops})
+        sets = without_repetition(self.sets)
+        shown = [name for name in METRICS if any(name in scores.metrics for scores in sets.values())]
+        reasons = sorted({reason for scores in sets.values() for reason in scores.stops})
         rows, stops = [], []
-        for name, scores in self.sets.items():
+        for name, scores in sets.items():
             cells = [format_interval(scores.metrics.get(m), METRICS[m][1], m in WITH_INTERVAL) for m in shown]
             rows.append([name, str(scores.questions), *cells])
             cells = [format_share(scores.stops.get(reason, 0.0)) for reason in reasons]
@@ -177,9 +180,13 @@ def score_run(trajectories: Sequence[Trajectory], variant: Variant = "squad", se
         stops[key_of(trajectory).dataset][trajectory.stop_reason or "unknown"] += 1
     values = question_values(trajectories, variant)
     sets = {name: _set_scores([metrics], [stops[name]], seed) for name, metrics in values.items()}
-    if len(sets) > 1:
-        sets[AVERAGE] = _set_scores(list(values.values()), list(stops.values()), seed)
+    sets[AVERAGE] = _set_scores(list(values.values()), list(stops.values()), seed)
     return RunScores(sets, variant)
+
+
+def without_repetition(sets: Mapping[str, T]) -> dict[str, T]:
+    """What tables show of values by data set: the average of a single set would only repeat it."""
+    return {name: value for name, value in sets.items() if name != AVERAGE or len(sets) > 2}
 
 
 def _set_scores(

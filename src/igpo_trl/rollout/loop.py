@@ -22,6 +22,7 @@ from ..trajectory import StopReason
 from .observations import ObservationEncoder
 from .round_log import RoundLog
 from .tool_calls import CallSyntax, ToolCall, read_calls
+from .tool_failures import FailureWatch
 from .tool_results import ToolErrorKind, ToolResult
 from .tool_runner import ToolRunner
 
@@ -156,6 +157,7 @@ class RolloutLoop:
         end_token_ids (list of `int`): tokens that end a turn, padding included.
         idle_ranks_sample (`bool`): whether a rank without rollouts must still take part in every sampling, as with
             sharded models and vLLM.
+        failure_watch ([`FailureWatch`], *optional*): told how the tools have worked after every batch.
     """
 
     def __init__(
@@ -169,6 +171,7 @@ class RolloutLoop:
         any_rank: Callable[[bool], bool] = bool,
         end_token_ids: Sequence[int] = (),
         idle_ranks_sample: bool = False,
+        failure_watch: FailureWatch | None = None,
     ):
         self.tokenizer = tokenizer
         self.limits = limits
@@ -178,6 +181,7 @@ class RolloutLoop:
         self._any_rank = any_rank
         self._end_token_ids = frozenset([*end_token_ids, tokenizer.pad_token_id])
         self._idle_ranks_sample = idle_ranks_sample
+        self._failure_watch = failure_watch
         self._call_syntax = CallSyntax(tokenizer)
         self._schemas: dict[Any, dict[str, Any]] = {}
         if limits.forced_answer_prompt is not None:  # a template that cannot render the request says so now
@@ -221,6 +225,8 @@ class RolloutLoop:
         log.stops = [rollout.stop or StopReason.ANSWERED for rollout in rollouts]
         log.tools_called = [rollout.tools_called for rollout in rollouts]
         log.num_forced_answers = sum(rollout.answer_requested for rollout in rollouts)
+        if self._failure_watch is not None:
+            self._failure_watch.update(log.tools)
         return log
 
     # ------------------------------------------------------------------------------------------------- observations
@@ -247,9 +253,9 @@ class RolloutLoop:
 
     def _run_tools(self, calls: Sequence[ToolCall], log: RoundLog) -> list[ToolResult]:
         results = []
-        for result in self.tool_runner.run(calls) if calls else []:
+        for call, result in zip(calls, self.tool_runner.run(calls) if calls else [], strict=True):
             text = self.observations.truncate(result.text)
-            log.add(result, text != result.text)
+            log.add(call.name, result, text != result.text)
             results.append(result._replace(text=text))
         return results
 

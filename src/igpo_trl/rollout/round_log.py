@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..trajectory import StopReason
+from .tool_failures import ToolCounts
 from .tool_results import ToolErrorKind, ToolResult
 
 
@@ -21,6 +22,7 @@ class RoundLog:
         num_calls (`int`): tool calls, including those that could not be run.
         num_truncated (`int`): results cut down to `max_tool_response_tokens`.
         errors (`Counter`): calls without a result, by kind.
+        tools (`dict[str, ToolCounts]`): calls that have run, by name of the tool.
         latencies (list of `float`): seconds of every call that was run.
         tools_called (list of list of tuple of `str`): names of the tools that each turn of each rollout called.
     """
@@ -30,12 +32,14 @@ class RoundLog:
     num_calls: int = 0
     num_truncated: int = 0
     errors: Counter[ToolErrorKind] = field(default_factory=Counter)
+    tools: dict[str, ToolCounts] = field(default_factory=dict)
     latencies: list[float] = field(default_factory=list)
     tools_called: list[list[tuple[str, ...]]] = field(default_factory=list)
 
-    def add(self, result: ToolResult, truncated: bool) -> None:
-        """Count one tool call."""
+    def add(self, name: str, result: ToolResult, truncated: bool) -> None:
+        """Count one call of the tool of this name."""
         self.num_calls += 1
+        self.tools.setdefault(name, ToolCounts()).add(result)
         self.num_truncated += truncated
         if result.error is not None:
             self.errors[result.error] += 1

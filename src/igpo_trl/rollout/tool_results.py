@@ -35,11 +35,13 @@ class ToolResult(NamedTuple):
         text (`str`): The observation, always valid UTF-8. An error begins with "Error: ".
         error (`ToolErrorKind`, *optional*): The kind of error, `None` for a result of the tool.
         seconds (`float`, *optional*): Duration from the moment the call started, `None` if it did not run.
+        unavailable (`bool`): Whether the error is not the fault of the arguments, see [`is_unavailable`].
     """
 
     text: str
     error: ToolErrorKind | None = None
     seconds: float | None = None
+    unavailable: bool = False
 
 
 def cut(text: str, limit: int = MAX_ERROR_CHARACTERS) -> str:

@@ -15,6 +15,7 @@ import tenacity
 
 from ..tools import ToolOptions, options_of, retry_pause
 from .tool_calls import ToolCall, signature_of
+from .tool_failures import is_unavailable
 from .tool_results import ToolErrorKind, ToolResult, as_text, describe, error_result, show
 
 logger = logging.getLogger(__name__)
@@ -240,7 +241,8 @@ class Round:
             problem = f"returned a value of type {type(outcome.value).__name__}, which is not text."
             advice = "Return a string, or declare what it returns (`-> dict`)."
             self._warn(function, f"the tool {call.name!r} {problem} {advice}")
-        self.results[i] = error_result(kind, f"{call.name} {problem}", seconds)
+        unavailable = outcome is None or is_unavailable(outcome.error, options_of(function).retry_on)
+        self.results[i] = error_result(kind, f"{call.name} {problem}", seconds)._replace(unavailable=unavailable)
 
     def _warn(self, function: Any, text: str) -> None:
         """Log a warning, once per tool: the tool is at fault, and only the policy reads the observation."""

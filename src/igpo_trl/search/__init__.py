@@ -5,6 +5,7 @@ Every name is imported on first use, because the HTTP client and the optional pa
 """
 
 import importlib
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,27 +62,47 @@ def __dir__() -> list[str]:
 
 
 def open_search(
-    source: str | Path, *, model: "str | Path | SentenceTransformer | None" = None, device: str | None = None
+    source: Searchable | str | Path,
+    *,
+    model: "str | Path | SentenceTransformer | None" = None,
+    device: str | None = None,
 ) -> Searchable:
     """
     Opens an index or connects to a search server.
 
     Args:
-        source (`str` or `Path`): A directory for [`load_index`], or an `http://` or `https://` address for
-            [`HTTPSearch`].
+        source (`str`, `Path` or `Searchable`): A directory for [`load_index`], or an `http://` or `https://` address
+            for [`HTTPSearch`]. What is open already is returned as it is.
         model, device:
             As for [`load_index`]; a server has its own.
 
     Raises:
         FileNotFoundError: There is no index in the directory.
         ValueError: The index cannot be read, or the address is of another kind.
+        TypeError: The source is nothing that can be searched.
     """
+    if not isinstance(source, (str, Path)):
+        if isinstance(source, type) or not callable(getattr(source, "search_batch", None)):
+            raise TypeError(
+                f"got {source!r} ({type(source).__name__}), expected an index, the directory of one, or the address "
+                "of a search server."
+            )
+        return source
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         from .network.client import HTTPSearch
 
         return HTTPSearch(source)
     if "://" in str(source):
         raise ValueError(f"got {source!r}, expected the directory of an index, or an http:// or https:// address.")
+    if not Path(source).exists() and re.fullmatch(r"[\w.-]+:\d+(/.*)?", str(source)):
+        raise ValueError(
+            f"got {str(source)!r}: the address of a search server begins with http://, as http://{source}."
+        )
+    if Path(source).is_file():
+        raise ValueError(
+            f"{source} is a file, expected the directory of an index. Make one with: igpo index --corpus {source} "
+            "--out index/"
+        )
     from .indexes.hybrid import load_index
 
     return load_index(source, model=model, device=device)

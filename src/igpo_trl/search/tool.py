@@ -1,11 +1,13 @@
 """The search tool that a policy calls."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
 from ..tools import tool
+from . import open_search
 from .passages import Passage, first_words
 from .searchable import Searchable
 
@@ -16,7 +18,7 @@ MAX_QUERIES = 8
 
 
 def SearchTool(
-    index: Searchable,
+    index: Searchable | str | Path,
     k: int = 3,
     max_words: int | None = 200,
     *,
@@ -32,7 +34,7 @@ def SearchTool(
     once.
 
     Args:
-        index (`Searchable`): What to search.
+        index (`Searchable`, `str` or `Path`): What to search: an index, or what [`open_search`] opens.
         k (`int`, *optional*, defaults to `3`): Number of passages per query.
         max_words (`int`, *optional*, defaults to `200`): Longest passage shown, in words; the rest is cut off. `None`
             for no limit.
@@ -45,6 +47,7 @@ def SearchTool(
 
     Raises:
         ValueError: `k` or `max_words` is not positive.
+        FileNotFoundError, TypeError, ValueError: See [`open_search`].
 
     Example:
 
@@ -59,11 +62,12 @@ def SearchTool(
         raise ValueError(f"got k={k}, expected at least 1.")
     if max_words is not None and max_words < 1:
         raise ValueError(f"got max_words={max_words}, expected at least 1, or None for no limit.")
+    searchable = open_search(index)
 
     def search_all(query: Sequence[str]) -> list[str]:
         answers = [_problem(one) for one in query]
         valid = [i for i, problem in enumerate(answers) if not problem]
-        results = index.search_batch([query[i] for i in valid], k) if valid else []
+        results = searchable.search_batch([query[i] for i in valid], k) if valid else []
         for i, passages in zip(valid, results, strict=True):
             shown = [f"[{rank}] {_render(passage, max_words)}" for rank, passage in enumerate(passages, start=1)]
             answers[i] = "\n\n".join(shown) or "No passage matches this query. Try other words."

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...files import replace_when_complete
+from .. import open_search
 from ..passages import Corpus, Passage, read_passages
 from ..searchable import Searchable
 from .bm25 import KIND as BM25_KIND
@@ -31,7 +32,8 @@ class HybridIndex(Index):
     the retrievers need not be comparable. With a single retriever the order is its own.
 
     Args:
-        parts (`Sequence[Searchable]`): What to fuse; passages are the same if their ids are.
+        parts (sequence of `Searchable`, `str` or `Path`): What to fuse: indexes, or what [`open_search`] opens.
+            Passages are the same if their ids are.
         constant (`int`, *optional*, defaults to `60`): The larger, the less the first ranks outweigh later ones.
         depth (`int`, *optional*, defaults to `50`): Results requested from each part, or `k` if that is more.
 
@@ -46,12 +48,14 @@ class HybridIndex(Index):
     ```
     """
 
-    def __init__(self, parts: Sequence[Searchable], *, constant: int = 60, depth: int = 50) -> None:
+    def __init__(self, parts: Sequence[Searchable | str | Path], *, constant: int = 60, depth: int = 50) -> None:
         if not parts:
             raise ValueError("got no parts, expected at least one index.")
         if constant < 1 or depth < 1:
             raise ValueError(f"got constant={constant}, depth={depth}; expected both to be at least 1.")
-        self.parts = list(parts)
+        if isinstance(parts, (str, Path)):
+            raise TypeError(f"got parts={parts!r}, expected a list. Load an index with `HybridIndex.load` instead.")
+        self.parts = [open_search(part) for part in parts]
         self.constant = constant
         self.depth = depth
 

@@ -165,6 +165,8 @@ def ReadPageTool(
     """
     check_numbers(max_words=max_words)
     pages = PageReader() if reader is None else reader
+    if not callable(getattr(pages, "read", None)):
+        raise TypeError(f"got reader={reader!r}, expected a PageReader, such as PageReader({reader!r}).")
     # The attempts, the pauses between them, and the time to look up names and to extract the text.
     limit = pages.max_attempts * (pages.timeout + 5.0) + 10.0
 

@@ -1,6 +1,7 @@
 """A search server: any index over HTTP, with the `/retrieve` protocol of Search-R1.
 
-Request: `POST /retrieve {"queries": [text, …], "topk": k, "return_scores": true}`.
+Request: `POST /retrieve {"queries": [text, …], "topk": k, "return_scores": true}`. Other clients call the first two
+`query` and `top_k` or `k`, and send a single query as a string; both are read. Any other field is an error.
 
 Response: `{"result": [[{"document": {"id": …, "title": …, "contents": …}, "score": …}, …], …]}`, one list per query.
 Without `return_scores`, the lists contain the documents themselves. `contents` is the title in quotes on its own line,
@@ -9,14 +10,17 @@ then the text.
 
 import asyncio
 import contextlib
+import difflib
 import json
 import socket
 from collections.abc import AsyncIterator, Sized
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
 
 from ... import __version__
+from .. import open_search
 from ..extras import require
 from ..passages import Passage
 from ..searchable import Searchable
@@ -30,14 +34,14 @@ if TYPE_CHECKING:
 
 
 def create_app(
-    index: Searchable,
+    index: Searchable | str | Path,
     *,
     topk: int = 3,
     max_batch: int = 256,
     max_wait: float = 0.002,
-    max_queries: int = 1024,
+    max_queries: int = 8192,
     max_topk: int = 100,
-    max_body: int = 4 * 1024 * 1024,
+    max_body: int = 64 * 1024 * 1024,
     max_waiting: int = 16384,
 ) -> "Starlette":
     """
@@ -46,14 +50,15 @@ def create_app(
     Queries of concurrent requests are looked up together, in a thread, one batch at a time.
 
     Args:
-        index (`Searchable`): What to search.
+        index (`Searchable`, `str` or `Path`): What to search: an index, or what [`open_search`] opens.
         topk (`int`, *optional*, defaults to `3`): Passages per query for requests without `topk`.
         max_batch (`int`, *optional*, defaults to `256`): Maximum number of queries per call of the index.
         max_wait (`float`, *optional*, defaults to `0.002`): Seconds that a query waits for others before an idle index
             is searched.
-        max_queries (`int`, *optional*, defaults to `1024`): Maximum number of queries per request.
+        max_queries (`int`, *optional*, defaults to `8192`): Maximum number of queries per request. Search-R1 sends
+            those of all rollouts at once, 2,560 at its published settings.
         max_topk (`int`, *optional*, defaults to `100`): Maximum number of passages per query.
-        max_body (`int`, *optional*, defaults to 4 MiB): Maximum size of a request, in bytes.
+        max_body (`int`, *optional*, defaults to 64 MiB): Maximum size of a request, in bytes.
         max_waiting (`int`, *optional*, defaults to `16384`): Maximum number of waiting queries; a request that exceeds
             it gets status 503, so the client tries again.
 
@@ -72,11 +77,12 @@ def create_app(
         raise ValueError(f"got max_wait={max_wait}, expected seconds, 0 or more.")
     if topk > max_topk:
         raise ValueError(f"got topk={topk}, expected at most max_topk={max_topk}.")
+    searchable = open_search(index)
     request_type = _request_type(max_queries, max_topk)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: "Starlette") -> AsyncIterator[None]:
-        app.state.batcher = QueryBatcher(index, max_batch, max_wait, max_waiting)
+        app.state.batcher = QueryBatcher(searchable, max_batch, max_wait, max_waiting)
         worker = asyncio.create_task(app.state.batcher.run())
         try:
             yield
@@ -88,7 +94,7 @@ def create_app(
     async def retrieve(request: "Request") -> "Response":
         body = await _read(request, max_body)
         if body is None:
-            return _problem(413, f"the request is longer than {max_body} bytes.")
+            return _problem(413, f"the request is longer than {max_body} bytes. Send less, or raise `max_body`.")
         try:
             query = request_type.model_validate_json(body)
         except pydantic.ValidationError as error:
@@ -102,7 +108,7 @@ def create_app(
         return _json({"result": [[_item(p, query.return_scores) for p in passages] for passages in results]})
 
     async def health(request: "Request") -> "Response":
-        return _json({"status": "ok", **_summary(index)})
+        return _json({"status": "ok", **_summary(searchable)})
 
     async def refuse(request: "Request", error: Exception) -> "Response":
         assert isinstance(error, HTTPException)
@@ -116,7 +122,7 @@ def create_app(
     )
 
 
-def serve(index: Searchable, host: str = "127.0.0.1", port: int = 8000, **limits: Any) -> None:
+def serve(index: Searchable | str | Path, host: str = "127.0.0.1", port: int = 8000, **limits: Any) -> None:
     """
     Serves an index over HTTP until the process gets SIGTERM or SIGINT; it then finishes the requests in progress.
 
@@ -124,7 +130,7 @@ def serve(index: Searchable, host: str = "127.0.0.1", port: int = 8000, **limits
     only your own machines can reach.
 
     Args:
-        index (`Searchable`): What to search.
+        index (`Searchable`, `str` or `Path`): What to search: an index, or what [`open_search`] opens.
         host (`str`, *optional*, defaults to `"127.0.0.1"`): Address to listen on; `"0.0.0.0"` for all addresses of
             this machine.
         port (`int`, *optional*, defaults to `8000`): Port to listen on; 0 for a free one.
@@ -139,6 +145,7 @@ def serve(index: Searchable, host: str = "127.0.0.1", port: int = 8000, **limits
     require("uvicorn", "A search server", "serve")
     import uvicorn
 
+    index = open_search(index)
     app = create_app(index, **limits)
     listener = listen(host, port)
     name = f"[{host}]" if ":" in host else host
@@ -197,21 +204,58 @@ async def _read(request: "Request", limit: int) -> bytes | None:
     return None
 
 
+_TOPK = ("topk", "top_k", "k")
+
+
 def _request_type(max_queries: int, max_topk: int) -> Any:
+    def as_list(queries: Any) -> Any:
+        queries = [queries] if isinstance(queries, str) else queries
+        if isinstance(queries, list) and len(queries) > max_queries:
+            raise ValueError(
+                f"got {len(queries)} queries, expected at most {max_queries}. Send several requests, or raise "
+                "`max_queries` (igpo serve --max-queries)"
+            )
+        return queries
+
+    def in_range(topk: int) -> int:
+        if topk > max_topk:
+            raise ValueError(
+                f"got {topk}, expected at most {max_topk}. Ask for less, or raise `max_topk` (igpo serve --max-topk)"
+            )
+        return topk
+
     class RetrieveRequest(pydantic.BaseModel):
-        queries: Annotated[list[str], pydantic.Field(max_length=max_queries)]
+        model_config = pydantic.ConfigDict(extra="forbid")
+
+        queries: Annotated[list[str], pydantic.BeforeValidator(as_list)] = _field("queries", "query")
         # None and 0 mean the default, as on the server of Search-R1.
-        topk: Annotated[int, pydantic.Field(ge=0, le=max_topk)] | None = None
+        topk: Annotated[int, pydantic.Field(ge=0), pydantic.AfterValidator(in_range)] | None = _field(
+            *_TOPK, default=None
+        )
         return_scores: bool = False
 
     return RetrieveRequest
 
 
+def _field(*names: str, **options: Any) -> Any:
+    """A field with several names, of which a request may use one."""
+    return pydantic.Field(validation_alias=pydantic.AliasChoices(*names), **options)
+
+
 def _first_problem(error: pydantic.ValidationError) -> str:
-    problem = error.errors()[0]
+    # What a misspelt field is called says more than that the right one is missing.
+    problem = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in problem["loc"])
+    text = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        names = ["queries", "query", *_TOPK, "return_scores"]
+        near = difflib.get_close_matches(where, names, 1)
+        if where in names:
+            text = "another name of a field that the request has already"
+        else:
+            text = "no such field" + (f"; did you mean `{near[0]}`" if near else "")
     example = 'Expected {"queries": ["…"], "topk": 3, "return_scores": true}.'
-    return f"{f'`{where}`: ' if where else ''}{problem['msg']}. {example}"
+    return f"{f'`{where}`: ' if where else ''}{text}. {example}"
 
 
 def _item(passage: Passage, scored: bool) -> dict[str, Any]:

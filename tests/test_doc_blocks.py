@@ -1,0 +1,318 @@
+"""Every block of code in the documents runs, or its commands are read by the programs that they are for."""
+
+import argparse
+import doctest
+import gzip
+import importlib
+import json
+import pkgutil
+import re
+import runpy
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import test_data_hub
+import tiny
+import typer
+from accelerate.commands.launch import launch_command_parser
+from test_search_dense import make_model
+from test_serve import PASSAGES, Running, post
+
+import igpo_trl
+import igpo_trl.search
+from igpo_trl import IGPOConfig, IGPOTrainer
+from igpo_trl.cli import train as training
+from igpo_trl.cli.app import app
+from igpo_trl.data import QUESTION_SETS
+from igpo_trl.search import BM25Index, DenseIndex, WebSearch
+from igpo_trl.trajectory import Trajectory, Turn, write_jsonl
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+NOT_CODE = ("text", "bibtex", "json")  # diagrams, the citation, a response that is compared with the server's
+
+
+class Block(NamedTuple):
+    page: str
+    line: int
+    language: str
+    code: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(str(page.relative_to(ROOT)), text[: match.start()].count("\n") + 1, match[1], match[2])
+        for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    ]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+def test_every_block_has_a_language_that_is_checked_here():
+    assert {block.language for block in BLOCKS} <= {"python", "bash", *NOT_CODE}
+    assert len(BLOCKS) == sum(page.read_text(encoding="utf-8").count("\n```") for page in PAGES) / 2
+
+
+# ------------------------------------------------------------------------------------------------------------- Python
+
+# What is too large, or not on this machine, and what takes its place.
+SUBSTITUTES = {
+    '"Qwen/Qwen2.5-3B-Instruct"': '"tiny-model"',
+    "gradient_accumulation_steps=16,": "gradient_accumulation_steps=1, max_turn_length=8, max_steps=1, use_cpu=True, "
+    "bf16=False, report_to='none', disable_tqdm=True,",
+}
+
+
+CPU = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "max_turn_length": 8}
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """The files of somebody who reads the documents, small; the sets of the hub; nothing can be pushed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SERPER_API_KEY", "none")
+    monkeypatch.setattr(IGPOTrainer, "push_to_hub", lambda trainer: None)  # tests/test_hub.py pushes
+    questions = [{"id": str(i), "question": f"Who wrote Dune {i}?", "answers": ["Frank Herbert"]} for i in range(8)]
+    for name, rows in {"corpus.jsonl.gz": PASSAGES, "questions.jsonl.gz": questions}.items():
+        with gzip.open(name, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    Path("more.csv").write_text("question,answers\nWho?,I\n")
+    Path("prompts").mkdir()
+    Path("prompts/mine.txt").write_text("Answer.")
+    tiny.make_model("qwen2", max_position_embeddings=8192).save_pretrained("tiny-model")
+    tiny.make_tokenizer().save_pretrained("tiny-model")
+    info = {"dataset": "nq", "id": "1", "sample": 0}
+    rollout = Trajectory("Who?", [Turn("<answer>I</answer>", "", 3)], ["I"], stop_reason="answered", info=info)
+    write_jsonl("outputs/eval/run/trajectories/rank0.jsonl", [rollout])
+    for repository, files in test_data_hub.repositories().items():
+        for path, body in files.items():
+            file = Path("hub", repository, path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(body)
+    for name, one in QUESTION_SETS.items():
+        monkeypatch.setitem(QUESTION_SETS, name, one._replace(repository=str(tmp_path / "hub" / one.repository)))
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
+def test_python_runs_by_itself(block, reader, monkeypatch):
+    """In a namespace of its own: what a block needs and does not import is a NameError for who copies it."""
+    code = block.code
+    for original, substitute in SUBSTITUTES.items():
+        code = code.replace(original, substitute)
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    names = {"__name__": "example"}
+    exec(compile(code, str(block), "exec"), names)
+    if "Geography" in names:
+        config = IGPOConfig("out", max_steps=1, num_generations=2, per_device_train_batch_size=2, **CPU)
+        trainer = IGPOTrainer("tiny-model", args=config, environment_factory=names["Geography"])
+        trainer.train()
+        assert set(trainer.current_step.answers) <= {tuple(answers) for answers in names["CAPITALS"].values()}
+    if "look_up" in names:
+        assert names["look_up"]("Dune") == names["look_up_many"](["Dune"])[0] != names["look_up"]("Rome")
+
+
+def examples() -> Iterator[doctest.DocTest]:
+    """The examples of docstrings, which the reference on the site shows."""
+    for module in pkgutil.walk_packages(igpo_trl.__path__, "igpo_trl."):
+        source = Path(module.module_finder.path, f"{module.name.split('.')[-1]}.py")
+        if source.is_file() and ">>> " in source.read_text(encoding="utf-8"):
+            for found in doctest.DocTestFinder().find(importlib.import_module(module.name), module.name):
+                if found.examples and found.examples[0].source.strip():
+                    yield found
+
+
+@pytest.mark.parametrize("example", list(examples()), ids=lambda example: example.name)
+def test_examples_of_docstrings_run(example, reader, monkeypatch):
+    make_model(Path("encoder"))
+    BM25Index.build("corpus.jsonl.gz", directory="bm25", show_progress=False)
+    DenseIndex.build("corpus.jsonl.gz", "dense", model="encoder", show_progress=False)
+    monkeypatch.setattr(WebSearch, "search", lambda self, query, k: [])  # tests/test_search_web.py has a service
+    example.globs.update({name: getattr(igpo_trl.search, name) for name in igpo_trl.search.__all__})
+    with Running(BM25Index.load("bm25")) as server:
+        for each in example.examples:
+            each.source = each.source.replace("http://127.0.0.1:8000", server.url)
+            each.source = each.source.replace("intfloat/e5-base-v2", "encoder").replace('"index/"', '"bm25/"')
+            shown = each.want.split("```")[0]  # the end of the block
+            each.want = "...\n" if "…" in shown else shown  # what is shortened cannot be compared
+        runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+        runner.run(example, clear_globs=False)
+    assert runner.tries == len(example.examples) and not runner.failures
+
+
+# --------------------------------------------------------------------------------------------------------------- bash
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """Runs a block in a real shell, in a copy of the checkout whose programs only write down how they were called."""
+    checkout, programs, records = tmp_path / "checkout", tmp_path / "programs", tmp_path / "records"
+    for folder in (checkout / ".venv/bin", checkout / "igpo-trl", checkout / "my-encoder", programs, records):
+        folder.mkdir(parents=True)
+    for name in ("configs", "accelerate_configs", "benchmarks", "tests", "train.py", "Makefile"):
+        (checkout / name).symlink_to(ROOT / name)
+    recorder = '#!/bin/bash\nprintf "%s\\0" "${0##*/}" "$@" > "$(mktemp "$RECORDS/XXXXXX")"\n'
+    for name in ("igpo", "accelerate", "python", "pip", "make", "git", "curl"):
+        (programs / name).write_text(recorder)
+        (programs / name).chmod(0o755)
+    (checkout / ".venv/bin/python").symlink_to(programs / "python")
+    (checkout / ".venv/bin/activate").touch()
+    for name in ("run", "grpo", "igpo"):
+        (checkout / "outputs/eval" / name).mkdir(parents=True)
+    for path in ("corpus/hotpotqa.jsonl.gz", "questions/hotpotqa.jsonl.gz"):
+        file = tmp_path / "shared/data" / path
+        file.parent.mkdir(parents=True)
+        file.touch()
+    rollouts = checkout / "outputs/demo/igpo_critic/trajectories/rank0.jsonl"  # what `igpo demo` leaves
+    rollouts.parent.mkdir(parents=True)
+    rollouts.touch()
+    monkeypatch.chdir(checkout)
+
+    def run(code: str) -> list[list[str]]:
+        for record in records.iterdir():
+            record.unlink()
+        code = code.replace("<address of this repository>", "https://host/repository.git")
+        subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", code + "\nwait"],
+            env={"PATH": f"{programs}:/usr/bin:/bin", "RECORDS": str(records), "LC_ALL": "C.UTF-8"},
+            check=True,
+            timeout=60,
+        )
+        return sorted(file.read_text(encoding="utf-8").split("\0")[:-1] for file in records.iterdir())
+
+    return run
+
+
+class Parsed(BaseException):
+    """Ends a program as soon as it has read its arguments."""
+
+
+def parse_igpo(arguments, monkeypatch):
+    """By the real command line, whose commands do nothing."""
+    if arguments[:1] == ["train"]:
+        return parse_training(arguments[1:], monkeypatch)
+    calls = []
+
+    def disarm(command, name):
+        command.callback = lambda **options: calls.append(name)
+        for child, each in getattr(command, "commands", {}).items():
+            disarm(each, child)
+
+    command = typer.main.get_command(app)
+    disarm(command, "igpo")
+    command.main(arguments, prog_name="igpo", standalone_mode=False)
+    assert calls or arguments == ["--help"]
+
+
+def parse_training(arguments, monkeypatch):
+    calls = []
+    monkeypatch.setattr(training, "run_training", lambda script, config, model: calls.append((script, config, model)))
+    training.main([*arguments, "--use_cpu", "true", "--bf16", "false"])
+    ((_, _, model),) = calls
+    assert model.model_name_or_path
+
+
+def parse_accelerate(arguments, monkeypatch):
+    assert arguments[0] == "launch"
+    options = launch_command_parser().parse_args(arguments[1:])
+    assert options.config_file is None or Path(options.config_file).is_file()
+    if options.module:
+        assert options.training_script == "igpo_trl"
+        parse_igpo(options.training_script_args, monkeypatch)
+    else:
+        assert options.training_script == "train.py"
+        parse_training(options.training_script_args, monkeypatch)
+
+
+def parse_python(arguments, monkeypatch):
+    if arguments[:2] == ["-m", "pytest"]:
+        assert Path(arguments[2]).is_file()
+        return
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, *given):
+        parse_args(self, *given)
+        raise Parsed
+
+    script = Path(arguments[0])
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.syspath_prepend(str(script.resolve().parent))
+    with pytest.raises(Parsed):
+        runpy.run_path(str(script), run_name="__main__")
+
+
+def parse_pip(arguments, monkeypatch):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert arguments[0] == "install"
+    for named in re.findall(r"(?:^\.|^igpo-trl)\[(.+)\]", "\n".join(arguments), re.MULTILINE):
+        assert set(named.split(",")) <= extras.keys()
+
+
+def parse_make(arguments, monkeypatch):
+    done = subprocess.run(
+        ["make", "-n", f"PYTHON={sys.executable}", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def run_curl(arguments, monkeypatch):
+    """The server's answer has the form that the block after it shows."""
+    page, (address, option, body) = "docs/search_network.md", arguments
+    assert option == "-d" and address.startswith("http://127.0.0.1:8000/")
+    (shown,) = [json.loads(block.code) for block in BLOCKS if (block.page, block.language) == (page, "json")]
+    index = BM25Index.build(PASSAGES, show_progress=False)
+    with Running(index) as server:
+        status, answer = post(server.url, body.encode(), address.removeprefix("http://127.0.0.1:8000"))
+    assert status == 200
+
+    def form(value):
+        if isinstance(value, dict):
+            return {name: form(each) for name, each in value.items()}
+        return [form(each) for each in value] if isinstance(value, list) else type(value)
+
+    assert form(answer) == form(shown)
+
+
+PROGRAMS = {
+    "igpo": parse_igpo,
+    "accelerate": parse_accelerate,
+    "python": parse_python,
+    "pip": parse_pip,
+    "make": parse_make,
+    "curl": run_curl,
+    "git": lambda arguments, monkeypatch: None,  # clones from a placeholder
+}
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "bash"], ids=str)
+def test_commands_are_read_by_their_programs(block, commands, monkeypatch):
+    called = commands(block.code)
+    assert called
+    for program, *arguments in called:
+        with monkeypatch.context() as patch:
+            PROGRAMS[program](arguments, patch)
+
+
+def test_a_wrong_option_in_a_document_would_be_noticed(commands, monkeypatch):
+    for code in (
+        "igpo index --corpus a --outt b",
+        "igpo evaluate",
+        "accelerate launch train.py --config configs/hotpotqa_cpu.yaml --questionz x",
+        "accelerate launch --config_file accelerate_configs/none.yaml train.py --config configs/hotpotqa_cpu.yaml",
+        "python benchmarks/learning.py --seedz 5",
+        'pip install "igpo-trl[vlm]"',
+        "make tested",
+    ):
+        ((program, *arguments),) = commands(code)
+        with pytest.raises((Exception, SystemExit)), monkeypatch.context() as patch:
+            PROGRAMS[program](arguments, patch)
