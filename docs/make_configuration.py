@@ -17,26 +17,27 @@ HEADER = """# Configuration
 
 Look up here what you can set. `python docs/make_configuration.py` makes this page from the help texts of the code.
 
-In Python the fields of `IGPOConfig` are its arguments. In a configuration file of `igpo train` or `train.py` they are keys
-(`max_turns: 5`), and on its command line they are options (`--max_turns 5`), which take precedence. A file's values are
-checked like those of the command line.
+In Python the fields of `IGPOConfig` are its arguments. In a configuration file of `igpo train` or `train.py` they are
+keys (`max_turns: 5`), and on its command line they are options (`--max_turns 5`), which take precedence. Values of
+both are checked in the same way.
 
-`igpo train --help` lists the options of this page and the most used ones of TRL, `igpo train --help-all` all of them. An
-error is one line; `--debug` shows its traceback.
+`igpo train --help` lists the options of this page and the most used ones of TRL, `igpo train --help-all` all of them.
+An error is one line; `--debug` shows its traceback.
 
 ## IGPOConfig
 
-What `IGPOConfig` adds to `trl.GRPOConfig`; it takes every argument of `GRPOConfig` as well. Without a GPU that computes in
-bfloat16, `bf16` is `False` unless it is set.
+What `IGPOConfig` adds to `trl.GRPOConfig`; it takes every argument of `GRPOConfig` as well. Without a GPU that
+computes in bfloat16, `bf16` is `False` unless you set it.
 
 """
 
 SCRIPT = """
 ## Data and search
 
-What `igpo train` and `train.py` take besides: questions, passages, and how they are searched. In Python these are arguments
-of [`load_questions`](data.md) and [`SearchTool`](search.md). The options of the model, such as `model_name_or_path` and
-`use_peft`, are those of TRL's `ModelConfig`; the directory of a PEFT adapter is a model too, and is trained further.
+What `igpo train` and `train.py` take besides: questions, passages, and how they are searched. In Python these are
+arguments of [`load_questions`](data.md) and [`SearchTool`](search.md). The options of the model, such as
+`model_name_or_path` and `use_peft`, are those of TRL's `ModelConfig`. The directory of a PEFT adapter is a model too,
+and is trained further.
 
 """
 

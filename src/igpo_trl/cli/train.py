@@ -198,8 +198,9 @@ def keep_tensorboard_folder(trainer: IGPOTrainer, resumes: bool) -> None:
 @contextmanager
 def log_lines() -> Iterator[None]:
     """
-    Prints what the package logs: notes by the main process, warnings by all. Leaves out what other packages say of each
-    other's future versions.
+    Prints what the package logs: notes by the main process, warnings by all.
+
+    What other packages say of each other's future versions is left out.
     """
     handler, log = logging.StreamHandler(), logging.getLogger("igpo_trl")
     level = log.level
