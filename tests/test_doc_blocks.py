@@ -172,7 +172,7 @@ def commands(tmp_path, monkeypatch):
         file = tmp_path / "shared/data" / path
         file.parent.mkdir(parents=True)
         file.touch()
-    rollouts = checkout / "outputs/demo/igpo_critic/trajectories/rank0.jsonl"  # what `igpo demo` leaves
+    rollouts = checkout / "outputs/demo-quick/igpo_critic/trajectories/rank0.jsonl"  # what `igpo demo --quick` leaves
     rollouts.parent.mkdir(parents=True)
     rollouts.touch()
     monkeypatch.chdir(checkout)

@@ -24,6 +24,7 @@ from igpo_trl.cli import train as training
 from igpo_trl.cli.app import app
 from igpo_trl.cli.arguments import ScriptArguments, TrainParser
 from igpo_trl.data import SYSTEM_PROMPTS
+from igpo_trl.rollout.tool_failures import ToolUnavailable
 from igpo_trl.sandbox.tiny_model import SYSTEM_PROMPT, make_tiny_model
 from igpo_trl.search import BM25Index
 from igpo_trl.search.indexes import bm25
@@ -124,7 +125,7 @@ def test_trains_saves_and_resumes_from_the_command_line(arguments, repository, t
     assert json.loads((run / "evaluation.json").read_text())["before"] == before
 
 
-@pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM", "crash"])
+@pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM", "crash", "outage"])
 def test_a_run_that_ends_early_says_how_to_resume_it(arguments, monkeypatch, tmp_path, stop):
     train = IGPOTrainer.train
 
@@ -132,6 +133,8 @@ def test_a_run_that_ends_early_says_how_to_resume_it(arguments, monkeypatch, tmp
         train(trainer, *args, **kwargs)
         if stop == "crash":
             return [][0]
+        if stop == "outage":
+            raise ToolUnavailable("the tool search has failed.")
         os.kill(os.getpid(), getattr(signal, stop))
         time.sleep(60)
 
@@ -143,6 +146,9 @@ def test_a_run_that_ends_early_says_how_to_resume_it(arguments, monkeypatch, tmp
     resume += "--resume_from_checkpoint true"
     if stop == "crash":
         assert isinstance(result.exception, IndexError) and result.exception.__notes__ == [resume]
+    elif stop == "outage":
+        assert result.exit_code == 1
+        assert f"Error: the tool search has failed.\n{resume}\n" in result.stderr
     else:
         assert result.exit_code == {"SIGINT": 130, "SIGTERM": 143}[stop]
         assert f"Interrupted. {resume}" in result.stderr
@@ -180,6 +186,27 @@ def test_a_misspelt_metric_is_found_before_training(arguments, monkeypatch):
     result = CliRunner().invoke(app, ["train", *arguments, *options.split()])
     assert result.exit_code == 1
     assert "`metric_for_best_model`: the evaluation reports no eval_f2. Did you mean eval_f1" in result.stderr
+
+
+def test_accelerate_configurations_leave_the_precision_to_the_recipe(repository):
+    for path in (repository / "accelerate_configs").glob("*.yaml"):
+        assert yaml.safe_load(path.read_text())["mixed_precision"] == "no", path.name
+
+
+def test_deepspeed_trains_the_cpu_recipe(arguments, repository, tmp_path):
+    pytest.importorskip("deepspeed")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--main_process_port", "0"]
+    result = subprocess.run(
+        [*command, "--config_file", "accelerate_configs/zero2.yaml", "train.py", *arguments, "--max_steps", "1"],
+        cwd=repository,
+        env=os.environ | {"PYTHONPATH": str(repository / "src"), "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "FutureWarning" not in result.stderr
+    # ZeRO-2 cannot evaluate before it trains; the evaluation before the first step must not be missing for that.
+    assert sorted(json.loads((tmp_path / "run/evaluation.json").read_text())) == ["after", "before"]
 
 
 def test_the_command_is_the_script(arguments, monkeypatch):
