@@ -418,17 +418,17 @@ def test_context_limit(tmp_path):
 
 
 def test_a_prompt_longer_than_the_context_is_an_error(tmp_path):
-    trainer = make(tmp_path, model=tiny.make_model(max_position_embeddings=16))
-    with pytest.raises(ValueError, match=r"A prompt has \d+ tokens.*context of 16 tokens"):
-        IGPOTrainer._generate_single_turn(trainer, [[3] * 20], None, {}, num_generations=1)
+    trainer = make(tmp_path, model=tiny.make_model(max_position_embeddings=600))
+    with pytest.raises(ValueError, match=r"A prompt has 601 tokens.*context of 600 tokens"):
+        IGPOTrainer._generate_single_turn(trainer, [[3] * 601], None, {}, num_generations=1)
 
 
 def test_sampling_stops_where_no_rollout_has_room(tmp_path):
-    """Real sampling: 40 tokens of context, a prompt of 30, so at most 10 are sampled."""
+    """Real sampling: 600 tokens of context, a prompt of 590, so at most 10 are sampled."""
     trainer = tiny.make_trainer(
-        IGPOTrainer, IGPOConfig, tmp_path, model=tiny.make_model(max_position_embeddings=40), max_completion_length=999
+        IGPOTrainer, IGPOConfig, tmp_path, model=tiny.make_model(max_position_embeddings=600), max_completion_length=999
     )
-    (ids,), _ = trainer._generate_single_turn([[3] * 30], None, {}, num_generations=1)
+    (ids,), _ = trainer._generate_single_turn([[3] * 590], None, {}, num_generations=1)
     assert 1 <= len(ids) <= 10
 
 
