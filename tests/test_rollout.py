@@ -426,7 +426,11 @@ def test_a_prompt_longer_than_the_context_is_an_error(tmp_path):
 def test_sampling_stops_where_no_rollout_has_room(tmp_path):
     """Real sampling: 600 tokens of context, a prompt of 590, so at most 10 are sampled."""
     trainer = tiny.make_trainer(
-        IGPOTrainer, IGPOConfig, tmp_path, model=tiny.make_model(max_position_embeddings=600), max_completion_length=999
+        IGPOTrainer,
+        IGPOConfig,
+        tmp_path,
+        model=tiny.make_model(max_position_embeddings=600),
+        max_completion_length=999,
     )
     (ids,), _ = trainer._generate_single_turn([[3] * 590], None, {}, num_generations=1)
     assert 1 <= len(ids) <= 10
