@@ -204,6 +204,24 @@ def test_a_call_in_any_published_form_runs(family, form):
 
 
 @pytest.mark.parametrize(
+    ("family", "turn", "message"),
+    [
+        ("qwen2_5", f"I search.\n```json\n{CALL}\n```<|im_end|>", {"content": "I search."}),
+        ("qwen2_5", f"<think>So.</think>I search.\n<tools>\n{CALL}\n</tools>", {"content": "I search.", "reasoning_content": "So."}),
+        ("qwen3_6", f"So.</think>\n\n{XML}\n</tool_call>", {"content": "", "reasoning_content": "So."}),
+        ("gptoss", GPTOSS["recipient in the role"], {"content": "", "thinking": "I search."}),
+        ("gptoss", GPTOSS["after a preamble"], {"content": "I will search."}),
+        ("llama3_1", LLAMA3_1["after a sentence"], {"content": "I will search."}),
+    ],
+)  # fmt: skip
+def test_the_message_has_the_call_apart_from_the_text(family, turn, message):
+    """What reward functions read is the same whatever form the call had."""
+    function = {"name": "search", "arguments": {"query": "Paris"}}
+    calls = [{"type": "function", "function": function}]
+    assert read(turn, family).message == {"role": "assistant", "tool_calls": calls} | message
+
+
+@pytest.mark.parametrize(
     ("family", "turn", "reason"),
     [
         ("qwen2_5", '<tool_call>\n{"name": "search", "arguments": {"query": "Paris}\n</tool_call>', "invalid JSON"),

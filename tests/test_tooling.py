@@ -872,6 +872,7 @@ def own_threads():
 
 
 def test_close_ends_the_loop_and_a_later_call_starts_another():
+    gc.collect()  # runners of other tests
     before = len(own_threads())
     runner = ToolRunner()
     assert len(own_threads()) == before  # none until there is something to run

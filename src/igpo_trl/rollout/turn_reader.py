@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from ..rewards import extract_answer
+from .call_forms import MARKER
 from .tool_calls import ToolCall, check_call, malformed_call, read_calls, signature_of
 from .tool_results import ToolErrorKind, cut
 from .written_calls import WrittenCall, find_calls
@@ -20,8 +21,9 @@ _THOUGHT = r"""
     (?P<analysis><\|channel\|>\s*analysis\s*<\|message\|>) | (?P<end><\|end\|>|(?=<\|start\|>|<\|channel\|>))
     | (?P<open><think(?:ing)?>|\[THINK\]|<\|channel>thought\b|{open})
     | (?P<close></think(?:ing)?>|\[/THINK\]|<channel\|>|{close})"""
+_EMPTY_FENCE = re.compile(r"```\w*\s*(?:```|\Z)")
 _OPEN_THOUGHT = re.compile(r"(?:<think(?:ing)?>|\[THINK\])\s*\Z", re.IGNORECASE)
-_HEADER = re.compile(r"(?:<\|start\|>\w*)?<\|channel\|>\w*[^<\n]{0,80}(?:<\|constrain\|>\w*)?<\|message\|>")
+_HEADER = re.compile(r"<\|start\|>\w*|<\|channel\|>[^<\n]{0,80}|<\|constrain\|>\w*|<\|(?:message|end|return|call)\|>")
 
 
 class Reading(NamedTuple):
@@ -224,8 +226,9 @@ class TurnReader:
             if one.positional and is_read:
                 arguments = call.arguments
             entries.append({"type": "function", "function": {"name": call.name, "arguments": arguments}})
-        content = self._plain("".join([*rest, visible[position:]]))
-        thought = message.get(self._thought_key) or self._plain(thoughts)
+        content = MARKER.sub("", "".join([*rest, visible[position:]]))
+        content = self._plain(_EMPTY_FENCE.sub("", content))
+        thought = message.get(self._thought_key) or self._plain(self._thought.sub("", thoughts))
         return (
             {"role": "assistant", "content": content}
             | ({self._thought_key: thought} if thought else {})
