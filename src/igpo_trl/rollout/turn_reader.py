@@ -12,6 +12,8 @@ from .written_calls import WrittenCall, find_calls
 
 Message = dict[str, Any]
 
+# Copying what is nested more deeply, or sending it to another process, may exceed the stack.
+TOO_DEEP = f"lists and objects are nested more than {MAX_NESTING} levels deep"
 MAX_REASON_CHARACTERS = 120
 MAX_EXAMPLE_CHARACTERS = 300
 PROMPT_END = 16  # tokens of a generation prompt that may open a thought
@@ -147,7 +149,10 @@ class TurnReader:
         if written.problem is not None or written.name is None:
             return self._malformed(written.problem or "its name is missing", tools, written.name)
         name, arguments, more = written.name, written.arguments, written
-        return check_call(name, arguments, tools, serial, positional=more.positional, are_texts=more.are_texts)
+        call = check_call(name, arguments, tools, serial, positional=more.positional, are_texts=more.are_texts)
+        if nesting([arguments, more.positional, call.arguments]) > MAX_NESTING:
+            return self._malformed(TOO_DEEP, tools, name)
+        return call
 
     def _malformed(self, reason: str, tools: Mapping[str, Callable[..., Any]], name: str | None = None) -> ToolCall:
         if name not in tools:
@@ -262,8 +267,8 @@ def parser_errors_as_value_errors(tokenizer: Any) -> Iterator[None]:
             raise ValueError(f"{type(error).__name__}: {error}") from error
         if isinstance(parsed, list) and not parsed:
             raise ValueError("an empty turn")
-        if nesting(parsed) > MAX_NESTING:  # copying it, or sending it to another process, would fail
-            raise ValueError(f"lists and objects are nested more than {MAX_NESTING} levels deep")
+        if nesting(parsed) > MAX_NESTING:
+            raise ValueError(TOO_DEEP)
         return parsed
 
     tokenizer.parse_response = parse_or_value_error
