@@ -14,6 +14,8 @@ from .written_calls import WrittenCall, find_calls
 
 Message = dict[str, Any]
 
+# Copying what is nested more deeply, or sending it to another process, may exceed the stack.
+TOO_DEEP = f"lists and objects are nested more than {MAX_NESTING} levels deep"
 MAX_REASON_CHARACTERS = 120
 MAX_EXAMPLE_CHARACTERS = 300
 PROMPT_END = 16  # tokens of a generation prompt that may open a thought
@@ -151,6 +153,8 @@ class TurnReader:
             return self._malformed(written.problem or "its name is missing", tools, written.name)
         arguments, positional, are_texts = written[3:6]
         call = check_call(written.name, arguments, tools, serial, positional=positional, are_texts=are_texts)
+        if nesting([arguments, positional, call.arguments]) > MAX_NESTING:
+            return self._malformed(TOO_DEEP, tools, written.name)
         return self._advised(call, tools)
 
     def _malformed(self, reason: str, tools: Mapping[str, Callable[..., Any]], name: str | None = None) -> ToolCall:
@@ -278,8 +282,8 @@ def parser_errors_as_value_errors(tokenizer: Any) -> Iterator[None]:
             raise ValueError(f"{type(error).__name__}: {error}") from error
         if isinstance(parsed, list) and not parsed:
             raise ValueError("an empty turn")
-        if nesting(parsed) > MAX_NESTING:  # copying it, or sending it to another process, would fail
-            raise ValueError(f"lists and objects are nested more than {MAX_NESTING} levels deep")
+        if nesting(parsed) > MAX_NESTING:
+            raise ValueError(TOO_DEEP)
         return parsed
 
     tokenizer.parse_response = parse_or_value_error
