@@ -228,7 +228,7 @@ class IGPOTrainer(GRPOTrainer):
         step.take_answers(self.environments)
         if self.args.uses_beliefs if step.training else self.args.belief_at_eval:
             step.belief_batch = self._belief_scorer.begin(step.answers)
-        step.kv_cache = PrefixCache() if self._reuses_prefixes else None
+        step.kv_cache = PrefixCache(share_prompts=not self.is_sharded) if self._reuses_prefixes else None
         try:
             with parser_errors_as_value_errors(self._tokenizer):
                 result = super()._generate(prompts)

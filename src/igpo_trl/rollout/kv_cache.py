@@ -50,9 +50,16 @@ def reuse_obstacle(model: nn.Module, generation_config: Any) -> str | None:
 
 
 class PrefixCache:
-    """Keys and values of the rollouts of one batch."""
+    """
+    Keys and values of the rollouts of one batch.
 
-    def __init__(self) -> None:
+    Args:
+        share_prompts (`bool`, *optional*, defaults to `True`): run equal contexts of the first turn, which are the
+            prompt of a group, once. Not for sharded models, because ranks would make different numbers of forwards.
+    """
+
+    def __init__(self, share_prompts: bool = True) -> None:
+        self._share_prompts = share_prompts
         self._cache: Any = None
         self._row_of: dict[int, int] = {}  # rollout → row of the cache
         self._tokens: list[torch.Tensor] = []  # tokens in the row's slots, without padding
@@ -61,7 +68,7 @@ class PrefixCache:
     def generate(
         self,
         generate: Callable[..., torch.Tensor],
-        config: Any,
+        model: Any,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         rollouts: Sequence[int],
@@ -72,7 +79,7 @@ class PrefixCache:
 
         Args:
             generate (`Callable`): The model's `generate`.
-            config (`PretrainedConfig`): Text configuration of the model.
+            model (`PreTrainedModel`): Whose method it is.
             input_ids (`torch.Tensor` of shape `(B, W)`): Left-padded contexts.
             attention_mask (`torch.Tensor` of shape `(B, W)`): 0 on padding.
             rollouts (`Sequence[int]`): The rollout that each row continues. A row whose tokens differ from the cached
@@ -89,7 +96,11 @@ class PrefixCache:
             len(row) - min(self._shared(rollout, row), len(row) - 1)
             for rollout, row in zip(rollouts, rows, strict=True)
         )
-        self._cache = self._gather(config, rollouts, padding, input_ids.shape[1] - to_run)
+        if self._cache is None and self._share_prompts:
+            self._cache = _prefill_once(model, input_ids, attention_mask)
+        else:
+            slots = input_ids.shape[1] - to_run
+            self._cache = self._gather(model.config.get_text_config(), rollouts, padding, slots)
         sequences = generate(input_ids=input_ids, attention_mask=attention_mask, past_key_values=self._cache, **kwargs)
         length = self._cache.get_seq_length()  # the last sampled token was never run
         self._row_of = {rollout: row for row, rollout in enumerate(rollouts)}
@@ -136,6 +147,32 @@ class PrefixCache:
         return self._cache
 
 
+@torch.no_grad()
+def _prefill_once(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+    """A cache of all tokens but the last, computed once for equal rows; an empty one if all rows differ."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config.get_text_config())
+    rows = [tuple(row) for row in (input_ids * attention_mask - (attention_mask == 0).long()).tolist()]
+    number = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+    if len(number) == len(rows) or input_ids.shape[1] < 2:
+        return cache
+    first = torch.tensor([rows.index(row) for row in number], device=input_ids.device)
+    mask = attention_mask[first, :-1]
+    # Positions as `generate` counts them.
+    position_ids = (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
+    model(
+        input_ids=input_ids[first, :-1],
+        attention_mask=mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache.batch_select_indices(torch.tensor([number[row] for row in rows], device=input_ids.device))
+    return cache
+
+
 @contextmanager
 def replaced_generate(
     model: Any, cache: PrefixCache | None, rollouts: Sequence[int], max_new_tokens: int
@@ -158,8 +195,7 @@ def replaced_generate(
         options["generation_config"] = config
         if cache is None or len(rollouts) != len(input_ids):
             return generate(input_ids=input_ids, attention_mask=attention_mask, **options)
-        text_config = model.config.get_text_config()
-        return cache.generate(generate, text_config, input_ids, attention_mask, rollouts, **options)
+        return cache.generate(generate, model, input_ids, attention_mask, rollouts, **options)
 
     model.generate = generate_with_cache
     try:
