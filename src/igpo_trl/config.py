@@ -246,6 +246,13 @@ class IGPOConfig(GRPOConfig):
     tool_failure_patience: int = field(
         default=3, metadata={"help": "Batches in a row with that share of failed calls after which training stops."}
     )
+    pad_to_longest: bool = field(
+        default=False,
+        metadata={
+            "help": "Train as TRL does: all rows padded to the longest prompt and completion of the batch, and the "
+            "output head run on observations too. The loss is the same."
+        },
+    )
     reuse_prefixes: bool = field(
         default=True,
         metadata={

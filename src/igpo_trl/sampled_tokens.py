@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 
 
 class SampledTokensModel:
@@ -77,3 +78,40 @@ def _hidden_states_at(backbone: torch.nn.Module, row: torch.Tensor, column: torc
         yield
     finally:
         handle.remove()
+
+
+def backbone_of(model: Any) -> torch.nn.Module | None:
+    """What the output head of a model reads, through wrappers and adapters; `None` if its rows get virtual tokens."""
+    inner = extract_model_from_parallel(model)
+    if getattr(getattr(inner, "active_peft_config", None), "is_prompt_learning", False):
+        return None
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    return inner.base_model
+
+
+def by_length(batches: list[dict[str, Any]], accumulation: int) -> list[dict[str, Any]]:
+    """
+    Exchange rollouts between the microbatches of one optimizer step, so that each holds rollouts of like length.
+
+    Args:
+        batches (list of `dict`): microbatches of equal size, as TRL makes them: values with one entry per rollout,
+            numbers, or `None`.
+        accumulation (`int`): microbatches of an optimizer step. The loss must be a sum or mean over their rollouts.
+    """
+    result = []
+    for first in range(0, len(batches), accumulation):
+        window = batches[first : first + accumulation]
+        lengths = torch.cat([batch["prompt_mask"].sum(1) + batch["completion_mask"].sum(1) for batch in window])
+        order = lengths.argsort(descending=True)
+        result += [{name: _rows(name, window, rows) for name in window[0]} for rows in order.chunk(len(window))]
+    return result
+
+
+def _rows(name: str, batches: list[dict[str, Any]], rows: torch.Tensor) -> Any:
+    values = [batch[name] for batch in batches]
+    if isinstance(values[0], torch.Tensor):
+        return torch.cat(values)[rows.to(values[0].device)] if values[0].ndim else values[0]
+    if isinstance(values[0], list):
+        flat = [value for part in values for value in part]
+        return [flat[row] for row in rows.tolist()]
+    return values[0]

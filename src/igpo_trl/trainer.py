@@ -42,6 +42,7 @@ from .rollout.kv_cache import PrefixCache, replaced_generate
 from .rollout.loop import Rollout, SampledTurns
 from .rollout.sampling import sample_within_context
 from .rollout.tool_calls import parser_errors_as_value_errors
+from .sampled_tokens import SampledTokensModel, backbone_of, by_length
 from .step import Step
 from .trajectory import write_jsonl
 from .turns import old_log_probs_of_turn_ratios
@@ -150,7 +151,7 @@ class IGPOTrainer(GRPOTrainer):
         )
         # Nobody reports which tools the turns of a `rollout_func` call.
         check_tool_names(args.info_gain_tools, [] if self.rollout_func is not None else self.tools)
-        self._turn_ratio_inputs: dict[str, Any] | None = None
+        self._loss_inputs: dict[str, Any] | None = None
         if args.importance_sampling_level == "turn":
             self.importance_sampling_level = "token"  # the parent's part of it, see `_compute_loss`
         self.current_step = Step([], training=False)  # the current generation batch
@@ -159,9 +160,24 @@ class IGPOTrainer(GRPOTrainer):
         self._rollout_loop = make_rollout_loop(self) if self.tools else None
         self._reuses_prefixes = can_reuse_prefixes(self)
         declare_output_head(self)
+        # Other losses weigh a rollout by what else is in its microbatch.
+        self._groups_by_length = (
+            not args.pad_to_longest
+            and args.loss_type != "bnpo"
+            and args.top_entropy_quantile == 1.0
+            and not self._entropy_bonus_enabled
+        )
         self.add_callback(OneRun(self))
 
     # ----------------------------------------------------------------------------------- one step, from top to bottom
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        previous = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is previous or not self._groups_by_length:
+            return inputs
+        self._buffered_inputs = by_length(self._buffered_inputs, self.args.gradient_accumulation_steps)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         args, training = self.args, self.model.training
@@ -320,21 +336,36 @@ class IGPOTrainer(GRPOTrainer):
                 self.current_step.score_ended_rollouts(self._belief_scorer, self.model, rollouts)
 
     def _get_per_token_logps_and_entropies(
-        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        step = self.current_step
+        step, inputs = self.current_step, self._loss_inputs
+        padding = attention_mask.argmax(dim=1)
+        backbone = None if self.args.pad_to_longest else backbone_of(model)
         if step.captures_old_log_probs:
             step.captures_old_log_probs = False  # the forwards that follow are those of the reference and of the loss
             usable = self._belief_scorer.can_use_cache(self.model, input_ids.shape[1], counts_padding=True)
             if not self.max_over_ranks(int(not usable)):  # all ranks or none, because they are in step
                 # The same forward, by the parent; its keys and values are kept until its rows are scored.
-                padding = attention_mask.argmax(dim=1).tolist()
-                model = KVCapture(model, lambda *rows: self._score_captured_rows(padding, *rows))
-        log_probs, *others = super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, *args, **kwargs
-        )
-        if (inputs := self._turn_ratio_inputs) is not None:
+                columns = (padding if backbone is None else torch.zeros_like(padding)).tolist()
+                model = KVCapture(model, lambda *rows: self._score_captured_rows(columns, *rows))
+        if inputs is not None:
             sampled_mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        else:
+            sampled_mask = torch.nn.functional.pad(
+                step.turn_index >= 0, (0, logits_to_keep - step.turn_index.shape[1])
+            )
+        if backbone is not None:
+            model = SampledTokensModel(model, backbone, sampled_mask)
+        log_probs, *others = super()._get_per_token_logps_and_entropies(
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+        if inputs is not None and self.args.importance_sampling_level == "turn":
             old_log_probs = inputs.get("old_per_token_logps", log_probs.detach())  # the same while on-policy
             inputs["old_per_token_logps"] = old_log_probs_of_turn_ratios(log_probs, old_log_probs, sampled_mask)
         return log_probs, *others
@@ -351,14 +382,13 @@ class IGPOTrainer(GRPOTrainer):
         return self.current_step.set_rewards(global_rewards, self.reward_weights, self.reward_func_names)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        if self.args.importance_sampling_level != "turn":
-            return super()._compute_loss(model, inputs)
-        # The parent takes token ratios to `old_per_token_logps`, and reads these after its forward, the hook above.
-        self._turn_ratio_inputs = dict(inputs)
+        # The hook above reads which tokens were sampled. For ratios of turns it changes the old log-probabilities, and
+        # the parent reads them after it.
+        self._loss_inputs = dict(inputs)
         try:
-            return super()._compute_loss(model, self._turn_ratio_inputs)
+            return super()._compute_loss(model, self._loss_inputs)
         finally:
-            self._turn_ratio_inputs = None
+            self._loss_inputs = None
 
     # -------------------------------------------------------------------------------------- training and evaluation
 
