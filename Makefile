@@ -1,5 +1,6 @@
 # make demo   set up and run the demonstration (GRPO against IGPO on a CPU)
 # make test   set up and run every check: ruff, mypy, pytest
+# make test-data   only the tests that read the folder ../shared, which are skipped where it is missing
 # make docs   set up and build the documentation site; open site/index.html
 # make lint · make format · make clean
 #
@@ -21,7 +22,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export DS_BUILD_OPS ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test docs lint format clean
+.PHONY: help demo test test-data docs lint format clean
 
 help:
 	@sed '/^$$/,$$d; s/^# \{0,1\}//' Makefile
@@ -33,6 +34,10 @@ demo: $(VENV)/.installed-demo
 test: lint
 	@echo "==> Testing ($(JOBS) processes; set JOBS to change that)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal --durations 15
+
+test-data: $(VENV)/.installed-dev
+	@echo "==> Testing what reads ../shared"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m data
 
 docs: $(VENV)/.installed-docs
 	@echo "==> Building the documentation: every dead link and every page without a place in the navigation is an error"

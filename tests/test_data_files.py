@@ -116,6 +116,16 @@ def test_misplaced_quotes_in_comma_separated_files(tmp_path):
         list(read_records(tmp_path / "x.csv"))
 
 
+def test_a_quote_that_takes_rows_with_it_is_an_error(tmp_path):
+    """CSV would read rows 3 and 4 as part of row 2."""
+    path = tmp_path / "x.csv"
+    path.write_text('id,text\n1,a\n2,"Dune\n3,b\n4,c"\n')
+    with pytest.raises(ValueError, match=r"x\.csv:3: a quote opens a cell that ends in line 5.*JSON Lines"):
+        list(read_records(path))
+    path.write_text('id,text\n1,"a\nb, c\n\nd"\n2,"e,\nf"\n')  # line ends and commas in quoted cells
+    assert [record["text"] for _, record in read_records(path)] == ["a\nb, c\n\nd", "e,\nf"]
+
+
 def test_json_lines_under_the_name_json(tmp_path):
     path = tmp_path / "x.json"
     path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))

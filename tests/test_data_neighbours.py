@@ -300,9 +300,10 @@ def test_numbers_that_pandas_turned_into_floats(tmp_path):
     assert frame["id"].dtype == float
     frame.to_json(tmp_path / "q.jsonl", orient="records", lines=True)
     frame.to_parquet(tmp_path / "q.parquet")
-    for name in ("q.parquet", "q.jsonl"):
+    frame.drop(columns="id").to_csv(tmp_path / "q.csv", index=False)
+    for name in ("q.parquet", "q.jsonl", "q.csv"):
         loaded = load_questions(tmp_path / name)
-        assert loaded["id"][:] == ["7", "q-1"]
+        assert loaded["id"][:] == ["q-0" if name == "q.csv" else "7", "q-1"]
         assert loaded["hops"][:] == [2, None]
     missing = pandas.DataFrame({"question": ["x", "y"], "answer": [7.0, float("nan")]})
     missing.to_parquet(tmp_path / "missing.parquet")

@@ -1,13 +1,17 @@
 """Every block of code in the documents runs, or its commands are read by the programs that they are for."""
 
 import argparse
+import doctest
 import gzip
+import importlib
 import json
+import pkgutil
 import re
 import runpy
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,13 +20,16 @@ import test_data_hub
 import tiny
 import typer
 from accelerate.commands.launch import launch_command_parser
+from test_search_dense import make_model
 from test_serve import PASSAGES, Running, post
 
+import igpo_trl
+import igpo_trl.search
 from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.cli import train as training
 from igpo_trl.cli.app import app
 from igpo_trl.data import QUESTION_SETS
-from igpo_trl.search import BM25Index
+from igpo_trl.search import BM25Index, DenseIndex, WebSearch
 from igpo_trl.trajectory import Trajectory, Turn, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +121,34 @@ def test_python_runs_by_itself(block, reader, monkeypatch):
         assert names["look_up"]("Dune") == names["look_up_many"](["Dune"])[0] != names["look_up"]("Rome")
 
 
+def examples() -> Iterator[doctest.DocTest]:
+    """The examples of docstrings, which the reference on the site shows."""
+    for module in pkgutil.walk_packages(igpo_trl.__path__, "igpo_trl."):
+        source = Path(module.module_finder.path, f"{module.name.split('.')[-1]}.py")
+        if source.is_file() and ">>> " in source.read_text(encoding="utf-8"):
+            for found in doctest.DocTestFinder().find(importlib.import_module(module.name), module.name):
+                if found.examples and found.examples[0].source.strip():
+                    yield found
+
+
+@pytest.mark.parametrize("example", list(examples()), ids=lambda example: example.name)
+def test_examples_of_docstrings_run(example, reader, monkeypatch):
+    make_model(Path("encoder"))
+    BM25Index.build("corpus.jsonl.gz", directory="bm25", show_progress=False)
+    DenseIndex.build("corpus.jsonl.gz", "dense", model="encoder", show_progress=False)
+    monkeypatch.setattr(WebSearch, "search", lambda self, query, k: [])  # tests/test_search_web.py has a service
+    example.globs.update({name: getattr(igpo_trl.search, name) for name in igpo_trl.search.__all__})
+    with Running(BM25Index.load("bm25")) as server:
+        for each in example.examples:
+            each.source = each.source.replace("http://127.0.0.1:8000", server.url)
+            each.source = each.source.replace("intfloat/e5-base-v2", "encoder").replace('"index/"', '"bm25/"')
+            shown = each.want.split("```")[0]  # the end of the block
+            each.want = "...\n" if "…" in shown else shown  # what is shortened cannot be compared
+        runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+        runner.run(example, clear_globs=False)
+    assert runner.tries == len(example.examples) and not runner.failures
+
+
 # --------------------------------------------------------------------------------------------------------------- bash
 
 
@@ -137,7 +172,7 @@ def commands(tmp_path, monkeypatch):
         file = tmp_path / "shared/data" / path
         file.parent.mkdir(parents=True)
         file.touch()
-    rollouts = checkout / "outputs/demo/igpo_critic/trajectories/rank0.jsonl"  # what `igpo demo` leaves
+    rollouts = checkout / "outputs/demo-quick/igpo_critic/trajectories/rank0.jsonl"  # what `igpo demo --quick` leaves
     rollouts.parent.mkdir(parents=True)
     rollouts.touch()
     monkeypatch.chdir(checkout)

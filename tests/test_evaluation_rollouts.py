@@ -290,7 +290,7 @@ def test_settings_of_a_training_configuration(repository):
         "max_words": 40,
         "rollout": {
             "answer_template": "<answer> {answer} </answer>",
-            "max_completion_length": 640,
+            "max_completion_length": 1024,
             "max_tool_calling_iterations": 3,
         },
     }
@@ -400,9 +400,9 @@ def test_bad_input_gives_one_error_without_a_traceback(run, tmp_path, monkeypatc
 
 def test_errors_that_the_user_can_fix_take_one_line(capsys):
     for error in (ValueError("two\n lines"), OSError("two lines"), ImportError("two lines"), SearchError("two lines")):
-        with pytest.raises(typer.Exit) as caught, one_line_errors():
+        with pytest.raises(SystemExit) as caught, one_line_errors():
             raise error
-        assert (caught.value.exit_code, capsys.readouterr().err) == (1, "Error: two lines\n")
+        assert (caught.value.code, capsys.readouterr().err) == (1, "Error: two lines\n")
     with pytest.raises(typer.BadParameter, match="two lines"), one_line_errors(OSError, param_hint="--model"):
         raise FileNotFoundError("two\nlines")
     bugs = [(KeyError("a bug"), ()), (ValueError("a bug"), (OSError,)), (SearchError("a bug"), (OSError,))]

@@ -19,12 +19,14 @@ Masks
     → test_two_calls_in_one_turn_share_an_observation
 
 Limits, in the order in which they are checked (docstring of `RolloutLoop`)
- 7. A turn without a call, or with an answer, ends the rollout: `answered`; calls beside an answer do not run.
-    → test_the_policy_answers, test_an_answer_is_final
+ 7. A turn without a call, or with an answer before any call, ends the rollout: `answered`; calls after it do not run,
+    and an answer after a call does not count. The reward follows the same rule.
+    → test_the_policy_answers, test_an_answer_is_final, test_a_call_before_an_answer_runs
  8. `max_completion_length` and the context count turns and observations: `length_limit`, `context_limit`.
     → test_length_limit_by_sampling_and_by_an_observation, test_context_limit
- 9. `max_turn_length` bounds every turn: `turn_length_limit` if it cut a turn off before any call was complete.
-    → test_turn_length_limit, test_later_turns_are_cut_to_their_length
+ 9. `max_turn_length` bounds every turn, and so does `generation_kwargs`: `turn_length_limit` if it cut a turn off
+    before any call was complete.
+    → test_turn_length_limit, test_later_turns_are_cut_to_their_length, test_a_call_that_is_cut_off_is_no_answer
 10. `max_turns` and TRL's `max_tool_calling_iterations` bound the rounds, and both hold: `turn_limit`.
     → test_turn_limit
 11. A forced answer is one more turn without tools; the stop reason stays that of the limit.
@@ -48,6 +50,7 @@ Ranks
 import collections
 import json
 import logging
+import math
 import random
 import re
 import time
@@ -64,10 +67,11 @@ from trl.chat_template_utils import add_response_schema, parse_response
 
 import igpo_trl.rollout.loop
 from igpo_trl import IGPOConfig, IGPOTrainer
-from igpo_trl.rollout import ToolRunner, read_calls
+from igpo_trl.rewards import answer_reward
+from igpo_trl.rollout import ToolRunner
 from igpo_trl.rollout.loop import Rollout, RolloutLimits, SampledTurns
 from igpo_trl.rollout.observations import TRUNCATION_MARKER, ObservationEncoder
-from igpo_trl.rollout.tool_calls import CallSyntax
+from igpo_trl.rollout.turn_reader import TurnReader, parser_errors_as_value_errors
 from igpo_trl.tools import tool
 from igpo_trl.trajectory import read_jsonl
 from igpo_trl.turns import turn_spans
@@ -354,6 +358,49 @@ def test_later_turns_are_cut_to_their_length(tmp_path):
     assert sum(mask) == 2 * len(long_call)
 
 
+@pytest.mark.parametrize("options", [{"max_turn_length": 40}, {"generation_kwargs": {"max_new_tokens": 40}}])
+@pytest.mark.parametrize("call", [CALL, CALL.removeprefix("<tool_call>\n"), tiny.QWEN3_5_CALL, "I search. " * 9])
+def test_a_call_that_is_cut_off_is_no_answer(tmp_path, options, call):
+    trainer = make(tmp_path, **options)
+    assert trainer.generation_config.max_new_tokens == 40
+    encode = trainer._tokenizer.encode
+    first, answer = ([i for c in text for i in encode(c)] for text in (call, ANSWER))
+    rollouts = roll_out(trainer, [[first[:40], *NEVER], [CALL, first[:40], *NEVER], [[*answer[:39], 2], *NEVER]])
+    assert [rollout[4] for rollout in rollouts] == ["turn_length_limit", "turn_length_limit", "answered"]
+
+
+def test_a_complete_call_before_the_cut_runs(tmp_path):
+    """What follows it is cut off: of two calls the complete one runs, and the policy is told about the other."""
+    ids = tiny.make_tokenizer().encode(CALL * 2)[:-12]
+    trainer = make(tmp_path, max_turn_length=len(ids))
+    ((_, _, _, messages, stop),) = roll_out(trainer, [[ids, ANSWER, *NEVER]])
+    assert stop == "answered"
+    assert [m["role"] for m in messages] == ["assistant", "tool", "tool", "assistant"]
+    assert messages[1]["content"] == tiny.search("Paris") and "could not be read" in messages[2]["content"]
+
+
+@pytest.mark.parametrize("first", [[], [CALL, []]])
+def test_a_turn_that_is_empty(tmp_path, first):
+    """TRL needs a token in every completion; it is not trained on."""
+    script = first or [[]]
+    trainer = make(tmp_path)
+    (rollout, other) = roll_out(trainer, [[*script, *NEVER], [ANSWER, *NEVER]])
+    assert rollout[4] == "empty" and other[4] == "answered"
+    assert sum(rollout[2]) == (len(trainer._tokenizer.encode(CALL)) + 1 if first else 0)
+    assert rollout[3][-1]["role"] == ("tool" if first else "assistant")
+    assert answer_reward([rollout[3]], answers=["Paris"]) == [-2.0]
+
+
+def test_training_survives_an_empty_turn(tmp_path):
+    trainer = make(tmp_path, save_trajectories=True)
+    trainer.scripts = [[[], *NEVER], [CALL, ANSWER]]
+    trainer.train()
+    (log,) = [log for log in trainer.state.log_history if "rollout/stop/empty" in log]
+    assert log["rollout/stop/empty"] == 0.5 and math.isfinite(log["loss"])
+    records = list(read_jsonl(tmp_path / "trajectories" / "rank0.jsonl"))
+    assert [len(record.turns) for record in records] == [1, 2, 1, 2] and records[0].turns[0].text == ""
+
+
 def test_length_limit_by_sampling_and_by_an_observation(tmp_path):
     call = tiny.make_tokenizer().encode(CALL) + [2]
     trainer = make(tmp_path, max_completion_length=len(call) + 4)
@@ -371,17 +418,21 @@ def test_context_limit(tmp_path):
 
 
 def test_a_prompt_longer_than_the_context_is_an_error(tmp_path):
-    trainer = make(tmp_path, model=tiny.make_model(max_position_embeddings=16))
-    with pytest.raises(ValueError, match=r"A prompt has \d+ tokens.*context of 16 tokens"):
-        IGPOTrainer._generate_single_turn(trainer, [[3] * 20], None, {}, num_generations=1)
+    trainer = make(tmp_path, model=tiny.make_model(max_position_embeddings=600))
+    with pytest.raises(ValueError, match=r"A prompt has 601 tokens.*context of 600 tokens"):
+        IGPOTrainer._generate_single_turn(trainer, [[3] * 601], None, {}, num_generations=1)
 
 
 def test_sampling_stops_where_no_rollout_has_room(tmp_path):
-    """Real sampling: 40 tokens of context, a prompt of 30, so at most 10 are sampled."""
+    """Real sampling: 600 tokens of context, a prompt of 590, so at most 10 are sampled."""
     trainer = tiny.make_trainer(
-        IGPOTrainer, IGPOConfig, tmp_path, model=tiny.make_model(max_position_embeddings=40), max_completion_length=999
+        IGPOTrainer,
+        IGPOConfig,
+        tmp_path,
+        model=tiny.make_model(max_position_embeddings=600),
+        max_completion_length=999,
     )
-    (ids,), _ = trainer._generate_single_turn([[3] * 30], None, {}, num_generations=1)
+    (ids,), _ = trainer._generate_single_turn([[3] * 590], None, {}, num_generations=1)
     assert 1 <= len(ids) <= 10
 
 
@@ -521,9 +572,15 @@ def test_a_malformed_call_can_end_the_rollout(tmp_path):
 
 
 def test_a_call_in_a_thought_is_none(tmp_path):
-    trainer = make(tmp_path)
-    thought, unfinished = "<think>maybe <tool_call>{ </think>No.", "<think>maybe <tool_call>{"
-    assert [r[4] for r in roll_out(trainer, [[thought, *NEVER], [unfinished, *NEVER]])] == ["answered"] * 2
+    """Unless the turn ends with it: then it was meant, or has to be said outside the thought."""
+    thought, unclosed, alone = f"<think>{CALL}</think>No.", f"<think>maybe {CALL}", f"<think>{CALL}</think>"
+    first, second, third = roll_out(
+        make(tmp_path), [[thought, *NEVER], *([turn, ANSWER] for turn in (unclosed, alone))]
+    )
+    assert [rollout[4] for rollout in (first, second, third)] == ["answered"] * 3
+    assert len(first[3]) == 1
+    assert second[3][1]["content"] == tiny.search("Paris")
+    assert "stands inside a thought" in third[3][1]["content"]
 
 
 def test_two_calls_in_one_turn_share_an_observation(tmp_path):
@@ -552,6 +609,28 @@ def test_an_answer_is_final(tmp_path):
     trainer = make(tmp_path, tools=[search])
     ((_, _, _, messages, stop),) = roll_out(trainer, [[ANSWER + CALL, *NEVER]])
     assert stop == "answered" and not called and len(messages) == 1
+    assert messages[0] == {"role": "assistant", "content": ANSWER}
+    assert answer_reward([messages], answers=["Paris"]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    "call", [CALL, json.dumps({"name": "search", "arguments": {"query": "Paris"}}), "<tool_call>{"]
+)
+def test_a_call_before_an_answer_runs(tmp_path, call):
+    """The answer was given without the result: it counts neither for the end of the rollout nor for the reward."""
+    trainer = make(tmp_path, max_turns=2)
+    turns = [call + ANSWER, tiny.answer("Rome"), *NEVER], [CALL, call + ANSWER, *NEVER]
+    continued, last = roll_out(trainer, turns)
+    assert continued[4] == "answered" and [m["role"] for m in continued[3]] == ["assistant", "tool", "assistant"]
+    assert last[4] == "turn_limit"
+    assert answer_reward([continued[3], last[3]], answers=["Paris"] * 2) == [0.0, -2.0]
+
+
+def test_the_answer_of_a_forced_turn_counts_wherever_it_is(tmp_path):
+    """Calls do not run there, so the answer does not have to come first."""
+    trainer = make(tmp_path, max_turns=1, forced_answer=True)
+    ((_, _, _, messages, stop),) = roll_out(trainer, [[CALL, CALL + ANSWER, *NEVER]])
+    assert stop == "turn_limit" and answer_reward([messages], answers=["Paris"]) == [1.0]
 
 
 def test_a_picture_from_a_tool_is_refused(tmp_path):
@@ -666,6 +745,8 @@ def random_turn(rng):
         text = "[" * rng.choice([5, 2000]) + text
     text = f"<tool_call>{rng.choice(['', chr(10)])}{text}{rng.choice(['</tool_call>', chr(10) + '</tool_call>', ''])}"
     before = rng.choice(["", "", "", "<think>", "<think>so</think>", "</think>", "Well, ", "<tool_call>"])
+    if rng.random() < 0.05:
+        return f"<think>{text}</think>No."
     return before + text * rng.choice([1, 1, 1, 2])
 
 
@@ -675,21 +756,20 @@ def test_soak_of_parsing_and_dispatch():
     rng = random.Random(1)
     tokenizer = add_response_schema(tiny.make_tokenizer())
     prefix = tokenizer.encode("<|im_start|>assistant\n")
-    syntax, runner = CallSyntax(tokenizer), ToolRunner()
+    reader, runner = TurnReader(tokenizer), ToolRunner()
     outcomes = collections.Counter()
     for _ in range(20):
         calls = []
         for _ in range(1000):
             turn = random_turn(rng)
             ids = [*tokenizer.encode(turn, add_special_tokens=False), tokenizer.eos_token_id]
-            with igpo_trl.rollout.tool_calls.parser_errors_as_value_errors(tokenizer):
+            with parser_errors_as_value_errors(tokenizer):
                 message = parse_response(tokenizer, ids, prefix=prefix)
-            read = read_calls(message.get("tool_calls"), {"adder": adder}, lambda _: None)
-            problem = None if read else syntax.problem(ids, prefix)
-            if "think" not in turn:  # a call that was meant is never taken for an answer
-                assert read or problem, turn
-            outcomes["malformed" if problem else "call" if read else "answer"] += 1
-            calls += read
+            reading = reader.read(ids, message, {"adder": adder}, prefix=prefix)
+            # A call that was meant is never taken for an answer.
+            assert bool(reading.calls) != turn.endswith("No."), turn
+            outcomes["malformed" if reading.malformed else "call" if reading.calls else "answer"] += 1
+            calls += reading.calls
         for result in runner.run(calls):
             assert isinstance(result.text, str) and result.text.startswith("Error: ") == (result.error is not None)
             result.text.encode()
@@ -705,7 +785,7 @@ def test_strange_turns_through_the_trainer(tmp_path):
     trainer = make(tmp_path, model=model, tools=[adder], **limits)
     for _, ids, mask, messages, stop in roll_out(trainer, [[random_turn(rng), ANSWER, *NEVER] for _ in range(300)]):
         assert stop == "answered" and len(ids) == len(mask)
-        assert len(messages) == 1 or (messages[-1]["content"] == ANSWER and messages[1]["role"] == "tool")
+        assert messages[0]["content"] == "No." or (messages[-1]["content"] == ANSWER and messages[1]["role"] == "tool")
 
 
 # The loop without a trainer

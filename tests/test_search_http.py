@@ -325,7 +325,7 @@ def test_every_process_has_its_own_connections(service, how):
     for child in children:
         child.start()
     mixed = [client.search(f"parent {i}")[0].id for i in range(20)]
-    results = [queue.get(timeout=30) for _ in children]
+    results = [queue.get(timeout=300) for _ in children]
     for child in children:
         child.join()
     assert mixed == [f"parent {i}" for i in range(20)]

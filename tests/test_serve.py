@@ -64,7 +64,7 @@ class Running:
 
     def __exit__(self, *error):
         self.server.should_exit = True
-        self.thread.join(10)
+        self.thread.join(60)
         self.listener.close()
 
 
@@ -73,7 +73,7 @@ def post(url, body, path="/retrieve"):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     request = urllib.request.Request(url + path, data, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=10) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         with error:
@@ -153,10 +153,10 @@ def test_the_client_of_this_package_gets_what_the_index_gives(server, index):
 
 
 def test_health(server):
-    with urllib.request.urlopen(server.url + "/health", timeout=10) as response:
+    with urllib.request.urlopen(server.url + "/health", timeout=60) as response:
         about = json.load(response)
     assert {**about, "version": ""} == {"status": "ok", "kind": "BM25Index", "passages": 5, "version": ""}
-    with Running(Recorder()) as running, urllib.request.urlopen(running.url + "/health", timeout=10) as response:
+    with Running(Recorder()) as running, urllib.request.urlopen(running.url + "/health", timeout=60) as response:
         assert json.load(response)["passages"] is None  # an index that does not know
 
 
@@ -194,7 +194,7 @@ def test_a_bad_request_gets_an_explanation(server, body, status, message):
 
 def test_another_path_or_method_gets_an_explanation(server):
     for path, method, status in (("/search", "POST", 404), ("/retrieve", "GET", 405)):
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
         connection.request(method, path, b"{}" if method == "POST" else None)
         response = connection.getresponse()
         assert response.status == status
@@ -203,7 +203,7 @@ def test_another_path_or_method_gets_an_explanation(server):
 
 
 def test_a_body_without_a_length_is_cut_off_too(server):
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     connection.request("POST", "/retrieve", iter([b"[" * 1500] * 2), encode_chunked=True)
     response = connection.getresponse()
     assert (response.status, "longer" in response.read().decode()) == (413, True)
@@ -315,7 +315,7 @@ def test_prints_its_address_and_finishes_requests_in_progress_before_it_ends(sen
             process.send_signal(sent)
             status, body = answer.result()
         assert (status, body["result"][0][0]["contents"]) == (200, '""\nlate')
-        rest, _ = process.communicate(timeout=10)
+        rest, _ = process.communicate(timeout=60)
         if sent == signal.SIGINT:
             assert (process.returncode, rest) == (0, "ended\n")
         else:  # ends with the signal

@@ -10,6 +10,8 @@ from accelerate import Accelerator
 
 from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.records import completion_columns, trajectories_of
+from igpo_trl.rollout.tool_calls import malformed_call
+from igpo_trl.rollout.turn_reader import TurnReader
 from igpo_trl.step import Step
 from igpo_trl.trajectory import read_jsonl
 
@@ -25,13 +27,21 @@ class Scripted(tiny.Scripted, IGPOTrainer):
     )
 
 
+MALFORMED = (  # what the policy was told when the numbers were recorded
+    "the tool call could not be read (json parser could not parse region as JSON. Content: "
+    '\'{"name": "search", "arg<|im_end|>\' Error: Unterminated string starting at: line 1 column 20 (char 19)). '
+    "Repeat it in the right form."
+)
+
+
 @pytest.mark.parametrize("normalization", GOLDEN)
-def test_a_recorded_step_comes_out_the_same(tmp_path, normalization):
+def test_a_recorded_step_comes_out_the_same(tmp_path, monkeypatch, normalization):
     """
     Recorded with torch 2.13.0, transformers 5.23.0 and trl 1.16.0 before the step was taken apart into `Step`,
     `RolloutLoop` and `BeliefScorer`: every later version must give these numbers. `critic` was recorded
     again when its value came to be fitted without the rollout itself.
     """
+    monkeypatch.setattr(TurnReader, "_malformed", lambda *_: malformed_call(MALFORMED, "search"))
     torch.manual_seed(0)
     trainer = tiny.make_trainer(
         Scripted,

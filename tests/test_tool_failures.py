@@ -16,6 +16,7 @@ from tools import calls_of
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from igpo_trl import IGPOConfig, IGPOTrainer
+from igpo_trl.cli.errors import keep_trace, one_line_errors
 from igpo_trl.rollout import ToolRunner
 from igpo_trl.rollout.tool_failures import FailureWatch, ToolCounts, ToolUnavailable, is_unavailable
 from igpo_trl.search import HTTPSearch, SearchError, SearchTool
@@ -122,7 +123,7 @@ def test_training_stops_when_the_search_server_dies_and_resumes_when_it_is_back(
             max_steps=7,
             save_strategy="steps",
             save_steps=1,
-            tools=[SearchTool(HTTPSearch(server.url, max_attempts=1), k=1)],
+            tools=[SearchTool(HTTPSearch(server.url, max_attempts=1), k=1, max_words=20)],
             **options,
         )
 
@@ -140,6 +141,12 @@ def test_training_stops_when_the_search_server_dies_and_resumes_when_it_is_back(
         trainer = make(server)
         trainer.train(resume_from_checkpoint=str(last))
     assert trainer.state.global_step == 7
+
+
+def test_the_command_line_says_so_in_one_line(capsys):
+    with pytest.raises(SystemExit), one_line_errors(), keep_trace():
+        raise ToolUnavailable("the tool 'search' does not work: 4 of 4 calls failed")
+    assert capsys.readouterr().err == "Error: the tool 'search' does not work: 4 of 4 calls failed\n"
 
 
 def test_training_goes_on_if_the_policy_uses_a_tool_wrongly_and_says_so_once(tmp_path, caplog):

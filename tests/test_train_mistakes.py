@@ -124,9 +124,9 @@ MISTAKES = {
     "--corpus text.jsonl": "text.jsonl:1: not valid JSON",
     "--corpus empty.jsonl": "empty.jsonl is empty",
     "--corpus no_answers.jsonl": "no field `id`; got ['question']",
-    "--index indx": "`index`: no index in indx. Did you mean index? To build one there: igpo index --corpus corpus.jsonl",
-    "--index 127.0.0.1:8000": "begins with http://: http://127.0.0.1:8000",
-    "--index localhost:8000/retrieve": "begins with http://: http://localhost:8000/retrieve",
+    "--index indx": "`index`: no index in indx. Did you mean index? To build one there: igpo index",
+    "--index 127.0.0.1:8000": "begins with http://, as http://127.0.0.1:8000",
+    "--index localhost:8000/retrieve": "begins with http://, as http://localhost:8000/retrieve",
     "--index htp://127.0.0.1:8000": "expected the directory of an index, or an http:// or https:// address",
     "--index http://127.0.0.1:9": "127.0.0.1:9",
     "--index model": "model",
@@ -193,9 +193,10 @@ def test_yaml_values_are_read_as_on_the_command_line(run, monkeypatch, tmp_path)
     monkeypatch.setattr(training, "run_training", lambda *each: parsed.append(each))
     (tmp_path / "config.yaml").write_text(
         "learning_rate: 1e-5\nmax_turns: null\nlora_target_modules: [q_proj, k_proj]\neval_strategy: no\n"
-        "chat_template_kwargs: {enable_thinking: false}\nreport_to: [tensorboard]\nsystem_prompt: '- Search. --twice'\n"
-        "beta: 1\nuse_cpu: yes\nmax_steps: 5\nresume_from_checkpoint: true\nmodel_name_or_path: m\nreward_weights: [0.5]\n"
-        "env: {IGPO_TEST_VALUE: 7}\n"
+        "chat_template_kwargs: {enable_thinking: false}\nreport_to: [tensorboard]\n"
+        "system_prompt: '- Search. --twice'\nbeta: 1\nuse_cpu: yes\nmax_steps: 5\n"
+        "resume_from_checkpoint: true\nmodel_name_or_path: m\n"
+        "reward_weights: [0.5]\nenv: {IGPO_TEST_VALUE: 7}\n"
     )
     monkeypatch.setenv("IGPO_TEST_VALUE", "")
     result = run("--config", str(tmp_path / "config.yaml"), "--max-steps", "6")

@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,10 +19,12 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 from typer.testing import CliRunner
 
-from igpo_trl import IGPOConfig
+from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.cli import train as training
 from igpo_trl.cli.app import app
+from igpo_trl.cli.arguments import ScriptArguments, TrainParser
 from igpo_trl.data import SYSTEM_PROMPTS
+from igpo_trl.rollout.tool_failures import ToolUnavailable
 from igpo_trl.sandbox.tiny_model import SYSTEM_PROMPT, make_tiny_model
 from igpo_trl.search import BM25Index
 from igpo_trl.search.indexes import bm25
@@ -66,15 +70,14 @@ def arguments(files, tmp_path, repository, monkeypatch) -> list[str]:
         "num_generations": 2,
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 2,
-        "max_completion_length": 192,
+        "max_completion_length": 640,
         "disable_tqdm": "true",
     }
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def parse(arguments: list[str]):
-    parser = TrlParser((training.ScriptArguments, IGPOConfig, ModelConfig))
-    return parser.parse_args_and_config(arguments)
+    return TrainParser().parse_args_and_config(arguments)
 
 
 def test_trains_saves_and_resumes_from_the_command_line(arguments, repository, tmp_path):
@@ -98,18 +101,112 @@ def test_trains_saves_and_resumes_from_the_command_line(arguments, repository, t
     assert all(set(t.rewards) == {"answer_reward"} for t in trajectories)
     assert all(turn.info_gain is not None for t in trajectories for turn in t.turns[:-1])
 
-    with pytest.raises(FileExistsError, match="--resume_from_checkpoint true"):
-        training.run_training(*parse(arguments))
+    assert "FutureWarning" not in result.stderr
+    assert "Beliefs are scored packed" in result.stderr and "The KV cache is kept" in result.stderr
+
+    command = CliRunner().invoke(app, ["train", *arguments])
+    assert command.exit_code == 1 and len(command.stderr.splitlines()) == 1
+    assert "has checkpoints of an earlier run that is finished. Add --resume_from_checkpoint true" in command.stderr
+    command = CliRunner().invoke(app, ["train", *arguments, "--resume_from_checkpoint", "true"])
+    assert command.exit_code == 0 and "is done: checkpoint-2 is its last" in command.stdout
+    assert len(list(read_jsonl(run / "trajectories/rank0.jsonl"))) == 8
+    (run / "checkpoint-2/model.safetensors").unlink()  # as after a crash while saving
     before = json.loads((run / "evaluation.json").read_text())["before"]
     # As after a kill in step 3, during a write.
     path = run / "trajectories/rank0.jsonl"
     last = path.read_text().splitlines()[-1]
     path.write_text(path.read_text() + last.replace('"step": 1,', '"step": 2,') + "\n" + last[:50])
     more = [*arguments, "--resume_from_checkpoint", "true", "--max_steps", "3"]
-    training.run_training(*parse(more))
+    command = CliRunner().invoke(app, ["train", *more], catch_exceptions=False)
+    assert command.exit_code == 0
+    assert "checkpoint-2 is not whole: model.safetensors is missing. Resuming from" in command.stderr
     assert json.loads((run / "trainer_state.json").read_text())["global_step"] == 3
     assert [t.step for t in read_jsonl(path)] == [0] * 4 + [1] * 4 + [2] * 4
     assert json.loads((run / "evaluation.json").read_text())["before"] == before
+
+
+@pytest.mark.parametrize("stop", ["SIGINT", "SIGTERM", "crash", "outage"])
+def test_a_run_that_ends_early_says_how_to_resume_it(arguments, monkeypatch, tmp_path, stop):
+    train = IGPOTrainer.train
+
+    def stop_after_training(trainer, *args, **kwargs):
+        train(trainer, *args, **kwargs)
+        if stop == "crash":
+            return [][0]
+        if stop == "outage":
+            raise ToolUnavailable("the tool search has failed.")
+        os.kill(os.getpid(), getattr(signal, stop))
+        time.sleep(60)
+
+    monkeypatch.setattr(IGPOTrainer, "train", stop_after_training)
+    monkeypatch.setattr(sys, "argv", ["igpo"])
+    words = [*arguments, "--max_steps", "1", "--num_eval_questions", "0"]
+    result = CliRunner().invoke(app, ["train", *words])
+    resume = f"To resume from {tmp_path / 'run/checkpoint-1'}:\n  igpo train {shlex.join(words)} "
+    resume += "--resume_from_checkpoint true"
+    if stop == "crash":
+        assert isinstance(result.exception, IndexError) and result.exception.__notes__ == [resume]
+    elif stop == "outage":
+        assert result.exit_code == 1
+        assert f"Error: the tool search has failed.\n{resume}\n" in result.stderr
+    else:
+        assert result.exit_code == {"SIGINT": 130, "SIGTERM": 143}[stop]
+        assert f"Interrupted. {resume}" in result.stderr
+        # The same command goes on, to the end.
+        monkeypatch.setattr(IGPOTrainer, "train", train)
+        again = CliRunner().invoke(app, ["train", *words, "--resume_from_checkpoint", "true"], catch_exceptions=False)
+        assert again.exit_code == 0 and "Nothing is left to train" in again.stderr
+        assert (tmp_path / "run/model.safetensors").is_file()
+
+
+def test_an_evaluation_and_the_training_log_to_one_folder(arguments, tmp_path, monkeypatch):
+    folders = []
+
+    class Writer:  # TensorBoard is not among the packages of the tests
+        def __init__(self, log_dir):
+            folders.append(log_dir)
+            Path(log_dir).mkdir(parents=True, exist_ok=True)
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    options = [*arguments, "--max_steps", "1", "--report_to", "tensorboard"]
+    training.run_training(*parse(options))
+    training.run_training(*parse([*options, "--max_steps", "2", "--resume_from_checkpoint", "true"]))
+    (folder,) = (tmp_path / "run/runs").iterdir()
+    assert set(folders) == {str(folder)} and len(folders) >= 3  # before, while and after training
+
+
+def test_a_misspelt_metric_is_found_before_training(arguments, monkeypatch):
+    monkeypatch.setattr(IGPOTrainer, "train", lambda *_, **__: pytest.fail("training began"))
+    options = "--metric_for_best_model eval_f2 --load_best_model_at_end true --eval_strategy steps --eval_steps 1"
+    result = CliRunner().invoke(app, ["train", *arguments, *options.split()])
+    assert result.exit_code == 1
+    assert "`metric_for_best_model`: the evaluation reports no eval_f2. Did you mean eval_f1" in result.stderr
+
+
+def test_accelerate_configurations_leave_the_precision_to_the_recipe(repository):
+    for path in (repository / "accelerate_configs").glob("*.yaml"):
+        assert yaml.safe_load(path.read_text())["mixed_precision"] == "no", path.name
+
+
+def test_deepspeed_trains_the_cpu_recipe(arguments, repository, tmp_path):
+    pytest.importorskip("deepspeed")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--main_process_port", "0"]
+    result = subprocess.run(
+        [*command, "--config_file", "accelerate_configs/zero2.yaml", "train.py", *arguments, "--max_steps", "1"],
+        cwd=repository,
+        env=os.environ | {"PYTHONPATH": str(repository / "src"), "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "FutureWarning" not in result.stderr
+    # ZeRO-2 cannot evaluate before it trains; the evaluation before the first step must not be missing for that.
+    assert sorted(json.loads((tmp_path / "run/evaluation.json").read_text())) == ["after", "before"]
 
 
 def test_the_command_is_the_script(arguments, monkeypatch):
@@ -117,14 +214,14 @@ def test_the_command_is_the_script(arguments, monkeypatch):
     monkeypatch.setattr(training, "run_training", lambda *parsed: passed.extend(parsed))
     result = CliRunner().invoke(app, ["train", *arguments, "--beta", "0.25"], catch_exceptions=False)
     assert result.exit_code == 0
-    expected = parse([*arguments, "--beta", "0.25"])
+    parser = TrlParser((ScriptArguments, IGPOConfig, ModelConfig))  # TRL's own
+    expected = parser.parse_args_and_config([*arguments, "--beta", "0.25"])
     assert [vars(one) for one in passed[::2]] == [vars(one) for one in expected[::2]]
     assert passed[1].beta == 0.25
     result = CliRunner().invoke(app, ["train", "--help"])
     assert result.exit_code == 0
     assert result.output.startswith("usage: igpo train")
     assert all(name in result.output for name in ("--questions", "--info_gain_weight", "--lora_r"))
-    assert CliRunner().invoke(app, ["train", *arguments, "--betta", "1"]).exit_code != 0
 
 
 def test_trains_grpo_with_lora_and_an_index(arguments, tmp_path, files):

@@ -1,4 +1,5 @@
 import copy
+import inspect
 import math
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 import tiny
 import torch
 import trl
-from transformers import ProcessorMixin
+from datasets import DatasetDict
+from transformers import ProcessorMixin, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.chat_template_utils import qwen3_chat_template
 
@@ -593,6 +595,49 @@ def test_multi_modal_processor(make):
 
     with pytest.raises(ValueError, match="text models only, got the multi-modal processor Processor"):
         make(processing_class=Processor(), **NO_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_dataset": DatasetDict(train=tiny.make_dataset())}, "`train_dataset`.*got DatasetDict.*'train'"),
+        ({"train_dataset": {"a": tiny.make_dataset(), "b": 1}}, "`train_dataset`.*got dict.*'a', 'b'"),
+        ({"train_dataset": tiny.make_dataset().to_list()}, "`train_dataset`.*got list.*from_list"),
+        ({"train_dataset": "hotpotqa"}, "`train_dataset`.*got str"),
+        ({"eval_dataset": tiny.make_dataset().to_list()}, "`eval_dataset`.*got list"),
+        ({"eval_dataset": {"a": tiny.make_dataset(), "b": [1]}}, r"`eval_dataset\['b'\]`.*got list"),
+    ],
+)
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_what_is_no_dataset(make, options, message, weight):
+    with pytest.raises(TypeError, match=message):
+        make(info_gain_weight=weight, **options, **NO_MODEL)
+
+
+def test_evaluation_sets_of_a_dict_are_data_sets(make):
+    sets = DatasetDict(one=tiny.make_dataset(2), two=tiny.make_dataset(2))
+    make(eval_dataset=sets)
+
+
+@pytest.mark.parametrize("dataset", [tiny.make_dataset().remove_columns("answers"), None])
+def test_forgotten_reward_functions_without_gains(make, dataset):
+    with pytest.raises(ValueError, match="No reward: `reward_funcs` is not given"):
+        make(info_gain_weight=0.0, train_dataset=dataset, **NO_MODEL)
+
+
+def test_arguments_in_trls_order(make):
+    ours, trls = (inspect.signature(cls.__init__).parameters for cls in (IGPOTrainer, GRPOTrainer))
+    assert list(ours) == list(trls)
+    assert {name: p.default for name, p in ours.items()} == {name: p.default for name, p in trls.items()}
+    example = make()
+    optimizer = torch.optim.SGD(example.model.parameters(), lr=0.1)
+    callback = TrainerCallback()
+    trainer = IGPOTrainer(
+        example.model, answer_reward, example.args, tiny.make_dataset(), None, example.processing_class, None,
+        [callback], (optimizer, None), None, None, [tiny.search],
+    )  # fmt: skip
+    assert trainer.optimizer is optimizer and callback in trainer.callback_handler.callbacks
+    assert trainer.tools == [tiny.search]
 
 
 def test_wrong_config_class(make):

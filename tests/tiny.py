@@ -86,6 +86,9 @@ def call(query: str, name: str = "search") -> str:
     return f'<tool_call>\n{{"name": "{name}", "arguments": {{"query": "{query}"}}}}\n</tool_call>'
 
 
+QWEN3_5_CALL = "<tool_call>\n<function=search>\n<parameter=query>\nParis\n</parameter>\n</function>\n</tool_call>"
+
+
 def answer(text: str) -> str:
     return f"<answer>{text}</answer>"
 

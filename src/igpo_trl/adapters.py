@@ -1,6 +1,7 @@
 """The directory of a PEFT adapter: what it was trained on, and how to train it further."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ def base_of_adapter(directory: str | Path) -> str:
     return base
 
 
-def check_adapter(directory: str, peft_config: Any) -> str:
+def check_adapter(directory: str, peft_config: Any) -> tuple[str, str]:
     """
-    Check an adapter that is to be trained further, and return where its tokenizer is.
+    Check an adapter that is to be trained further, and return its base model and where its tokenizer is.
 
     Raises as [`base_of_adapter`], and `ValueError` if there is a `peft_config` for another adapter.
     """
@@ -54,17 +55,16 @@ def check_adapter(directory: str, peft_config: Any) -> str:
             f"{directory} is an adapter, which is trained further, and `peft_config` (`use_peft`) asks for a new one. "
             "Leave that out, or give the adapter's base model, or the two merged into one model."
         )
-    return directory if Path(directory, "tokenizer_config.json").is_file() else base
+    return base, directory if Path(directory, "tokenizer_config.json").is_file() else base
 
 
-def load_trainable(directory: str, args: Any, quantization_config: Any = None) -> Any:
+def load_trainable(directory: str, args: Any, load_base: Callable[..., Any], quantization_config: Any = None) -> Any:
     """
     The `PeftModel` of an adapter in a directory, on its base model, with trainable weights.
 
-    The base model is loaded as `GRPOTrainer` would load it. `args.model_init_kwargs` is used up.
+    `load_base` gets the options with which `GRPOTrainer` loads a model. `args.model_init_kwargs` is used up.
     """
     from peft import PeftModel
-    from trl.trainer.utils import create_model_from_path
 
     options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
     revision = json.loads(Path(directory, _CONFIG).read_text(encoding="utf-8")).get("revision")
@@ -74,7 +74,7 @@ def load_trainable(directory: str, args: Any, quantization_config: Any = None) -
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
         options["device_map"] = None
     args.model_init_kwargs = None
-    base = create_model_from_path(base_of_adapter(directory), **options)
+    base = load_base(base_of_adapter(directory), **options)
     plugin = args.deepspeed_plugin
     # The weights of ZeRO-3 have one type, as in `GRPOTrainer`.
     one_type = plugin is not None and plugin.zero_stage == 3 and quantization_config is None

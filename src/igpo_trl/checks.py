@@ -10,9 +10,9 @@ import trl
 from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from transformers import AutoConfig, ProcessorMixin
-from trl.chat_template_utils import supports_tool_calling
 
-from .data.rows import check_answers, check_columns, check_prompts, columns_of
+from .chat_templates import prepare_for_tools
+from .data.rows import check_answers, check_columns, check_prompts, columns_of, plain_prompt
 from .rollout.observations import ObservationEncoder
 from .tools import options_of
 
@@ -28,6 +28,17 @@ def check_trl_version() -> None:
             f"IGPOTrainer overrides internals of TRL that are tested with trl {SUPPORTED_TRL}.x, got trl "
             f"{trl.__version__}. Install it with `pip install 'trl=={SUPPORTED_TRL}.*'`."
         )
+
+
+def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
+    """Raise `TypeError` unless every data set is a `Dataset` or `IterableDataset`."""
+    for name, dataset in [("train_dataset", train_dataset), *named_datasets(eval_dataset)]:
+        if dataset is None or isinstance(dataset, Dataset | IterableDataset):
+            continue
+        fix = "Make one, for example with `Dataset.from_list(rows)`."
+        if isinstance(dataset, dict):
+            fix = f"Pass one of its entries: {', '.join(map(repr, dataset)) or 'it has none'}."
+        raise TypeError(f"`{name}` must be a `Dataset` or `IterableDataset`, got {type(dataset).__name__}. {fix}")
 
 
 def check_before_loading(
@@ -62,6 +73,13 @@ def check_before_loading(
     if uses_tools and args.max_tool_response_tokens is not None:
         ObservationEncoder(processing_class, max_tokens=args.max_tool_response_tokens)  # raises if that is too few
     owned = any(map(own_answers, environments))
+    columns = [] if train_dataset is None else columns_of(train_dataset)
+    if needs_answers and not args.uses_beliefs and not owned and args.answer_column not in columns:
+        raise ValueError(
+            "No reward: `reward_funcs` is not given, and the default, the F1 of the answer, needs right answers in "
+            f"the column `{args.answer_column}` of `train_dataset`, got {', '.join(columns) or 'no data set'}. Pass "
+            "`reward_funcs`, or name the column of the answers with `IGPOConfig(answer_column=...)`."
+        )
     if args.uses_beliefs or needs_answers:
         check_answers(train_dataset, args.answer_column, "train_dataset", optional=owned)
     for name, dataset in named_datasets(train_dataset, "train_dataset") + named_datasets(eval_dataset):
@@ -83,19 +101,26 @@ def check_processing_class(processing_class: Any, uses_tools: bool) -> None:
             f"IGPOTrainer supports text models only, got the multi-modal processor {type(processing_class).__name__}. "
             "Pass the tokenizer of a text model as `processing_class`."
         )
-    if not uses_tools:
-        return
-    if processing_class.chat_template is None:
+    if uses_tools:
+        prepare_for_tools(processing_class)
+
+
+def check_rollout_output(extra_fields: dict[str, Any]) -> None:
+    """Raise `ValueError` if TRL has not read the mask that a `rollout_func` returned."""
+    if "env_mask" in extra_fields:
         raise ValueError(
-            "The tokenizer has no chat template, which tool calls are rendered with. Use an instruction-tuned model, "
-            "or set `tokenizer.chat_template`."
+            "`rollout_func` returned an `env_mask`, which is not read if the trainer has tools: they run after it, on "
+            "turns that it left open. Leave out `tools` and `environment_factory`, or the mask."
         )
-    if not supports_tool_calling(processing_class):
-        raise ValueError(
-            "The tokenizer's chat template cannot call tools: it does not render an assistant's tool call and the "
-            "tool's answer. Use a model that was trained to call tools (Qwen2.5, Qwen3, Llama 3.1, …), or another "
-            "`tokenizer.chat_template`."
-        )
+
+
+def warn_of_single_turns() -> None:
+    warnings.warn(
+        "Neither `tools` nor `environment_factory` is given: every rollout is a single turn, which has no information "
+        "gain, and training is plain GRPO. Pass `tools=[...]` to train an agent.",
+        UserWarning,
+        stacklevel=3,  # the caller of the trainer
+    )
 
 
 def check_trainable(model: Any) -> None:
@@ -185,7 +210,8 @@ def check_room(
             what to raise.
     """
     rows = range(0, len(dataset), max(1, len(dataset) // 32))
-    prompts = dataset.select(rows).with_format(None)["prompt"][:] if "prompt" in dataset.column_names else []
+    stored = dataset.select(rows).with_format(None)["prompt"][:] if "prompt" in dataset.column_names else []
+    prompts = [plain_prompt(prompt) for prompt in stored]
     lengths = [len(render(processing_class, prompt, tools, args.chat_template_kwargs or {})) for prompt in prompts]
     prompt_length = max(lengths, default=0)
     if prompt_length >= context_length:

@@ -3,6 +3,7 @@
 import logging
 import sys
 import textwrap
+from collections.abc import Sequence
 from typing import Any, cast
 
 from accelerate.utils import broadcast_object_list
@@ -12,7 +13,7 @@ from .beliefs.probes import fit_template
 from .beliefs.scorer import BeliefScorer
 from .beliefs.scoring import AliasReduction, Method
 from .rollout.kv_cache import reuse_obstacle
-from .rollout.loop import RolloutLimits, RolloutLoop
+from .rollout.loop import Rollout, RolloutLimits, RolloutLoop
 from .rollout.observations import ObservationEncoder
 from .rollout.tool_failures import FailureWatch
 from .rollout.tool_runner import ToolRunner
@@ -76,6 +77,8 @@ def make_rollout_loop(trainer: Any) -> RolloutLoop:
         RolloutLimits(
             max_completion_length=trainer.max_completion_length,
             max_turn_length=max_turn_length(trainer),
+            max_new_tokens=(args.generation_kwargs or {}).get("max_tokens" if trainer.use_vllm else "max_new_tokens")
+            or sys.maxsize,
             context_length=context_length(trainer),
             max_rounds=min(trainer.max_tool_calling_iterations, max_rounds),
             forced_answer_prompt=args.forced_answer_prompt if args.forced_answer else None,
@@ -105,6 +108,20 @@ def samples_in_step(trainer: Any) -> bool:
     # The main process asks a vLLM server for all, and the processes of a tensor-parallel engine sample together.
     one_engine = trainer.use_vllm and (trainer.vllm_mode == "server" or trainer.args.vllm_tensor_parallel_size > 1)
     return bool(trainer.is_sharded or one_engine)
+
+
+def make_rollouts(trainer: Any, prompt_ids: Sequence[Sequence[int]], with_logprobs: bool) -> list[Rollout]:
+    """The rollouts of a batch, before their first turns."""
+    return [
+        Rollout(
+            index=i,
+            prompt_ids=list(ids),
+            tools={**trainer._sync_tool_dicts[i], **trainer._async_tool_dicts[i]},
+            environment=trainer.environments[i] if trainer.environments else None,
+            logprobs=[] if with_logprobs else None,
+        )
+        for i, ids in enumerate(prompt_ids)
+    ]
 
 
 def max_turn_length(trainer: Any) -> int:

@@ -267,7 +267,8 @@ class IGPOConfig(GRPOConfig):
         metadata={
             "help": "Write every training rollout with its beliefs, gains and advantages to "
             "`output_dir/trajectories/` as JSON Lines, one file per process. Resumed training removes the records of "
-            "the steps that it repeats."
+            "the steps that it repeats; a new run in the same directory moves those of the earlier one to "
+            "`trajectories-1`."
         },
     )
 
@@ -336,14 +337,15 @@ class IGPOConfig(GRPOConfig):
 
     def _check_bf16(self) -> None:
         """Train in float32 where nothing computes in bfloat16, unless bfloat16 was asked for."""
+        bf16: bool | None = getattr(self, "bf16")  # noqa: B009  # `None` until TRL decides
         if self.use_cpu or self.fp16 or is_torch_bf16_gpu_available() or is_torch_xla_available():
             return
-        if self.bf16:
+        if bf16:
             raise ValueError(
                 "`bf16=True` needs a GPU that computes in bfloat16, and there is none. Set `bf16=False` to train in "
                 "float32, and `use_cpu=True` to train on the CPU."
             )
-        if self.bf16 is None:
+        if bf16 is None:
             self.bf16 = False
 
     @property

@@ -18,8 +18,8 @@ FILE_ENDINGS = tuple(f".{kind}{packed}" for kind in ("jsonl", "json", "csv", "ts
 )
 """Endings of the files that [`read_records`] can read."""
 
-_QUOTED_CELL = re.compile(r'"(?:[^"]|"")*"')
-_OPEN_CELL = re.compile(r'"(?:[^"]|"")*+')  # possessive: `"a"` is no open cell
+_QUOTED_CELL = re.compile(r'"[^"]*(?:""[^"]*)*"')
+_OPEN_CELL = re.compile(r'"[^"]*+(?:""[^"]*+)*+')  # without the quote that closes it
 
 _AS_TEXT = {"mode": "rt", "encoding": "utf-8-sig", "newline": ""}  # with or without a byte order mark
 
@@ -34,9 +34,11 @@ def read_records(
     Lines. The cells of CSV and TSV files are strings. All formats but JSON are read as a stream.
 
     In a TSV file, a quote is CSV's if its cell begins and ends with one and the quotes inside are doubled; any other
-    quote is text. A line with a cell for every column is always a row of its own, whatever its quotes. A `.csv` file
-    with a tab in its first line is tab-separated, and has the columns `question` and `answers` if that line already
-    holds a list, as in DPR's files of questions.
+    quote is text. A line with a cell for every column is always a row of its own, whatever its quotes. In a CSV file,
+    a quote that is text must be doubled in a quoted cell; one that would take whole rows with it is an error.
+
+    A `.csv` file with a tab in its first line is tab-separated. A table whose first line already holds a list has the
+    columns `question` and `answers`, as DPR's files of questions.
 
     Args:
         path (`str` or `Path`): The file. Its name tells the format.
@@ -119,12 +121,29 @@ def _read_table(path: Path, is_tsv: bool) -> Iterator[tuple[str, dict[str, Any]]
 
 
 def _comma_separated(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    rows = csv.reader(lines, strict=True)
+    of_row = list[str]()  # the lines of the current row
+    rows = csv.reader(_recorded(lines, of_row), strict=True)
+    width = 0
     try:
-        for cells in filter(None, rows):  # blank lines are skipped
-            yield rows.line_num, cells
+        for cells in rows:
+            width = width or len(cells)
+            if len(of_row) > 1 and all(line.count(",") + 1 == width for line in of_row):
+                first = rows.line_num - len(of_row) + 1
+                raise ValueError(
+                    f"{path}:{first}: a quote opens a cell that ends in line {rows.line_num}, but every line in "
+                    "between is a whole row. Quote the cell and double the quotes in it, or save as JSON Lines."
+                )
+            of_row.clear()
+            if cells:  # blank lines are skipped
+                yield rows.line_num, cells
     except csv.Error as error:
         raise ValueError(f"{path}:{rows.line_num}: not a readable table ({error}).") from error
+
+
+def _recorded(lines: Iterable[str], record: list[str]) -> Iterator[str]:
+    for line in lines:
+        record.append(line)
+        yield line
 
 
 def _tab_separated(_: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:

@@ -9,6 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from .step import Step
 from .trajectory import Trajectory, Turn
 
+TURN_COLUMNS = ("belief", "info_gain", "turn_advantage")
+
 
 def trajectories_of(
     step: Step,
@@ -72,7 +74,7 @@ def turns_of(step: Step, i: int, tokenizer: PreTrainedTokenizerBase) -> list[Tur
 
 def completion_columns(step: Step) -> dict[str, list[str]]:
     """Columns for TRL's table of completions: values of each rollout's turns as text, empty where there are none."""
-    columns = dict.fromkeys(("belief", "info_gain", "turn_advantage"), [""] * len(step.global_outcome))
+    columns = dict.fromkeys(TURN_COLUMNS, [""] * len(step.global_outcome))
     if step.global_advantages is None or step.global_beliefs is None or step.global_gains is None:
         return columns
     advantages = step.global_advantages.masked_fill(~step.is_turn(step.global_advantages), torch.nan)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from .files import encodable
 from .trajectory import StopReason, Trajectory, Turn
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ class Piece(NamedTuple):
 
 def plain_text(text: str) -> str:
     """A text without the markers of the chat template, as a single paragraph."""
-    return " ".join(_CHAT_MARKER.sub(" ", text).split())
+    return " ".join(_CHAT_MARKER.sub(" ", encodable(text)).split())
 
 
 def pieces(text: str) -> list[Piece]:
@@ -66,8 +67,8 @@ def _call(body: str) -> str:
     try:
         call = json.loads(body)
         arguments = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in call["arguments"].items())
-        return f"{call['name']}({', '.join(arguments)})"
-    except (AttributeError, KeyError, TypeError, ValueError):
+        return encodable(f"{call['name']}({', '.join(arguments)})")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         return plain_text(body)
 
 
@@ -120,7 +121,7 @@ def render_trajectory(trajectory: Trajectory, width: int = 24) -> "RenderableTyp
 
     lines: list[RenderableType] = [Text.assemble(("Question  ", "bold"), question_text(trajectory))]
     if trajectory.answers:
-        lines.append(Text.assemble(("Answer    ", "bold"), " | ".join(trajectory.answers)))
+        lines.append(Text.assemble(("Answer    ", "bold"), encodable(" | ".join(trajectory.answers))))
     if (before := trajectory.turns[0].belief) is not None:
         lines.append(bar(before, None))
     styles = {"think": "italic dim", "call": "cyan", "answer": "bold magenta", "text": ""}
@@ -257,7 +258,7 @@ def _draw_header(axes: "Axes", trajectory: Trajectory, question: Sequence[str], 
     for i, line in enumerate(question):
         _write(axes, _MARGIN, 0.34 + 0.23 * i, line, 11.5, fontweight="bold")
     if trajectory.answers:
-        answers = textwrap.shorten("right answer: " + " | ".join(trajectory.answers), 70, placeholder=" …")
+        answers = textwrap.shorten("right answer: " + encodable(" | ".join(trajectory.answers)), 70, placeholder=" …")
         _write(axes, _MARGIN, 0.35 + 0.23 * len(question), answers, 9, GREY)
     if scale is not None:
         title = "belief in the right answer" + ("" if scale == 1 else f" (full bar: {scale:g})")

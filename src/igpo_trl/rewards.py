@@ -8,7 +8,8 @@ Two scorers, chosen by `variant`:
   replaced by a space. It differs from SQuAD's on repeated tokens (`cat cat cat` against `cat` is 1 rather than 0.5)
   and on articles. Use it to compare with their numbers, not with those of other papers.
 
-Only the last assistant turn is ever read: a tool may return anything, `<answer>` blocks included.
+Only the last assistant turn is ever read: a tool may return anything, `<answer>` blocks included. Of an answer and a
+call in one turn, the first counts; the rollout loop leaves the other out of the message.
 """
 
 import re
@@ -23,6 +24,9 @@ Completion = str | Sequence[Message]
 
 # The authors' scorer gives this to a response without a well-formed answer.
 DEFAULT_FORMAT_PENALTY = -2.0
+
+# Column with the text of each rollout's last turn, where the completion is a whole transcript (`rollout_func`).
+LAST_TURN = "last_sampled_turn"
 
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _THINK_TAG = re.compile(r"<(/?)think>", re.IGNORECASE)
@@ -184,7 +188,8 @@ def answer_reward(
         format_penalty (`float`, *optional*, defaults to `-2.0`): Reward of a completion without a well-formed answer.
         variant (`str`, *optional*, defaults to `"squad"`): Scorer: `"squad"` or `"reference"`.
         columns:
-            Further columns and TRL's own arguments; only `columns[answer_column]` is read.
+            Further columns and TRL's own arguments. Only `columns[answer_column]` is read and, for a `rollout_func`
+            whose `env_mask` says what was sampled, `columns["last_sampled_turn"]`.
 
     Returns:
         `list[float]`: one reward per completion.
@@ -251,10 +256,12 @@ def _score(
             f"`answer_reward` needs one row of `{answer_column}` per completion, got {len(rows)} rows for "
             f"{len(completions)} completions. Pass the column repeated for every generation, as TRL does."
         )
+    last_turns = columns.get(LAST_TURN)
     rewards = []
     for index, (completion, row) in enumerate(zip(completions, rows, strict=True)):
         aliases = _aliases(row, where=f"row {index} of `{answer_column}`")
-        prediction = extract_answer(last_assistant_text(completion), variant)
+        text = last_assistant_text(completion) if last_turns is None else last_turns[index]
+        prediction = extract_answer(text, variant)
         rewards.append(format_penalty if prediction is None else f1_score(prediction, aliases, variant))
     return rewards
 

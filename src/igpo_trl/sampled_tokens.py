@@ -89,6 +89,13 @@ def backbone_of(model: Any) -> torch.nn.Module | None:
     return inner.base_model
 
 
+def rollouts_are_exchangeable(args: Any) -> bool:
+    """Whether the loss of an optimizer step does not depend on which rollouts share a microbatch."""
+    # `bnpo`, the threshold of the entropy and the entropy bonus are each of one microbatch.
+    uses_entropy = args.top_entropy_quantile < 1.0 or args.entropy_coef or args.use_adaptive_entropy
+    return args.loss_type != "bnpo" and not uses_entropy
+
+
 def by_length(batches: list[dict[str, Any]], accumulation: int) -> list[dict[str, Any]]:
     """
     Exchange rollouts between the microbatches of one optimizer step, so that each holds rollouts of like length.

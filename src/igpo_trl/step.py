@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .beliefs import CachedContexts
 from .beliefs.scorer import BeliefBatch, BeliefScorer
 from .checks import own_answers
 from .data.rows import answers_of
-from .rewards import exact_match, extract_answer, f1_score, last_assistant_text
+from .rewards import LAST_TURN, exact_match, extract_answer, f1_score, last_assistant_text
 from .rollout.kv_cache import PrefixCache
 from .rollout.loop import Rollout
 from .rollout.round_log import RoundLog
@@ -46,6 +47,8 @@ class Step:
         scores_every_turn (`bool`): whether to score the belief before every turn, even if no gain needs it.
         optimizer_step (`int`): number of optimizer steps taken so far.
         rank (`int`): index of this process.
+        num_counted (`int`, *optional*): the first rollouts of all ranks that count in metrics. Evaluation on several
+            processes fills its last batch with rows that it has already had. Defaults to all.
 
         kv_cache ([`PrefixCache`], *optional*): of the rollouts in progress; only while they are sampled.
         belief_batch ([`BeliefBatch`], *optional*): beliefs scored so far; `None` if none are wanted.
@@ -57,6 +60,7 @@ class Step:
         turn_index (`torch.Tensor` of shape (B, T)), starts (B, K), num_turns (B,): see [`turn_spans`].
         turn_starts (list of list of `int`): `starts` without padding.
         completions (list): the completions as messages or text.
+        last_turns (list of `str`, *optional*): what was sampled last, of rollouts that a `rollout_func` made.
 
         global_rewards (`torch.Tensor` of shape (N, reward functions)): NaN where a function does not apply.
         global_outcome (`torch.Tensor` of shape (N,)): their weighted sum; NaN where none applies.
@@ -77,6 +81,7 @@ class Step:
     scores_every_turn: bool = True
     optimizer_step: int = 0
     rank: int = 0
+    num_counted: int | None = None
 
     kv_cache: PrefixCache | None = None
     belief_batch: BeliefBatch | None = None
@@ -86,6 +91,7 @@ class Step:
     prompt_ids: list[list[int]] = field(default_factory=list)
     completion_ids: list[list[int]] = field(default_factory=list)
     completions: Sequence[Any] = ()
+    last_turns: list[str] | None = None
 
     beliefs: torch.Tensor | None = None
     gains: torch.Tensor | None = None
@@ -101,7 +107,8 @@ class Step:
     @cached_property
     def predictions(self) -> list[str | None]:
         """The answer that each rollout gave; `None` where it is missing or malformed."""
-        return [extract_answer(last_assistant_text(completion)) for completion in self.completions]
+        texts = self.last_turns or [last_assistant_text(completion) for completion in self.completions]
+        return [extract_answer(text) for text in texts]
 
     # ----------------------------------------------------------------------------------------------------- rollouts
 
@@ -136,6 +143,18 @@ class Step:
         lengths = torch.tensor([len(ids) for ids in self.completion_ids])
         self.turn_index, self.starts, self.num_turns = turn_spans(sampled_mask, lengths)
         self.turn_starts = [row[:n] for row, n in zip(self.starts.tolist(), self.num_turns.tolist(), strict=True)]
+
+    def set_last_turns(self, tokenizer: Any) -> None:
+        """Decode what was sampled last; to TRL, the completions of a `rollout_func` are one turn each."""
+        last = (self.turn_index == (self.num_turns - 1)[:, None]).tolist()
+        ids = [list(compress(row, mask)) for row, mask in zip(self.completion_ids, last, strict=True)]
+        self.last_turns = tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def with_last_turns(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows for the reward functions, with the last turns as a column where there are any."""
+        if self.last_turns is None:
+            return rows
+        return [row | {LAST_TURN: text} for row, text in zip(rows, self.last_turns, strict=True)]
 
     @classmethod
     def from_output(cls, rows: list[dict[str, Any]], output: dict[str, Any], **fields: Any) -> "Step":
@@ -188,6 +207,8 @@ class Step:
                 ", ".join(name for name, bad in zip(names, infinite.any(dim=0).tolist(), strict=False) if bad),
             )
             global_rewards = global_rewards.masked_fill(infinite, torch.nan)
+        if self.num_counted is not None:
+            global_rewards[self.num_counted :] = torch.nan
         self.global_rewards = global_rewards
         total = (global_rewards * weights.to(global_rewards.device)).nansum(dim=1)
         self.global_outcome = total.masked_fill(global_rewards.isnan().all(dim=1), torch.nan)
@@ -199,7 +220,8 @@ class Step:
         if cache is None or batch is None:
             return
         ended = [rollout for rollout in rollouts if rollout.index in cache]
-        if not ended or not scorer.can_use_cache(model, max(len(rollout.context_ids) for rollout in ended)):
+        longest = max((len(rollout.context_ids) for rollout in ended), default=0) + batch.longest_probe
+        if not ended or cache.has_long_rows or not scorer.can_use_cache(model, longest):
             return
         scored = []
         for rollout in ended:
@@ -310,6 +332,11 @@ class Step:
         advantages = self.local(self.global_advantages)[:, : self.starts.shape[1]]
         return expand_to_tokens(advantages.to(like.device), turn_index)
 
+    @property
+    def num_counted_here(self) -> int | None:
+        """How many of this rank's rollouts count in metrics."""
+        return None if self.num_counted is None else max(0, self.num_counted - self.rank * len(self.rows))
+
     def local(self, global_values: Any) -> Any:
         """This rank's part of gathered values."""
         size = len(self.completion_ids)
@@ -319,13 +346,13 @@ class Step:
 
     def metrics(self, gather: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> dict[str, float]:
         """Metrics of the global batch, by name; every rank must call this, after `gather` and `set_advantages`."""
-        turns = self.global_num_turns.float()
+        turns = self.global_num_turns[: self.num_counted].float()
         metrics = {"rollout/turns/mean": turns.mean().item(), "rollout/turns/max": turns.max().item()}
         if not self.training and self.answer_column in self.rows[0]:
             # F1 and exact match whatever the reward functions are: what runs are compared by.
             for name, score in SCORES.items():
                 local = [score(*pair) for pair in zip(self.predictions, self.answers, strict=True)]
-                metrics[name] = gather(torch.tensor(local, device=device)).mean().item()
+                metrics[name] = gather(torch.tensor(local, device=device))[: self.num_counted].mean().item()
         if self.belief_batch is not None:
             metrics |= {"belief/seconds": self.belief_batch.seconds, **self._belief_metrics()}
         if self.global_advantages is not None:
@@ -333,18 +360,25 @@ class Step:
         return metrics
 
     def _belief_metrics(self) -> dict[str, float]:
-        assert self.global_gains is not None and self.global_beliefs is not None
-        gains, first = self.global_gains[~self.global_gains.isnan()], self.global_beliefs[:, 0]
+        assert self.global_beliefs is not None
+        gains, beliefs = self.gains_that_count, self.global_beliefs[: self.num_counted]
         metrics = {}
         if len(gains):
             metrics["info_gain/mean"] = gains.mean().item()
             metrics["info_gain/std"] = gains.std(correction=0).item()
             metrics["info_gain/positive"] = (gains > 0).float().mean().item()
-        if not first.isnan().all():
-            last = self.global_beliefs.gather(1, (self.global_num_turns - 1)[:, None])
-            metrics["belief/prompt"] = first.nanmean().item()
+        if not beliefs[:, 0].isnan().all():
+            last = beliefs.gather(1, (self.global_num_turns[: self.num_counted] - 1)[:, None])
+            metrics["belief/prompt"] = beliefs[:, 0].nanmean().item()
             metrics["belief/final"] = last.nanmean().item()
         return metrics
+
+    @property
+    def gains_that_count(self) -> torch.Tensor:
+        """All gains of the rollouts that count."""
+        assert self.global_gains is not None  # `gather` comes first
+        gains = self.global_gains[: self.num_counted]
+        return gains[~gains.isnan()]
 
     def _advantage_metrics(self, advantages: torch.Tensor) -> dict[str, float]:
         groups = self.global_outcome.cpu().view(-1, self.num_generations)

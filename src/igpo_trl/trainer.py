@@ -1,6 +1,5 @@
 """[`IGPOTrainer`]: TRL's `GRPOTrainer` with turn-level advantages from information gain."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,18 +8,23 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from .adapters import check_adapter, is_adapter, load_trainable
+from .beliefs.models import changing_positions
 from .beliefs.scorer import KVCapture
+from .chat_templates import edited_templates_accepted
 from .checkpoints import OneRun, checkpoint_to_resume
 from .checks import (
     check_before_loading,
+    check_datasets,
+    check_rollout_output,
     check_tool_names,
     check_trainable,
     check_trl_version,
     probe_environments,
     refuse_images,
+    warn_of_single_turns,
 )
 from .components import (
     PAPER,
@@ -31,24 +35,26 @@ from .components import (
     load_processing_class,
     make_belief_scorer,
     make_rollout_loop,
+    make_rollouts,
     max_turn_length,
     samples_in_step,
 )
 from .config import IGPOConfig
 from .data.rows import plain_rows
-from .records import completion_columns, replace_logged_advantages, trajectories_of
+from .logs import LogsRollouts, fill_columns
+from .records import replace_logged_advantages, trajectories_of
 from .rewards import make_answer_reward
 from .rollout.kv_cache import PrefixCache, replaced_generate
 from .rollout.loop import Rollout, SampledTurns
 from .rollout.sampling import sample_within_context
-from .rollout.tool_calls import parser_errors_as_value_errors
-from .sampled_tokens import SampledTokensModel, backbone_of, by_length
+from .rollout.turn_reader import parser_errors_as_value_errors
+from .sampled_tokens import SampledTokensModel, backbone_of, by_length, rollouts_are_exchangeable
 from .step import Step
 from .trajectory import write_jsonl
 from .turns import old_log_probs_of_turn_ratios
 
 
-class IGPOTrainer(GRPOTrainer):
+class IGPOTrainer(LogsRollouts, GRPOTrainer):
     """
     Trainer for Information Gain-based Policy Optimization (IGPO, arXiv 2510.14967).
 
@@ -79,6 +85,7 @@ class IGPOTrainer(GRPOTrainer):
     | `_get_per_token_logps_and_entropies` | log-probabilities of the completions | scores beliefs against the cache of the old log-probabilities' forward | 1.15 |
     | `_calculate_rewards` | calls the reward functions, gathers | keeps the result as the outcome | before 1.8 |
     | `_compute_loss` | loss of one microbatch | one ratio per turn with `importance_sampling_level="turn"` | before 1.8 |
+    | `compute_loss`, `log` | average metrics over batches | average them over rollouts, tokens or calls | before 1.8 |
     | `train`, `_run_epoch` | resumes from the newest checkpoint; one more step at the end | takes the last whole one; takes none | 5.13 |
     | `evaluate`, `evaluation_loop` | evaluate one data set | return every metric; average over sets | before 1.8 |
 
@@ -90,8 +97,8 @@ class IGPOTrainer(GRPOTrainer):
         args ([`IGPOConfig`], *optional*): configuration.
         train_dataset (`Dataset` or `IterableDataset`): needs the columns `prompt` and `args.answer_column`.
         eval_dataset (*optional*), processing_class (*optional*): as in `GRPOTrainer`.
-        kwargs: every other argument of `GRPOTrainer` (`tools`, `environment_factory`, `rollout_func`, `peft_config`,
-            `callbacks`, …).
+        reward_processing_classes, callbacks, optimizers, quantization_config, peft_config, tools, rollout_func,
+            environment_factory (*optional*): as in `GRPOTrainer`, and in its order.
 
     Raises:
         `ImportError`: if TRL's minor version is not the supported one.
@@ -112,9 +119,17 @@ class IGPOTrainer(GRPOTrainer):
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Any = None,
         processing_class: PreTrainedTokenizerBase | None = None,
-        **kwargs: Any,
+        reward_processing_classes: Any = None,
+        callbacks: Any = None,
+        optimizers: Any = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: Any = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
     ):
         check_trl_version()
+        check_datasets(train_dataset, eval_dataset)
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
             args = IGPOConfig(f"{model_id.split('/')[-1]}-IGPO")
@@ -122,33 +137,30 @@ class IGPOTrainer(GRPOTrainer):
             raise TypeError(
                 f"`args` must be an IGPOConfig, got {type(args).__name__}. It takes every argument of GRPOConfig."
             )
-        continues_adapter = isinstance(model, str) and is_adapter(model)
-        if continues_adapter:
-            model_id = check_adapter(model, kwargs.get("peft_config"))
+        base, adapter = model, model if isinstance(model, str) and is_adapter(model) else None
+        if adapter is not None:
+            base, model_id = check_adapter(adapter, peft_config)
         if processing_class is None:
             processing_class = load_processing_class(model, model_id, args)
-        tools = kwargs.get("tools")
-        kwargs["environment_factory"], environments = probe_environments(kwargs.get("environment_factory"))
-        if not tools and not environments and kwargs.get("rollout_func") is None:
-            warnings.warn(
-                "Neither `tools` nor `environment_factory` is given: every rollout is a single turn, which has no "
-                "information gain, and training is plain GRPO. Pass `tools=[...]` to train an agent.",
-                UserWarning,
-                stacklevel=2,
-            )
+        environment_factory, environments = probe_environments(environment_factory)
+        if not tools and not environments and rollout_func is None:
+            warn_of_single_turns()
         default_reward = reward_funcs is None and not any(hasattr(type(e), "get_reward") for e in environments)
         check_before_loading(
             args, processing_class, train_dataset, eval_dataset, tools, environments,
-            needs_answers=default_reward, model=model_id if isinstance(model, str) else model,
+            needs_answers=default_reward, model=base,
         )  # fmt: skip
         if default_reward:
             reward_funcs = make_answer_reward(args.answer_column, format_penalty=args.format_penalty)
         args.remove_unused_columns = False  # reward functions may read any column, and beliefs read the answers
-        if continues_adapter:
-            model = load_trainable(model, args, kwargs.pop("quantization_config", None))
-        super().__init__(
-            model, reward_funcs, args, train_dataset, eval_dataset, processing_class=processing_class, **kwargs
-        )
+        if adapter is not None:
+            model = load_trainable(adapter, args, create_model_from_path, quantization_config)
+            quantization_config = None
+        with edited_templates_accepted():
+            super().__init__(
+                model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes,
+                callbacks, optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory,
+            )  # fmt: skip
         # Nobody reports which tools the turns of a `rollout_func` call.
         check_tool_names(args.info_gain_tools, [] if self.rollout_func is not None else self.tools)
         self._loss_inputs: dict[str, Any] | None = None
@@ -160,19 +172,13 @@ class IGPOTrainer(GRPOTrainer):
         self._rollout_loop = make_rollout_loop(self) if self.tools else None
         self._reuses_prefixes = can_reuse_prefixes(self)
         declare_output_head(self)
-        # Other losses weigh a rollout by what else is in its microbatch.
-        self._groups_by_length = (
-            not args.pad_to_longest
-            and args.loss_type != "bnpo"
-            and args.top_entropy_quantile == 1.0
-            and not self._entropy_bonus_enabled
-        )
+        self._groups_by_length = not args.pad_to_longest and rollouts_are_exchangeable(args)
         self.add_callback(OneRun(self))
 
     # ----------------------------------------------------------------------------------- one step, from top to bottom
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        previous = self._buffered_inputs
+        previous: Any = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         if self._buffered_inputs is previous or not self._groups_by_length:
             return inputs
@@ -180,7 +186,7 @@ class IGPOTrainer(GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        args, training = self.args, self.model.training
+        args, training = self.args, self.is_training
         inputs = [dict(row) for row in inputs]  # to which environments may add their answers
         inputs = inputs if self.rollout_func is not None else plain_rows(inputs)
         step = self.current_step = Step(
@@ -194,6 +200,7 @@ class IGPOTrainer(GRPOTrainer):
             scores_every_turn=args.normalization == "critic" or not training,
             optimizer_step=self.state.global_step,
             rank=self.accelerator.process_index,
+            num_counted=self.count_rollouts(len(inputs)),
         )
         if args.uses_beliefs if training else args.belief_at_eval:
             # The parent's own condition for that forward, which has no name there.
@@ -210,7 +217,7 @@ class IGPOTrainer(GRPOTrainer):
             with self.accelerator.autocast():
                 step.score_beliefs(self._belief_scorer, self.model)
         step.gather(self.accelerator)
-        metrics = self._metrics["train" if training else "eval"]
+        metrics = self._metrics[self.mode]
         if training and step.belief_batch is not None:
             gain_weight, outcome_weight = args.weights_at(self.state.global_step / max(1, self.state.max_steps))
             step.set_advantages(
@@ -228,11 +235,7 @@ class IGPOTrainer(GRPOTrainer):
                 metrics["info_gain_weight"].append(gain_weight)
             if args.outcome_weight_end is not None:
                 metrics["outcome_weight"].append(outcome_weight)
-        for name, value in step.metrics(self.accelerator.gather, self.accelerator.device).items():
-            metrics[name].append(value)
-        if self.log_completions:
-            for name, column in completion_columns(step).items():
-                self._logs["extra"][name].extend(column)
+        self.log_step(step)
         if training and args.save_trajectories:
             rollout_advantages = output["advantages"] if step.belief_batch is None else None
             records = trajectories_of(step, self._tokenizer, self.reward_func_names, rollout_advantages)
@@ -244,17 +247,24 @@ class IGPOTrainer(GRPOTrainer):
         step.take_answers(self.environments)
         if self.args.uses_beliefs if step.training else self.args.belief_at_eval:
             step.belief_batch = self._belief_scorer.begin(step.answers)
-        step.kv_cache = PrefixCache(share_prompts=not self.is_sharded) if self._reuses_prefixes else None
+        share_prompts = not self.is_sharded
+        step.kv_cache = PrefixCache(changing_positions(self.model), share_prompts) if self._reuses_prefixes else None
+        training = self.model.training
         try:
             with parser_errors_as_value_errors(self._tokenizer):
                 result = super()._generate(prompts)
         finally:
             step.kv_cache = None  # its memory is needed for training
-        prompt_ids, completion_ids, sampled_masks, *_ = result
+            if self.model.training != training:  # as continuous batching and some `rollout_func`s leave it
+                self.model.train(training)
+        prompt_ids, completion_ids, sampled_masks, _, _, extra_fields, *_ = result
         step.set_rollouts(prompt_ids, completion_ids, sampled_masks)
+        if self.rollout_func is not None:
+            check_rollout_output(extra_fields)
+            step.set_last_turns(self._tokenizer)
         if self.tools and self.rollout_func is None:
-            metrics = self._metrics["train" if self.model.training else "eval"]
-            for name, value in step.round_log.metrics(self.accelerator).items():
+            metrics = self._metrics[self.mode]
+            for name, value in step.round_log.metrics(self.accelerator, step.num_counted_here).items():
                 metrics[name].append(value)
         return result
 
@@ -307,16 +317,7 @@ class IGPOTrainer(GRPOTrainer):
     ) -> Any:
         refuse_images(images)
         assert self._rollout_loop is not None  # the parent comes here only if there are tools
-        rollouts = [
-            Rollout(
-                index=i,
-                prompt_ids=list(ids),
-                tools={**self._sync_tool_dicts[i], **self._async_tool_dicts[i]},
-                environment=self.environments[i] if self.environments else None,
-                logprobs=None if logprobs is None else [],
-            )
-            for i, ids in enumerate(prompt_ids)
-        ]
+        rollouts = make_rollouts(self, prompt_ids, with_logprobs=logprobs is not None)
         first_turns = SampledTurns(completion_ids, logprobs, [messages[0] for messages in completions])
         log = self.current_step.round_log = self._rollout_loop.run(rollouts, first_turns, self._score_ended_rollouts)
         return (
@@ -349,7 +350,9 @@ class IGPOTrainer(GRPOTrainer):
         backbone = None if self.args.pad_to_longest else backbone_of(model)
         if step.captures_old_log_probs:
             step.captures_old_log_probs = False  # the forwards that follow are those of the reference and of the loss
-            usable = self._belief_scorer.can_use_cache(self.model, input_ids.shape[1], counts_padding=True)
+            assert step.belief_batch is not None  # or nothing would be captured
+            longest = input_ids.shape[1] + step.belief_batch.longest_probe
+            usable = self._belief_scorer.can_use_cache(self.model, longest, counts_padding=True)
             if not self.max_over_ranks(int(not usable)):  # all ranks or none, because they are in step
                 # The same forward, by the parent; its keys and values are kept until its rows are scored.
                 columns = (padding if backbone is None else torch.zeros_like(padding)).tolist()
@@ -377,9 +380,11 @@ class IGPOTrainer(GRPOTrainer):
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> torch.Tensor:
-        global_rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self.current_step.completions = completions
-        return self.current_step.set_rewards(global_rewards, self.reward_weights, self.reward_func_names)
+        step, rows = self.current_step, self.current_step.with_last_turns(inputs)
+        global_rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
+        fill_columns(self._logs, self._pending_extra_logs, len(completions))
+        step.completions = completions
+        return step.set_rewards(global_rewards, self.reward_weights, self.reward_func_names)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         # The hook above reads which tokens were sampled. For ratios of turns it changes the old log-probabilities, and
@@ -400,32 +405,6 @@ class IGPOTrainer(GRPOTrainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not self.control.should_training_stop:  # `OneRun` stops a finished run, which the parent would continue
             super()._run_epoch(*args, **kwargs)
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        sets = self.eval_dataset if eval_dataset is None else eval_dataset
-        if not isinstance(sets, dict):
-            return metrics
-        averages = {}
-        for name in ("f1", "exact_match", "reward"):
-            values = [metrics.get(f"{metric_key_prefix}_{set_name}_{name}") for set_name in sets]
-            if values and all(value is not None for value in values):
-                averages[f"{metric_key_prefix}_{name}"] = sum(values) / len(values)
-        self.log(dict(averages))
-        return metrics | averages
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # TRL adds what it has gathered to the log alone, and always under `eval_`: neither the caller of `evaluate`
-        # nor the choice of the best checkpoint sees it, and the sets of a dict could not be told apart.
-        output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        for name, values in self._metrics["eval"].items():
-            if valid := [value for value in values if value == value]:
-                output.metrics[f"{prefix}_{name}"] = sum(valid) / len(valid)
-        self._metrics["eval"].clear()
-        return output
 
     # ------------------------------------------------------------------------------------------------------- ranks
 

@@ -18,11 +18,11 @@ class StopReason(StrEnum):
     """Why a rollout ended."""
 
     ANSWERED = "answered"
-    """The policy ended its turn without calling a tool, or gave an answer."""
+    """The policy ended its turn without calling a tool, or gave an answer before any call."""
     TURN_LIMIT = "turn_limit"
     """It called a tool in the last turn that `max_turns` or `max_tool_calling_iterations` allows."""
     TURN_LENGTH_LIMIT = "turn_length_limit"
-    """`max_turn_length` cut a turn off before any call was complete."""
+    """`max_turn_length` or `generation_kwargs` cut a turn off before any call was complete."""
     LENGTH_LIMIT = "length_limit"
     """`max_completion_length` was reached, or left no room for an observation and another turn."""
     CONTEXT_LIMIT = "context_limit"
@@ -103,7 +103,8 @@ def write_jsonl(path: str | Path, trajectories: Iterable[Trajectory], append: bo
     """Write trajectories, one a line; parent folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a" if append else "w", encoding="utf-8") as file:
+    # A lone surrogate, which UTF-8 cannot encode, becomes its escape, which JSON can read.
+    with path.open("a" if append else "w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(trajectory.to_json() + "\n" for trajectory in trajectories)
 
 

@@ -34,6 +34,30 @@ class Trainer(tiny.Scripted, IGPOTrainer):
         return self.output
 
 
+class Evaluating(tiny.Scripted, IGPOTrainer):
+    """Right about the first three authors, after a search."""
+
+    def _generate(self, prompts):
+        right = [any(f"author {i} " in prompt[-1]["content"] for i in range(3)) for prompt in prompts]
+        mine = [[SEARCH, tiny.answer("Paris")] if each else [tiny.answer("Rome")] for each in right]
+        self.scripts = [[]] * (self.accelerator.process_index * len(mine)) + mine
+        return super()._generate(prompts)
+
+
+def evaluate(folder: Path) -> dict[str, float]:
+    """Five questions in batches of two per process: two processes fill their last batch with three repeated ones."""
+    trainer = tiny.make_trainer(
+        Evaluating,
+        IGPOConfig,
+        folder / "output",
+        eval_dataset=tiny.make_dataset(5),
+        per_device_eval_batch_size=2,
+        num_generations_eval=1,
+        belief_at_eval=True,
+    )
+    return trainer.evaluate()
+
+
 def main(folder: Path, num_processes: int) -> None:
     torch.set_num_threads(1)
     forwards, score = [], igpo_trl.beliefs.scorer.score_beliefs
@@ -86,6 +110,7 @@ def main(folder: Path, num_processes: int) -> None:
         watch.update({"search": ToolCounts(6, 6, 6, "it is gone")} if last else {"search": ToolCounts(5)})
     except ToolUnavailable as error:
         results[0]["stopped"] = str(error)
+    results.append({"evaluation": evaluate(folder)})
     torch.save(results, folder / f"rank{accelerator.process_index}of{num_processes}.pt")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -20,10 +20,23 @@ def results(launch, folder, num_processes):
 
 
 @pytest.fixture(scope="module")
-def runs(launch, tmp_path_factory):
+def all_runs(launch, tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     (single,) = results(launch, folder, 1)
     return single, results(launch, folder, 2)
+
+
+@pytest.fixture(scope="module")
+def runs(all_runs):
+    single, ranks = all_runs
+    return single[:-1], [rank[:-1] for rank in ranks]
+
+
+@pytest.fixture(scope="module")
+def evaluations(all_runs):
+    """Metrics of an evaluation by one process, and by the first of two."""
+    single, ranks = all_runs
+    return single[-1]["evaluation"], ranks[0][-1]["evaluation"]
 
 
 def test_advantages_are_those_of_one_process(runs):
@@ -57,6 +70,16 @@ def test_mistake_17_both_processes_make_the_same_number_of_forwards(runs):
     assert [one["forwards"] for one in first] == [one["forwards"] for one in second]
     # The second process has no rollout with a gain to score (but the critic's), and runs along all the same.
     assert all(one["forwards"] > 0 for one in second)
+
+
+def test_repeated_questions_do_not_count_in_evaluation(evaluations):
+    one, two = evaluations
+    assert one["eval_f1"] == two["eval_f1"] == pytest.approx(3 / 5)
+    assert one["eval_rollout/turns/mean"] == pytest.approx(8 / 5)
+    for name in one:
+        if name.startswith(("eval_rollout", "eval_reward", "eval_belief", "eval_info_gain")) and "second" not in name:
+            if not name.endswith("std"):  # of each batch
+                assert two[name] == pytest.approx(one[name], abs=1e-5), name
 
 
 def test_both_processes_stop_when_a_tool_fails_on_one(runs):

@@ -1,7 +1,7 @@
 """Which models can be scored against a KV cache, decided from their classes and configs."""
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -120,17 +120,51 @@ def _adapter_obstacle(model: Any) -> str | None:
     return None
 
 
-def _rope_obstacle(base: Any, longest: int | None) -> str | None:
-    for module in base.modules():
+class ChangingPositions(NamedTuple):
+    """Position embeddings of a kind that changes for all tokens of a sequence that is longer than `limit`."""
+
+    kind: str
+    limit: int
+
+    def share(self, length: int, other: int) -> bool:
+        """Whether sequences of these lengths have the same position embeddings, so that they may share a forward."""
+        if max(length, other) <= self.limit or length == other:
+            return True
+        return self.kind == "longrope" and min(length, other) > self.limit
+
+
+def changing_positions(model: Any) -> ChangingPositions | None:
+    """The position embeddings of a model that change with the length of the sequence, `None` for all others."""
+    found = []
+    for module in base_model(model).modules():
         kinds = getattr(module, "rope_type", None)
-        for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
-            if kind is None or not ("dynamic" in kind or kind == "longrope"):
-                continue
-            parameters = getattr(base.config, "rope_parameters", None) or {}
-            limit = parameters.get("original_max_position_embeddings") or base.config.max_position_embeddings
-            if longest is None or longest > limit:
-                return f"position embeddings of type {kind!r} change for all tokens of a sequence longer than {limit}"
-    return None
+        for layer, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            if kind == "longrope":
+                parameters = module.config.rope_parameters
+                limit = (parameters if layer is None else parameters[layer])["original_max_position_embeddings"]
+                found.append(ChangingPositions(kind, limit))
+            elif kind is not None and "dynamic" in kind:
+                found.append(ChangingPositions(kind, module.original_max_seq_len))
+    return min(found, key=lambda positions: (positions.kind == "longrope", positions.limit), default=None)
+
+
+def forget_lengths(model: Any) -> None:
+    """Undo what longer sequences have left in `dynamic` position embeddings, which keep the longest length so far."""
+    for module in base_model(model).modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, str) and "dynamic" in kind and module.max_seq_len_cached > module.original_max_seq_len:
+            module.inv_freq.copy_(module.original_inv_freq)
+            module.max_seq_len_cached = module.original_max_seq_len
+
+
+def _rope_obstacle(base: Any, longest: int | None) -> str | None:
+    positions = changing_positions(base)
+    if positions is None or (longest is not None and longest <= positions.limit):
+        return None
+    return (
+        f"position embeddings of type {positions.kind!r} change for all tokens of a sequence longer than "
+        f"{positions.limit}"
+    )
 
 
 def layer_kinds(config: Any) -> set[str]:

@@ -18,7 +18,7 @@ Node i sees node j, which is i or an ancestor of i, where first[j] <= first[i] <
 A forest has one such tree for every context length and first token.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -224,15 +224,19 @@ class PlainBatch(NamedTuple):
         return range(len(self.rows[row]) - len(self.targets[row].labels), len(self.rows[row]))
 
 
-def pack_rows(units: Sequence[Unit], budget: ForwardBudget) -> list[PlainBatch]:
-    """Batch one row per context and target, longest first."""
+def pack_rows(
+    units: Sequence[Unit], budget: ForwardBudget, share: Callable[[int, int], bool] = lambda length, other: True
+) -> list[PlainBatch]:
+    """Batch one row per context and target, longest first; `share` says which lengths may be in the same forward."""
     rows = [([*unit.context[: target.limit], *target.tokens], target) for unit in units for target in unit.targets]
     batches: list[PlainBatch] = []
     columns: set[int] = set()
     for row, target in sorted(rows, key=lambda pair: -len(pair[0])):
         own = PlainBatch([row], [target])
-        if batches and budget.allows(
-            len(batches[-1].rows) + 1, len(batches[-1].rows[0]), len(columns.union(own.reads(0)))
+        if (
+            batches
+            and share(len(batches[-1].rows[0]), len(row))
+            and budget.allows(len(batches[-1].rows) + 1, len(batches[-1].rows[0]), len(columns.union(own.reads(0))))
         ):
             batches[-1].rows.append(row)
             batches[-1].targets.append(target)

@@ -52,6 +52,11 @@ class BeliefBatch:
     memo: dict[Hashable, float] = field(default_factory=dict)
     seconds: float = 0.0
 
+    @property
+    def longest_probe(self) -> int:
+        """Tokens of the longest probe."""
+        return max((len(probe.token_ids) for probes in self.probes for probe in probes), default=0)
+
 
 class BeliefScorer:
     """
@@ -104,7 +109,7 @@ class BeliefScorer:
 
         Args:
             model (`nn.Module`): what that forward is of, in the mode it runs in.
-            longest (`int`): tokens of the longest context.
+            longest (`int`): tokens of the longest context, with its probe.
             counts_padding (`bool`, *optional*, defaults to `False`): whether that forward counts left padding as
                 positions.
         """
@@ -170,6 +175,9 @@ class BeliefScorer:
         if self._settled_method is None:
             refused = check_beliefs(model, sequences, boundaries, batch.probes, synchronize=self.max_over_ranks)
             self._settled_method = "per_turn" if refused else "auto"
+        method = self._settled_method
+        if method == "packed" and packed_obstacle(model, 0) is None:
+            method = "auto"  # a batch that is too long for its position embeddings is scored per turn
         memo = batch.memo
         compares = not self._compared_cache and self.max_over_ranks(len(memo)) > 0
         if compares:
@@ -179,7 +187,7 @@ class BeliefScorer:
             sequences,
             boundaries,
             batch.probes,
-            method=self._settled_method,
+            method=method,
             tokens_per_batch=self.tokens_per_batch,
             synchronize=self.max_over_ranks,
             memo=memo,

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from .branching import Trunk, evaluating, run_branches, run_rows, run_trunk
-from .models import base_model, packed_obstacle, uncompiled
+from .models import base_model, changing_positions, forget_lengths, packed_obstacle, uncompiled
 from .packing import ForwardBudget, PackedBatch, PlainBatch, Target, Unit, in_order, pack_rows, pack_trunks
 from .probes import AnswerProbe
 
@@ -128,7 +128,9 @@ def score_beliefs(
     units = _plan(rollouts, memo, results)
     budget = ForwardBudget(tokens_per_batch, batch_size, _vocabulary(model))
     packed = _choose(model, "packed" if cached else method, _longest(units)) == "packed"
-    batches = pack_trunks(units, budget) if packed else pack_rows(units, budget)
+    positions = changing_positions(model)
+    share = {} if positions is None else {"share": positions.share}
+    batches = pack_trunks(units, budget) if packed else pack_rows(units, budget, **share)
     idle = 0
     if synchronize is not None:
         needed = sum(batch.num_forwards - (cached is not None) for batch in batches)
@@ -136,6 +138,7 @@ def score_beliefs(
     model = uncompiled(model)
     with evaluating(model), torch.no_grad():
         for batch in batches:
+            forget_lengths(model)
             for target, value in _run(model, batch, cached):
                 memo[target.key] = value
                 for rollout, boundary, probe in target.places:
@@ -173,12 +176,21 @@ def check_beliefs(
     """
     rollouts = _check(sequences, boundaries, probes)
     maximum = synchronize or (lambda number: number)
-    obstacle = packed_obstacle(model, _longest(_plan(rollouts, {}, ())))
+    made_up = _Rollout([token % _vocabulary(model) for token in range(48)], [48], [AnswerProbe([1, 2, 3], 1, 3)])
+    # What is too long for position embeddings that change with the length is scored per turn, batch by batch.
+    positions = changing_positions(model)
+    usable = [
+        rollout
+        for rollout in rollouts
+        if rollout.probes
+        and max(rollout.boundaries, default=0) > 1
+        and (positions is None or _longest(_plan([rollout], {}, ())) <= positions.limit)
+    ]
+    rollout = min(usable, key=lambda rollout: max(rollout.boundaries), default=made_up)
+    obstacle = packed_obstacle(model, _longest(_plan([rollout], {}, ())))
     if maximum(int(obstacle is not None)):
         return _refuse(obstacle or "another process cannot pack them")
-    made_up = _Rollout([token % _vocabulary(model) for token in range(48)], [48], [AnswerProbe([1, 2, 3], 1, 3)])
-    usable = [rollout for rollout in rollouts if rollout.probes and max(rollout.boundaries, default=0) > 1]
-    sequence, bounds, (probe, *_) = min(usable, key=lambda rollout: max(rollout.boundaries), default=made_up)
+    sequence, bounds, (probe, *_) = rollout
     # A boundary in the middle as well: only there can a probe see too many tokens.
     cuts = [(max(bounds) + 1) // 2, max(bounds)]
     (packed,) = score_beliefs(model, [sequence[: cuts[1]]], [cuts], [[probe]], method="packed")

@@ -164,7 +164,7 @@ class TrainParser(TrlParser):
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", error)
+            mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
             where = f"{path}:{mark.line + 1}" if mark is not None else str(path)
             raise UsageError(f"{where}: not YAML ({problem}). Expected lines `option: value`.") from error
         if not isinstance(config, dict):

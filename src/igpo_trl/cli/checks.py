@@ -15,6 +15,7 @@ from ..checkpoints import find_checkpoints
 from ..config import IGPOConfig
 from ..data import find_sources, resolve_system_prompt
 from ..files import looks_like_path
+from ..search import open_search
 from .arguments import ScriptArguments
 
 #: Options that need a package.
@@ -60,21 +61,19 @@ def check_arguments(script: ScriptArguments, training: IGPOConfig, model: ModelC
 def check_index(script: ScriptArguments) -> None:
     """Raises an error unless there is an index, a search server's address, or a corpus to index."""
     index = script.index or ""
-    if index and "://" not in index and not Path(index, "manifest.json").is_file() and not Path(index).exists():
+    if index and "://" not in index and not Path(index).exists():
         if script.corpus is not None and not Path(script.corpus).is_file():
             raise FileNotFoundError(f"`corpus`: no such file: {script.corpus}, and `index`: nothing at {index}.")
-        host, _, port = index.partition("/")[0].rpartition(":")
-        if host and port.isdigit():
-            raise ValueError(
-                f"`index`: got {index}. The address of a search server begins with http://: http://{index}"
-            )
-        siblings = [path.parent.name for path in Path(index).absolute().parent.glob("*/manifest.json")]
-        near = difflib.get_close_matches(Path(index).name, siblings, n=1, cutoff=0.5)
-        raise FileNotFoundError(
-            f"`index`: no index in {index}. "
-            + (f"Did you mean {Path(index).with_name(near[0])}? " if near else "")
-            + f"To build one there: igpo index --corpus {script.corpus or 'FILE'} --out {index}"
-        )
+        try:
+            open_search(index)
+        except FileNotFoundError as error:
+            siblings = [path.parent.name for path in Path(index).absolute().parent.glob("*/manifest.json")]
+            near = difflib.get_close_matches(Path(index).name, siblings, n=1, cutoff=0.5)
+            raise FileNotFoundError(
+                f"`index`: no index in {index}. "
+                + (f"Did you mean {Path(index).with_name(near[0])}? " if near else "")
+                + f"To build one there: igpo index --corpus {script.corpus or 'FILE'} --out {index}"
+            ) from error
     if not index and not Path(str(script.corpus)).is_file():
         problem = "this is a directory" if Path(str(script.corpus)).is_dir() else "no such file"
         raise FileNotFoundError(f"`corpus`: {problem}: {script.corpus}")

@@ -1,10 +1,13 @@
 """Errors of commands: one line on stderr instead of a traceback, which `--debug` shows."""
 
 import errno
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -48,10 +51,11 @@ def fail(error: BaseException, status: int = 1) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     message = describe(error)
     print(f"Error{'' if rank == '0' else f' (rank {rank})'}: {message}", file=sys.stderr, flush=True)
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun and `accelerate launch` show this at the end
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(RuntimeError(message))
+    for note in getattr(error, "__notes__", ()):
+        print(note, file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun and `accelerate launch` show at the end
+        details = {"py_callstack": f"Error: {message}", "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": details}}), encoding="utf-8")
     raise SystemExit(status) from error
 
 
@@ -81,12 +85,17 @@ def one_line_errors(
 
 @contextmanager
 def keep_trace(when: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Lets errors of the block keep their traceback, if they occur `when` nobody expects a mistake of the user."""
+    """
+    Lets errors of the block keep their traceback, if they occur `when` nobody expects a mistake of the user.
+
+    The failure of a service is one line all the same.
+    """
     try:
         yield
     except Exception as error:
-        if when() and not any(kind.__name__ == "SearchError" for kind in type(error).__mro__):
-            error.keeps_trace = True  # type: ignore[attr-defined]
+        if when():
+            outside = {"SearchError", "ToolUnavailable"}.intersection(kind.__name__ for kind in type(error).__mro__)
+            error.in_training, error.keeps_trace = True, not outside  # type: ignore[attr-defined]
         raise
 
 

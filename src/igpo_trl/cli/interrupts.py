@@ -36,7 +36,7 @@ def say_how_to_resume(words: list[str], training: IGPOConfig) -> Iterator[None]:
             print(f"\nInterrupted. {how_to_resume(words, training)}", file=sys.stderr, flush=True)
         raise SystemExit(143 if isinstance(interrupt, Terminated) else 130) from None
     except Exception as error:
-        if getattr(error, "keeps_trace", False):
+        if getattr(error, "in_training", False):
             error.add_note(how_to_resume(words, training))
         raise
     finally:

@@ -10,12 +10,14 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
+from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -146,7 +148,9 @@ def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConf
         + (f"{len(index)} passages." if isinstance(index, Sized) else f"searching at {script.index}.")
     )
     keep_tensorboard_folder(trainer, resumes=checkpoint is not None)
-    if eval_dataset is not None and checkpoint is None:
+    if eval_dataset is not None and checkpoint is None and trainer.is_deepspeed_enabled:
+        trainer.add_callback(EvaluateFirst(trainer))
+    elif eval_dataset is not None and checkpoint is None:
         with keep_trace():
             metrics = record_evaluation(trainer, "before")
         check_best_metric(training, metrics)
@@ -161,6 +165,16 @@ def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConf
         trainer.push_to_hub()
     trainer.accelerator.print(f"Saved to {training.output_dir}.")
     trainer.accelerator.end_training()
+
+
+class EvaluateFirst(TrainerCallback):
+    """Evaluates once training has set up the model: DeepSpeed cannot train what it has evaluated before."""
+
+    def __init__(self, trainer: IGPOTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        record_evaluation(self.trainer, "before")
 
 
 def is_complete(script: ScriptArguments, training: IGPOConfig) -> bool:
@@ -183,13 +197,19 @@ def keep_tensorboard_folder(trainer: IGPOTrainer, resumes: bool) -> None:
 
 @contextmanager
 def log_lines() -> Iterator[None]:
-    """Prints what the package logs: notes by the main process, warnings by all."""
+    """
+    Prints what the package logs: notes by the main process, warnings by all.
+
+    What other packages say of each other's future versions is left out.
+    """
     handler, log = logging.StreamHandler(), logging.getLogger("igpo_trl")
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         log.removeHandler(handler)
         log.setLevel(level)

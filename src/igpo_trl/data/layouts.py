@@ -31,9 +31,9 @@ def parse_cells(record: Record) -> Record:
 
 def _parse_cell(column: str, text: str) -> Any:
     if column == "hops" and text:
-        if not text.strip().isdigit():
+        if not re.fullmatch(r"\s*[0-9]+(\.0+)?\s*", text):  # 2.0, as pandas writes it where some are missing
             raise ValueError(f"`hops` is {text!r}, expected an integer.")
-        return int(text)
+        return int(float(text))
     if column not in _LIST_COLUMNS:
         return text or None
     if text.lstrip().startswith(("[", "{")):
@@ -211,7 +211,8 @@ def _read_reference(record: Record, default: str) -> Record:
         "dataset": dataset,
         "id": _reference_id(dataset, info.get("index")),
     }
-    if isinstance(metadata, dict):
+    if "metadata" in record:
+        metadata = metadata if isinstance(metadata, dict) else {}
         row |= {"hops": _hops(dataset, metadata), "supporting_titles": _titles(metadata)}
     return row
 

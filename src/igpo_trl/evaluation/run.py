@@ -160,7 +160,7 @@ def read_verdicts(path: Path) -> list[dict[str, Any]]:
 def append_lines(path: Path, lines: Iterable[str]) -> None:
     """Appends lines, and returns once they are on disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # lone surrogates, as JSON escapes them
         file.writelines(line + "\n" for line in lines)
         file.flush()
         os.fsync(file.fileno())

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..beliefs.models import ChangingPositions
+
 
 def reuse_obstacle(model: nn.Module, generation_config: Any) -> str | None:
     """The reason why the KV cache of this model cannot be kept between turns, `None` if it can."""
@@ -54,12 +56,16 @@ class PrefixCache:
     Keys and values of the rollouts of one batch.
 
     Args:
+        positions ([`ChangingPositions`], *optional*): position embeddings of the model that change for all tokens of a
+            longer batch. What was cached with others than those that the next turn starts with is run again.
         share_prompts (`bool`, *optional*, defaults to `True`): run equal contexts of the first turn, which are the
             prompt of a group, once. Not for sharded models, because ranks would make different numbers of forwards.
     """
 
-    def __init__(self, share_prompts: bool = True) -> None:
-        self._share_prompts = share_prompts
+    def __init__(self, positions: ChangingPositions | None = None, share_prompts: bool = True) -> None:
+        self._share_prompts = share_prompts and positions is None
+        self._positions = positions
+        self._longest = (0, 0)  # longest context of the cached rows, before and after the last turn
         self._cache: Any = None
         self._row_of: dict[int, int] = {}  # rollout → row of the cache
         self._tokens: list[torch.Tensor] = []  # tokens in the row's slots, without padding
@@ -91,6 +97,9 @@ class PrefixCache:
         """
         padding = (attention_mask.shape[1] - attention_mask.sum(dim=1)).tolist()
         rows = [ids[skip:].cpu() for ids, skip in zip(input_ids, padding, strict=True)]
+        longest = max(map(len, rows))
+        if self._positions is not None and not all(self._positions.share(longest, cached) for cached in self._longest):
+            self._cache, self._row_of = None, {}
         # The last token always runs, because it predicts the first new one.
         to_run = max(
             len(row) - min(self._shared(rollout, row), len(row) - 1)
@@ -103,6 +112,7 @@ class PrefixCache:
             self._cache = self._gather(model.config.get_text_config(), rollouts, padding, slots)
         sequences = generate(input_ids=input_ids, attention_mask=attention_mask, past_key_values=self._cache, **kwargs)
         length = self._cache.get_seq_length()  # the last sampled token was never run
+        self._longest = (longest, length - min(padding))
         self._row_of = {rollout: row for row, rollout in enumerate(rollouts)}
         self._padding = torch.tensor(padding)
         self._tokens = [ids[skip:length].cpu() for ids, skip in zip(sequences, padding, strict=True)]
@@ -115,6 +125,11 @@ class PrefixCache:
         """A rollout's row of the cache, its left padding, and the number of leading `tokens` that are cached."""
         row = self._row_of[rollout]
         return row, int(self._padding[row]), self._shared(rollout, torch.tensor(tokens))
+
+    @property
+    def has_long_rows(self) -> bool:
+        """Whether a row has changed the position embeddings of all."""
+        return self._positions is not None and max(self._longest) > self._positions.limit
 
     @property
     def cache(self) -> Any:
@@ -134,7 +149,7 @@ class PrefixCache:
         """Gather the first `slots` columns of the new batch from the cache."""
         from transformers import DynamicCache
 
-        if self._cache is None or slots <= 0:
+        if self._cache is None or slots <= 0 or self._cache.get_seq_length() == 0:  # some models use one of their own
             return DynamicCache(config=config)
         # These slots of a rollout that is not cached are masked padding, so any row will do.
         source = torch.tensor([self._row_of.get(rollout, 0) for rollout in rollouts])

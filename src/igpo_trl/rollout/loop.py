@@ -17,16 +17,15 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
 from trl.chat_template_utils import parse_response
 
-from ..rewards import extract_answer
 from ..trajectory import StopReason
 from .observations import ObservationEncoder
 from .round_log import RoundLog
-from .tool_calls import CallSyntax, ToolCall, read_calls
+from .tool_calls import ToolCall
 from .tool_failures import FailureWatch
-from .tool_results import ToolErrorKind, ToolResult
+from .tool_results import ToolResult
 from .tool_runner import ToolRunner
+from .turn_reader import Message, Reading, TurnReader
 
-Message = dict[str, Any]
 #: Contexts, rollout indices and the most new tokens of any of them → a turn (token ids) per context, and its
 #: log-probabilities where the backend gives them.
 Sample = Callable[[list[list[int]], list[int], int], tuple[list[list[int]], list[list[float]] | None]]
@@ -40,6 +39,8 @@ class RolloutLimits:
     Attributes:
         max_completion_length (`int`): turns and observations of a rollout together.
         max_turn_length (`int`): sampled tokens of one turn.
+        max_new_tokens (`int`): the same, from `generation_kwargs`. As in TRL, a turn that it cuts off is not closed by
+            an end-of-turn token.
         context_length (`int`): prompt and completion together.
         max_rounds (`int`): rounds of tool calls.
         forced_answer_prompt (`str`, *optional*): user message that asks a rollout which reaches a limit to answer;
@@ -50,6 +51,7 @@ class RolloutLimits:
 
     max_completion_length: int
     max_turn_length: int = sys.maxsize
+    max_new_tokens: int = sys.maxsize
     context_length: int = sys.maxsize
     max_rounds: int = sys.maxsize
     forced_answer_prompt: str | None = None
@@ -59,7 +61,8 @@ class RolloutLimits:
     @property
     def answer_room(self) -> int:
         """Tokens kept free for a forced answer: at most an eighth of the completion."""
-        return min(self.forced_answer_length, self.max_turn_length, self.max_completion_length // 8)
+        turn_length = min(self.max_turn_length, self.max_new_tokens)
+        return min(self.forced_answer_length, turn_length, self.max_completion_length // 8)
 
 
 @dataclass(eq=False)
@@ -135,9 +138,9 @@ class RolloutLoop:
     1. nothing was sampled: `empty`;
     2. the turn was the forced answer: the rollout keeps the stop reason of the limit that led to it;
     3. the turn was cut off by the completion or context limit: `length_limit` or `context_limit`;
-    4. it holds an answer: `answered`; calls in the same turn are not run;
-    5. it holds no call, or only a call that was cut off: `turn_length_limit` if `max_turn_length` cut it off (the
-       policy may then be asked to answer), else `answered`;
+    4. it holds an answer before any call: `answered`; calls after the answer are not run;
+    5. it holds no call, or none that can be read because `max_turn_length` cut it off: `turn_length_limit` if that cut
+       the turn off (the policy may then be asked to answer), else `answered`;
     6. it holds a malformed call and `on_malformed_tool_call="end"`: `malformed`;
     7. the rounds are used up: `turn_limit`;
     8. otherwise its calls run.
@@ -182,12 +185,12 @@ class RolloutLoop:
         self._end_token_ids = frozenset([*end_token_ids, tokenizer.pad_token_id])
         self._idle_ranks_sample = idle_ranks_sample
         self._failure_watch = failure_watch
-        self._call_syntax = CallSyntax(tokenizer)
+        self._reader = TurnReader(tokenizer, observations.render_call, self._end_token_ids)
         self._schemas: dict[Any, dict[str, Any]] = {}
         if limits.forced_answer_prompt is not None:  # a template that cannot render the request says so now
             request = self._answer_request()
             observations.encode([[{"role": "tool", "name": "tool", "content": ""}, request]])
-            if limits.max_turn_length < limits.max_completion_length:
+            if min(limits.max_turn_length, limits.max_new_tokens) < limits.max_completion_length:
                 observations.encode([[request]])
 
     def run(
@@ -319,49 +322,44 @@ class RolloutLoop:
         self, rollout: Rollout, ids: list[int], logprobs: list[float] | None, message: Message | None
     ) -> None:
         """Append a sampled turn and decide what follows: its calls, a request to answer, or the end."""
+        if not ids and not rollout.completion_ids:  # TRL needs a token in every completion
+            rollout.append([self.tokenizer.eos_token_id], sampled=0)
         rollout.turn_starts.append(len(rollout.completion_ids))
         rollout.tools_called.append(())
         rollout.append(ids, sampled=1, logprobs=logprobs)
-        if message is None:
-            rollout.stop = rollout.stop or StopReason.EMPTY
-            return
-        rollout.messages.append(message)
-        if rollout.answer_requested:
-            return
         limit = self._limit_reached(rollout, ids)
+        if not ids or message is None or rollout.answer_requested:  # calls cannot run
+            if message is not None:
+                rollout.messages.append({key: value for key, value in message.items() if key != "tool_calls"})
+            if not ids:
+                rollout.stop = rollout.stop or StopReason.EMPTY
+            return
+        reading = self._read(rollout, ids, message, was_cut=limit is not None)
+        rollout.messages.append(reading.message)
+        calls, malformed = reading.calls, reading.malformed
         if limit in (StopReason.LENGTH_LIMIT, StopReason.CONTEXT_LIMIT):
             rollout.stop = limit
-            return
-        calls, malformed = self._read_calls(rollout, ids, message)
-        answered = extract_answer(message.get("content") or "") is not None
-        if answered or not calls or (malformed and limit):
-            rollout.stop = (None if answered else limit) or StopReason.ANSWERED
-            wants_answer = self.limits.forced_answer_prompt is not None and not answered and limit is not None
+        elif reading.is_answer or not calls or (limit and len(malformed) == len(calls)):
+            rollout.stop = (None if reading.is_answer else limit) or StopReason.ANSWERED
+            wants_answer = self.limits.forced_answer_prompt is not None and not reading.is_answer and limit is not None
             rollout.turn_was_cut = rollout.answer_request_pending = wants_answer
         elif malformed and self.limits.on_malformed_tool_call == "end":
             rollout.stop = StopReason.MALFORMED
         elif rollout.num_rounds >= self.limits.max_rounds:
             rollout.stop = StopReason.TURN_LIMIT
         else:
-            rollout.pending_calls, rollout.turn_was_cut = calls, limit is not None
+            rollout.pending_calls = calls
+            rollout.turn_was_cut = limit is not None and len(ids) >= self.limits.max_turn_length
             rollout.tools_called[-1] = tuple(call.name for call in calls if call.problem is None)
 
-    def _read_calls(self, rollout: Rollout, ids: list[int], message: Message) -> tuple[list[ToolCall], bool]:
-        """The calls of a turn, and whether one is malformed; such a call has an error as its result."""
-
+    def _read(self, rollout: Rollout, ids: list[int], message: Message, was_cut: bool) -> Reading:
         def serial(function: Callable[..., Any]) -> int | None:
             """Methods of one environment run one after another, even if a call of an earlier step still hangs."""
             owner = getattr(function, "__self__", None)
             return id(owner) if owner is not None and owner is rollout.environment else None
 
-        calls = read_calls(message.get("tool_calls"), rollout.tools, serial)
-        if calls:
-            return calls, any(call.problem and call.problem.error == ToolErrorKind.MALFORMED for call in calls)
-        problem = self._call_syntax.problem(ids, rollout.observation_ids or rollout.prompt_ids)
-        if problem is None:
-            return [], False
-        result = ToolResult(f"Error: {problem}", ToolErrorKind.MALFORMED)
-        return [ToolCall(next(iter(rollout.tools), "tool"), {}, None, problem=result)], True
+        prefix = rollout.observation_ids or rollout.prompt_ids
+        return self._reader.read(ids, message, rollout.tools, serial, prefix=prefix, was_cut=was_cut)
 
     def _schemas_of(self, rollout: Rollout) -> list[dict[str, Any]]:
         """JSON schemas of the rollout's tools, by which the parser converts arguments; made once per tool."""
@@ -381,7 +379,8 @@ class RolloutLoop:
         room, limit = self._room(rollout)
         if room < 1:
             return limit
-        return StopReason.TURN_LENGTH_LIMIT if len(turn) >= self.limits.max_turn_length else None
+        longest = min(self.limits.max_turn_length, self.limits.max_new_tokens)
+        return StopReason.TURN_LENGTH_LIMIT if len(turn) >= longest else None
 
     def _room(self, rollout: Rollout) -> tuple[int, StopReason]:
         """Tokens that may still follow, and the limit that sets them."""

@@ -7,6 +7,7 @@ wrote it. Content without markers is encoded exactly like the rendering of the c
 """
 
 import itertools
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -128,6 +129,19 @@ class ObservationEncoder:
             results.append(ids[self._turn_end(messages, prefix, ids) :])
         return results
 
+    def render_call(self, name: str, arguments: dict[str, Any]) -> str:
+        """The text that the chat template writes for a call; empty if it cannot write it alone."""
+        user = {"role": "user", "content": "dummy"}
+        function = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        assistant = {"role": "assistant", "content": "", "tool_calls": [function]}
+        try:
+            before = self._apply([user], add_generation_prompt=True)
+            text = self._apply([user, assistant], add_generation_prompt=False)
+        except Exception:  # a template may raise anything
+            return ""
+        text = text[len(os.path.commonprefix([before, text])) :].split(str(self.tokenizer.eos_token))[0]
+        return text.rpartition("</think>")[2].strip()
+
     def _prefix(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Tokens of the dummy conversation up to the end of its assistant turn."""
         dummy = _dummy_conversation(messages)
@@ -145,10 +159,13 @@ class ObservationEncoder:
             return len(prefix)
         end = self.tokenizer.eos_token_id
         ends = [i for i, token in enumerate(ids) if token == end]
-        if messages[-1]["role"] == "user" and prefix[-1] == end and len(ends) >= prefix.count(end):
-            # Templates of thinking models drop the thoughts of turns before a user message. The policy's sampled turns
-            # are not rendered here, so only the messages after them matter.
-            return ends[prefix.count(end) - 1] + 1
+        if prefix[-1] == end and len(ends) >= prefix.count(end):
+            # Templates of thinking models write empty thoughts into the last turn only. The policy's sampled turns are
+            # not rendered here, so only the messages after them matter.
+            after = ends[prefix.count(end) - 1] + 1
+            turns = [_without_thoughts(self.tokenizer.decode(tokens)) for tokens in (prefix, ids[:after])]
+            if messages[-1]["role"] == "user" or turns[0] == turns[1]:
+                return after
         raise ValueError(
             "The chat template is not prefix-preserving: rendering a tool message changed the tokens of the turn "
             f"before it. Expected them to begin with {self.tokenizer.decode(prefix)!r}, got "
@@ -207,6 +224,10 @@ class ObservationEncoder:
     def _encode_texts(self, texts: Iterable[str]) -> list[list[int]]:
         texts = list(texts)
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def _without_thoughts(text: str) -> str:
+    return re.sub(r"<think>\s*</think>\s*", "", text)
 
 
 def _dummy_conversation(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

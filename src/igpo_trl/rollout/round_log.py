@@ -25,6 +25,7 @@ class RoundLog:
         tools (`dict[str, ToolCounts]`): calls that have run, by name of the tool.
         latencies (list of `float`): seconds of every call that was run.
         tools_called (list of list of tuple of `str`): names of the tools that each turn of each rollout called.
+        global_num_calls (`int`): tool calls of all ranks, once there are `metrics`.
     """
 
     stops: list[StopReason] = field(default_factory=list)
@@ -35,6 +36,7 @@ class RoundLog:
     tools: dict[str, ToolCounts] = field(default_factory=dict)
     latencies: list[float] = field(default_factory=list)
     tools_called: list[list[tuple[str, ...]]] = field(default_factory=list)
+    global_num_calls: int = 0
 
     def add(self, name: str, result: ToolResult, truncated: bool) -> None:
         """Count one call of the tool of this name."""
@@ -46,16 +48,18 @@ class RoundLog:
         if result.seconds is not None:
             self.latencies.append(result.seconds)
 
-    def metrics(self, accelerator: Any) -> dict[str, float]:
-        """Metrics over all ranks; every rank must call this."""
-        stops = Counter(self.stops)
+    def metrics(self, accelerator: Any, num_counted: int | None = None) -> dict[str, float]:
+        """Metrics over all ranks, which all must call this; of the rollouts only the first `num_counted` count."""
+        counted = self.stops[:num_counted]
+        stops = Counter(counted)
         per_rollout = {f"rollout/stop/{reason}": stops[reason] for reason in StopReason}
         per_rollout["rollout/forced_answer"] = self.num_forced_answers
         per_call = {f"tools/errors/{kind}": self.errors[kind] for kind in ToolErrorKind}
         per_call["tools/truncated"] = self.num_truncated
-        local_counts = [len(self.stops), self.num_calls, *per_rollout.values(), *per_call.values()]
+        local_counts = [len(counted), self.num_calls, *per_rollout.values(), *per_call.values()]
         global_counts = accelerator.gather(torch.tensor([local_counts], device=accelerator.device)).sum(dim=0).tolist()
         num_rollouts, num_calls, *totals = global_counts
+        self.global_num_calls = num_calls
         divisors = [max(1, num_rollouts)] * len(per_rollout) + [max(1, num_calls)] * len(per_call)
         metrics = {
             name: total / divisor

@@ -2,11 +2,9 @@
 
 import inspect
 import json
-import re
 import typing
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NotRequired
 
@@ -15,6 +13,7 @@ from pydantic.errors import PydanticUserError
 from typing_extensions import TypedDict  # Pydantic accepts that of `typing` only from Python 3.12 on
 
 from ..files import encodable
+from .call_forms import resolve_name
 from .tool_results import ToolErrorKind, ToolResult, cut, describe, error_result, show
 
 MAX_NAME_CHARACTERS = 64
@@ -65,110 +64,92 @@ def read_calls(
 def _read_call(
     entry: Any, tools: Mapping[str, Callable[..., Any]], serial: Callable[[Callable[..., Any]], Hashable | None]
 ) -> ToolCall:
-    def wrong(kind: ToolErrorKind, text: str, name: str = "unknown") -> ToolCall:
-        return ToolCall(name, {}, tools.get(name), problem=error_result(kind, text))
-
     if not isinstance(entry, dict):
-        return wrong(ToolErrorKind.MALFORMED, f"a tool call must be an object, got {show(entry)}.")
+        return malformed_call(f"a tool call must be an object, got {show(entry)}.")
     if entry.get("type") not in (None, "function"):
-        return wrong(ToolErrorKind.MALFORMED, f"a tool call of type {show(entry['type'])}, expected 'function'.")
+        return malformed_call(f"a tool call of type {show(entry['type'])}, expected 'function'.")
     call = entry.get("function", entry)
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return wrong(ToolErrorKind.MALFORMED, f"a tool call must have a 'name' that is a string, got {show(call)}.")
-    name = encodable(call["name"])
+        return malformed_call(f"a tool call must have a 'name' that is a string, got {show(call)}.")
+    return check_call(call["name"], call.get("arguments"), tools, serial)
+
+
+def malformed_call(text: str, name: str = "unknown", function: Callable[..., Any] | None = None) -> ToolCall:
+    """A call that cannot be read, with what the policy is told about it."""
+    return ToolCall(name, {}, function, problem=error_result(ToolErrorKind.MALFORMED, text))
+
+
+def check_call(
+    name: str,
+    arguments: Any,
+    tools: Mapping[str, Callable[..., Any]],
+    serial: Callable[[Callable[..., Any]], Hashable | None],
+    *,
+    positional: Sequence[Any] = (),
+    are_texts: bool = False,
+) -> ToolCall:
+    """
+    Check a name and arguments against the available tools.
+
+    Args:
+        name (`str`), arguments (`Any`): As the policy wrote them.
+        tools (`Mapping[str, Callable]`), serial (`Callable`): See [`read_calls`].
+        positional (`Sequence`): Values of the first parameters.
+        are_texts (`bool`): Values are text. Where a parameter takes none, they are read as JSON.
+
+    Returns:
+        [`ToolCall`]: With a `problem` if it must not run.
+    """
+    name = resolve_name(encodable(name), tools)
     function = tools.get(name)
     if function is None:
         name = cut(name, MAX_NAME_CHARACTERS)
-        available = ", ".join(tools) or "none"
-        return wrong(ToolErrorKind.UNKNOWN_TOOL, f"there is no tool {name!r}. Available: {available}.", name)
-
-    arguments = call.get("arguments")
+        text = f"there is no tool {name!r}. Available: {', '.join(tools) or 'none'}."
+        return ToolCall(name, {}, None, problem=error_result(ToolErrorKind.UNKNOWN_TOOL, text))
     if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
         arguments = {}  # some models write a call without arguments this way
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError) as error:
-            return wrong(ToolErrorKind.MALFORMED, f"the arguments of {name} are not valid JSON: {error}", name)
+            return malformed_call(f"the arguments of {name} are not valid JSON: {error}", name, function)
     if not isinstance(arguments, dict):
         text = f"the arguments of {name} must be an object with one entry per argument, got {show(arguments)}."
-        return wrong(ToolErrorKind.MALFORMED, text, name)
+        return malformed_call(text, name, function)
     signature = signature_of(function)
     try:
-        arguments = signature.check(arguments)
+        arguments = dict(zip(signature.parameters, positional, strict=False)) | arguments
+        arguments = signature.check_texts(arguments) if are_texts else signature.check(arguments)
     except ValidationError as error:
-        return wrong(ToolErrorKind.BAD_ARGUMENTS, f"{name}: {signature.explain(error)}", name)
+        text = f"{name}: {signature.explain(error)}"
     except Exception as error:  # a type defined by the tool, whose validator raises something else
-        return wrong(ToolErrorKind.BAD_ARGUMENTS, f"{name}: {describe(error)}", name)
-    return ToolCall(name, arguments, function, serial(function))
-
-
-class CallSyntax:
-    """
-    Finds calls that a policy intended and the response template cannot parse.
-
-    To the parser, a turn with a broken call (invalid JSON, no closing tag) is plain text. It is distinguished from an
-    answer by the opening tag of a call outside the reasoning.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): A tokenizer with a `response_template`. Without one, no call counts as
-            malformed.
-    """
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        fields = (getattr(tokenizer, "response_template", None) or {}).get("fields", {})
-        self._opens = _pattern(fields.get("tool_calls", {}), "open")
-        thinking = fields.get("reasoning_content") or fields.get("thinking") or {}
-        self._thinks, self._thought = _pattern(thinking, "open"), _pattern(thinking, "close")
-
-    def problem(self, ids: list[int], prefix: list[int]) -> str | None:
-        """
-        Describe the broken call of a turn in which the parser found no call.
-
-        Args:
-            ids (`list[int]`): The sampled turn.
-            prefix (`list[int]`): The tokens before it; at least the generation prompt.
-
-        Returns:
-            `str` or `None`: The problem, `None` if the turn has no call.
-        """
-        if self._opens is None:
-            return None
-        text = self.tokenizer.decode(ids)
-        if self._thought is not None and (ends := list(self._thought.finditer(text))):
-            text = text[ends[-1].end() :]
-        elif self._thinks is not None and (begins := self._thinks.search(text)) and begins.end() > begins.start():
-            text = text[: begins.start()]
-        if not self._opens.search(text):
-            return None
-        try:
-            self.tokenizer.parse_response(ids, prefix=prefix)
-        except Exception as error:  # the parser may raise anything on text that a policy wrote
-            reason = " ".join(str(error).split())[:200]
-        else:
-            reason = "a name or the arguments are missing"
-        return f"the tool call could not be read ({reason}). Repeat it in the right form."
-
-
-def _pattern(field: dict[str, Any], name: str) -> re.Pattern[str] | None:
-    if f"{name}_pattern" in field:
-        return re.compile(field[f"{name}_pattern"])
-    return re.compile(re.escape(field[name])) if name in field else None
+        text = f"{name}: {describe(error)}"
+    else:
+        return ToolCall(name, arguments, function, serial(function))
+    return ToolCall(name, {}, function, problem=error_result(ToolErrorKind.BAD_ARGUMENTS, text))
 
 
 @dataclass(frozen=True)
 class Signature:
-    """Parameters and return type of a function, as far as it is annotated."""
+    """Parameters of a function, as far as they are annotated."""
 
     adapter: TypeAdapter[dict[str, Any]] | None = None  # `None` if the parameters are unknown
     defaults: dict[str, Any] = field(default_factory=dict)
     parameters: tuple[str, ...] = ()
-    returns: tuple[type, ...] = ()  # declared JSON types other than text
 
     def check(self, arguments: dict[Any, Any]) -> dict[str, Any]:
         """The arguments, converted where the types allow it. Raises `pydantic.ValidationError`."""
         return arguments if self.adapter is None else self.adapter.validate_python(arguments)
+
+    def check_texts(self, arguments: dict[Any, Any]) -> dict[str, Any]:
+        """The same for values that are texts: `[1, 2]` is a list where the parameter takes one."""
+        try:
+            return self.check(arguments)
+        except ValidationError:
+            decoded = {key: _decoded(value) for key, value in arguments.items()}
+            if decoded == arguments:
+                raise
+        return self.check(decoded)
 
     def explain(self, error: ValidationError) -> str:
         """One clause per bad argument, with its name, what was expected and what was passed."""
@@ -186,6 +167,13 @@ class Signature:
             if len(clauses) == 3:
                 break
         return f"{'; '.join(clauses.values())}. It takes: {', '.join(self.parameters) or 'no arguments'}."
+
+
+def _decoded(text: Any) -> Any:
+    try:
+        return None if text == "None" else json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        return text
 
 
 # Keyed by the function of a bound method, because every environment has new bound methods.
@@ -226,14 +214,13 @@ def _read_signature(function: Callable[..., Any]) -> Signature:
                 fields[name] = NotRequired[typing.Optional[kind]]  # noqa: UP045
             if parameter.default is not parameter.empty:
                 defaults[name] = parameter.default
-    returns = _json_kinds(signature.return_annotation)
     config = ConfigDict(extra=extra, arbitrary_types_allowed=True)
     try:
         adapter = _adapter(fields, config)
     except (PydanticUserError, NameError, TypeError):  # a type that cannot be checked: check only the names
         plain = {name: NotRequired[Any] if name in defaults else Any for name in fields}
         adapter = _adapter(plain, config)
-    return Signature(adapter, defaults, tuple(fields), returns)
+    return Signature(adapter, defaults, tuple(fields))
 
 
 def _adapter(fields: dict[str, Any], config: ConfigDict) -> TypeAdapter[dict[str, Any]]:
@@ -241,43 +228,3 @@ def _adapter(fields: dict[str, Any], config: ConfigDict) -> TypeAdapter[dict[str
     arguments = typed_dict("arguments", fields)
     arguments.__pydantic_config__ = config
     return TypeAdapter(arguments)
-
-
-def _json_kinds(annotation: Any) -> tuple[type, ...]:
-    """The JSON types other than `str` and `None` that a return annotation declares."""
-    origin = typing.get_origin(annotation)
-    if origin is typing.Annotated:
-        return _json_kinds(typing.get_args(annotation)[0])
-    if origin is typing.Union or isinstance(annotation, type(int | str)):
-        return tuple(kind for part in typing.get_args(annotation) for kind in _json_kinds(part))
-    kind = origin or annotation
-    if not isinstance(kind, type):
-        return ()
-    if kind is float:
-        return (float, int)
-    if issubclass(kind, (bool, int)):
-        return (kind,)
-    if issubclass(kind, Mapping):
-        return (dict,)
-    return (list, tuple) if issubclass(kind, Sequence) and not issubclass(kind, (str, bytes, bytearray)) else ()
-
-
-@contextmanager
-def parser_errors_as_value_errors(tokenizer: Any) -> Iterator[None]:
-    """TRL takes a `ValueError` of the parser for a malformed call; a deeply nested one is a `RecursionError`."""
-    parse, instance_attribute = tokenizer.parse_response, vars(tokenizer).get("parse_response")
-
-    def parse_or_value_error(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return parse(*args, **kwargs)
-        except (RecursionError, LookupError, AttributeError, ArithmeticError) as error:
-            raise ValueError(f"{type(error).__name__}: {error}") from error
-
-    tokenizer.parse_response = parse_or_value_error
-    try:
-        yield
-    finally:
-        if instance_attribute is None:
-            del tokenizer.parse_response
-        else:
-            tokenizer.parse_response = instance_attribute

@@ -1,6 +1,8 @@
 """Results of tool calls: a text for the policy to read, and a kind of error to count."""
 
+import contextlib
 import json
+import re
 import reprlib
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -8,6 +10,8 @@ from typing import Any, NamedTuple
 from ..files import encodable
 
 MAX_ERROR_CHARACTERS = 500
+_ADDRESS = re.compile(r"^<.* at 0x[0-9a-fA-F]+>$", re.DOTALL)  # what Python shows of an object without a text
+MAX_NESTING = 50  # levels of lists and objects in a message; a stack holds some hundreds
 MEDIA_TYPES = frozenset(
     f"{prefix}{kind}{suffix}"
     for kind in ("image", "audio", "video")
@@ -57,6 +61,16 @@ def show(value: Any) -> str:
         return f"a value of type {type(value).__name__}"
 
 
+def nesting(value: Any) -> int:
+    """Number of levels of lists and dicts inside each other; more than `MAX_NESTING` are not told apart."""
+    depth, level = 0, [value]
+    while level and depth <= MAX_NESTING:
+        containers = [x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list | tuple)]
+        level = [inner for container in containers for inner in container]
+        depth += bool(containers)
+    return depth
+
+
 def error_result(kind: ToolErrorKind, text: str, seconds: float | None = None) -> ToolResult:
     """An error for the policy to read, at most `MAX_ERROR_CHARACTERS` long."""
     return ToolResult(cut(encodable(f"Error: {text}")), kind, seconds)
@@ -71,17 +85,16 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def as_text(name: str, value: Any, returns: tuple[type, ...]) -> str | None:
+def as_text(name: str, value: Any) -> str | None:
     """
-    Convert the return value of a tool to text.
+    Convert the return value of a tool to text: containers to JSON, anything else as `str` does, like TRL.
 
     Args:
         name (`str`): Name of the tool, for the error.
         value (`Any`): The value.
-        returns (`tuple[type, ...]`): The types other than text that the tool declares to return.
 
     Returns:
-        `str` or `None`: The text; `None` if the value is neither text nor a declared type that can be written as JSON.
+        `str` or `None`: The text; `None` if the value has none that says anything, such as bytes or a generator.
 
     Raises:
         ValueError: The value contains an image, audio or video.
@@ -99,11 +112,13 @@ def as_text(name: str, value: Any, returns: tuple[type, ...]) -> str | None:
         texts = [block.get("text") for block, kind in zip(value, kinds, strict=True) if kind == "text"]
         if len(texts) == len(value) and all(isinstance(text, str) for text in texts):
             return encodable("\n".join(texts))
-    if not isinstance(value, returns):
+    if isinstance(value, (bytes, bytearray, memoryview)):
         return None
+    if isinstance(value, (dict, list, tuple)):
+        with contextlib.suppress(Exception):  # keys that JSON has no form for, cycles, deep nesting
+            return encodable(json.dumps(value, ensure_ascii=False, default=str))
     try:
-        return encodable(
-            str(value) if isinstance(value, (bool, int, float)) else json.dumps(value, ensure_ascii=False)
-        )
-    except Exception:  # values that JSON cannot express, cycles, integers of thousands of digits
+        text = str(value)
+    except Exception:  # an integer of thousands of digits, or a broken `__str__`
         return None
+    return None if _ADDRESS.search(text) else encodable(text)

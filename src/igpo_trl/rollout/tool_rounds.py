@@ -233,13 +233,13 @@ class Round:
             kind, problem = ToolErrorKind.TIMEOUT, f"gave no result within {self._limit(options_of(function)):g} s."
         elif outcome.error is not None:
             kind, problem = ToolErrorKind.RAISED, f"failed: {describe(outcome.error)}"
-        elif (text := as_text(call.name, outcome.value, signature_of(function).returns)) is not None:
+        elif (text := as_text(call.name, outcome.value)) is not None:
             self.results[i] = ToolResult(text, None, seconds)
             return
         else:
             kind = ToolErrorKind.NOT_TEXT
             problem = f"returned a value of type {type(outcome.value).__name__}, which is not text."
-            advice = "Return a string, or declare what it returns (`-> dict`)."
+            advice = "Return a string, a number, a list or a dictionary."
             self._warn(function, f"the tool {call.name!r} {problem} {advice}")
         unavailable = outcome is None or is_unavailable(outcome.error, options_of(function).retry_on)
         self.results[i] = error_result(kind, f"{call.name} {problem}", seconds)._replace(unavailable=unavailable)

@@ -56,9 +56,8 @@ class ToolRunner:
         """
         Run all calls of a round.
 
-        A returned string is the result. Numbers, lists and dictionaries are converted to text, containers to JSON, if
-        the return annotation declares them. A list of text blocks is joined. Any other value is an error for the
-        policy to read.
+        A returned string is the result. A list of text blocks is joined. Any other value is converted to text,
+        containers to JSON; one without a text, such as bytes, is an error for the policy to read.
 
         Args:
             calls (`Sequence[ToolCall]`): Calls of any number of rollouts. Those with a `problem` do not run.
