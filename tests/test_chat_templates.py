@@ -80,6 +80,22 @@ def test_a_trainer_with_an_edited_template_runs_calls(tmp_path, family, edit):
     assert f"<|im_start|>user\\n<tool_response>\\n{tiny.search('Paris')}\\n</tool_response><|im_end|>\\n" in record
 
 
+def test_a_family_without_a_response_template_in_trl(tmp_path):
+    """DeepSeek's template takes arguments as text only, so TRL trains with another one."""
+    tokenizer = tiny.make_tokenizer(known.deepseekv3_chat_template)
+    tokenizer.add_special_tokens({"eos_token": "<｜end▁of▁sentence｜>"})
+    tokenizer.add_tokens(["<｜User｜>", "<｜Assistant｜>"])
+    model = tiny.make_model("qwen3", vocab_size=420, max_position_embeddings=4000, eos_token_id=tokenizer.eos_token_id)
+    trainer = tiny.make_trainer(
+        Scripted, IGPOConfig, tmp_path, processing_class=tokenizer, model=model, max_completion_length=400
+    )
+    call = 'function<｜tool▁sep｜>search\n```json\n{"query": "Paris"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+    trainer.scripts = [[f"</think><｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{call}", tiny.answer("Paris")]]
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["reward"] == 1.0 and log["rollout/turns/mean"] == 2.0 and log["tools/failure_frequency"] == 0.0
+
+
 HERMES = (
     "{{- '<|im_start|>system\n<tools>' -}}{%- for tool in tools -%}{{- tool | tojson -}}{%- endfor -%}"
     "{{- '</tools><|im_end|>\n' -}}{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' -}}"

@@ -159,7 +159,36 @@ def test_tiny_model_says_which_file_is_wrong(run, tmp_path):
     assert result.exit_code == 1
     assert result.stderr.startswith(f"Error: {questions}:1 ") and len(result.stderr.splitlines()) == 1
     result = run("tiny-model", corpus / "model", "--corpus", corpus, "--questions", questions)
-    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
+    assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+    assert f"cannot write to {corpus} (file exists). Choose another directory" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (["view", "absent.jsonl"], 2, "file 'absent.jsonl' does not exist. `igpo view --help` shows the options."),
+        (["view"], 2, "Missing argument 'trajectories'. `igpo view --help`"),
+        (["view", "--indx", "1"], 2, "No such option: --indx"),
+        (["search", "Who?"], 2, "Missing option '--index'. `igpo search --help`"),
+        (["search", "Who?", "--index", "absent"], 1, "absent"),
+        (["search", "Who?", "--index", "localhost:8000"], 1, "http://localhost:8000"),
+        (["serve", "--index", "absent"], 1, "absent"),
+        (["index", "--corpus", "absent.jsonl", "--out", "index"], 1, "no such file: absent.jsonl"),
+        (["data", "show", "absent.jsonl"], 2, "no such file: absent.jsonl"),
+        (
+            ["eval", "--model", "./absent", "--data", "nq", "--index", "i", "--out", "o"],
+            1,
+            "no such directory: ./absent",
+        ),
+        (["eval", "table", "absent"], 2, "'absent' does not exist. `igpo eval table --help`"),
+    ],
+)
+def test_a_mistake_in_any_command_is_one_line(run, tmp_path, monkeypatch, words, status, message):
+    monkeypatch.chdir(tmp_path)
+    result = run(*words)
+    assert result.exit_code == status
+    assert result.stderr.startswith("Error: ") and len(result.stderr.splitlines()) == 1
+    assert message in result.stderr
 
 
 def test_view_names_the_line_that_is_not_a_rollout(run, rollouts):

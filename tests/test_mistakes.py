@@ -46,9 +46,10 @@ class Trainer(tiny.Scripted, IGPOTrainer):
 
 @pytest.fixture
 def make(tmp_path):
-    def make(**options):
-        trainer = tiny.make_trainer(Trainer, IGPOConfig, tmp_path, **{"save_trajectories": True} | options)
-        trainer.records = lambda: list(read_jsonl(tmp_path / "trajectories" / "rank0.jsonl"))
+    def make(name="run", **options):
+        folder = tmp_path / name
+        trainer = tiny.make_trainer(Trainer, IGPOConfig, folder, **{"save_trajectories": True} | options)
+        trainer.records = lambda: list(read_jsonl(folder / "trajectories" / "rank0.jsonl"))
         return trainer
 
     return make
@@ -92,11 +93,11 @@ def test_mistake_1_an_earlier_longer_batch_leaves_nothing_behind(make):
     # A learning rate of 0: the same policy scores the same rollouts, behind a longer batch and first.
     options = {"per_device_train_batch_size": 2, "max_completion_length": 512, "learning_rate": 0.0}
     options |= {"train_dataset": tiny.make_dataset(1), "max_steps": 2}
-    behind, first = make(**options), make(**options)
+    behind, first = make("behind", **options), make("first", **options)
     behind.plays, first.plays = (long, short), (short, long)
     behind.train()
     first.train()
-    records = behind.records()
+    records = behind.records() + first.records()
     assert [len(record.turns) for record in records] == [4, 2, 2, 2, 2, 2, 4, 2]
     for one, other in zip(records[2:4], records[4:6], strict=True):
         assert one.beliefs == pytest.approx(other.beliefs, rel=1e-6)

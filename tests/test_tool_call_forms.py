@@ -114,6 +114,10 @@ QWEN2_5 = {
     "Qwen-Agent": '✿FUNCTION✿: search\n✿ARGS✿: {"query": "Paris"}',
     "ReAct": 'Thought: I search.\nAction: search\nAction Input: {"query": "Paris"}',
     "Search-R1": "<think>I search.</think>\n<search>Paris</search>",
+    "ReAct in code marks": 'Action: `search`\nAction Input: `{"query": "Paris"}`',
+    "ReAct with brackets": 'Action: search("Paris")',
+    "a labelled call": 'Tool call: search({"query": "Paris"})',
+    "type as the name": '{"type": "search", "parameters": {"query": "Paris"}}',
     "name and JSON": 'search\n{"query": "Paris"}',
     "Python": 'search(query="Paris")',
     "Python in a fence": "```python\nsearch(query='Paris')\n```",
@@ -204,6 +208,24 @@ def test_a_call_in_any_published_form_runs(family, form):
 
 
 @pytest.mark.parametrize(
+    ("family", "turn", "message"),
+    [
+        ("qwen2_5", f"I search.\n```json\n{CALL}\n```<|im_end|>", {"content": "I search."}),
+        ("qwen2_5", f"<think>So.</think>I search.\n<tools>\n{CALL}\n</tools>", {"content": "I search.", "reasoning_content": "So."}),
+        ("qwen3_6", f"So.</think>\n\n{XML}\n</tool_call>", {"content": "", "reasoning_content": "So."}),
+        ("gptoss", GPTOSS["recipient in the role"], {"content": "", "thinking": "I search."}),
+        ("gptoss", GPTOSS["after a preamble"], {"content": "I will search."}),
+        ("llama3_1", LLAMA3_1["after a sentence"], {"content": "I will search."}),
+    ],
+)  # fmt: skip
+def test_the_message_has_the_call_apart_from_the_text(family, turn, message):
+    """What reward functions read is the same whatever form the call had."""
+    function = {"name": "search", "arguments": {"query": "Paris"}}
+    calls = [{"type": "function", "function": function}]
+    assert read(turn, family).message == {"role": "assistant", "tool_calls": calls} | message
+
+
+@pytest.mark.parametrize(
     ("family", "turn", "reason"),
     [
         ("qwen2_5", '<tool_call>\n{"name": "search", "arguments": {"query": "Paris}\n</tool_call>', "invalid JSON"),
@@ -218,6 +240,9 @@ def test_a_call_in_any_published_form_runs(family, form):
         ("qwen2_5", "I search for Paris.</tool_call>", "no opening tag"),
         ("qwen2_5", "Action: search\nThe capital of France", "its arguments are missing"),
         ("qwen2_5", "<search>Paris", "</search> is missing"),
+        ("qwen2_5", '{"search": "Paris"}', "not valid JSON"),
+        ("qwen2_5", '<tool_use><name>search</name><input>{"query": "Paris"}</input></tool_use>', "expected a JSON"),
+        ("qwen2_5", "Action: search[Paris]", "its arguments are missing"),
         ("qwen2_5", 'search(query="Paris', "is not closed"),
         ("qwen2_5", "search(query=Paris)", 'expected search(parameter="value")'),
         ("qwen2_5", f"<think>I search.\n<tool_call>{CALL}</tool_call>\n</think>\n", "inside a thought"),
@@ -264,6 +289,8 @@ def test_a_broken_call_is_answered_with_what_to_write(family, turn, reason):
         "search(query) would give the same again.",
         "The set {x | x > 1} has no name: search as you like.",
         '{"name": "search", "born": 1950}',
+        '{"search": "nothing was found", "answer": "Paris"}',
+        '{"type": "search", "result": "Paris"}',
         "a < b and {c} > d",
         "5 tools were of no help.",
     ],

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import save_file
 from test_tiny_model import world, write
 from typer.testing import CliRunner
 
@@ -53,7 +55,11 @@ def folder(tmp_path_factory) -> Path:
         (folder / name).mkdir()
         (folder / name / "adapter_config.json").write_text(json.dumps(config))
         if name != "no_weights":
-            (folder / name / "adapter_model.safetensors").write_bytes(b"")
+            save_file({"weight": torch.zeros(2)}, folder / name / "adapter_model.safetensors")
+    (folder / "cut_off").mkdir()
+    (folder / "cut_off/model.safetensors").write_bytes(
+        (folder / "adapter/adapter_model.safetensors").read_bytes()[:-1]
+    )
     return folder
 
 
@@ -135,6 +141,7 @@ MISTAKES = {
     "--model_name_or_path ./file": "this is a file, not a model's directory: ./file",
     "--model_name_or_path empty": "`model_name_or_path`: no config.json in empty: it is not a model",
     "--model_name_or_path nobody/absent": "nobody/absent is neither a directory here nor a model",
+    "--model_name_or_path cut_off": "cut_off/model.safetensors is cut off. Copy or save the model again",
     "--model_name_or_path no_base": "names no base model",
     "--model_name_or_path lost_base": "no such directory: /nowhere/model",
     "--model_name_or_path no_weights": "no adapter_model.safetensors in no_weights",
@@ -152,6 +159,8 @@ MISTAKES = {
     "--temperature=-1": "`temperature` must be at least 0, got -1",
     "--learning_rate=-1": "`learning_rate` must be at least 0, got -1",
     "--num_generations 3": "must be divisible by num_generations (3)",
+    "--loss_type foo": "`loss_type` must be one of grpo, dr_grpo, dapo",
+    "--scale_rewards foo": "`scale_rewards` must be one of group, batch, none, got 'foo'",
     "--gamma 1.5": "`gamma` must lie between 0 and 1, got 1.5",
     "--fp16 true --bf16 true": "At most one of fp16 and bf16",
     "--use_cpu false --bf16 true": "Set `bf16=False` to train in float32, and `use_cpu=True` to train on the CPU",

@@ -82,8 +82,15 @@ def prepare_for_tools(tokenizer: PreTrainedTokenizerBase) -> None:
         known.add_response_schema(tokenizer)
     except ValueError:
         tokenizer.response_template = recognise(tokenizer)
-    result = {"role": "tool", "name": _NAME, "content": _RESULT}
-    ObservationEncoder(tokenizer).encode([[result]])  # raises ValueError if it cannot
+    _check_observations(tokenizer)
+
+
+def _check_observations(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` unless results can be rendered after a turn."""
+    try:
+        ObservationEncoder(tokenizer).encode([[{"role": "tool", "name": _NAME, "content": _RESULT}]])
+    except Exception as error:  # a template may raise anything
+        raise ValueError(f"The tokenizer's chat template cannot call tools: {error}") from error
 
 
 def recognise(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def find_damage(checkpoint: str | Path, *, only_model: bool = False) -> str | No
     except (OSError, ValueError, KeyError, TypeError):
         return "trainer_state.json is damaged"
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and _is_cut_off(file):
+        if file.is_file() and is_cut_off(file):
             return f"{file.relative_to(folder)} is cut off"
     names = {path.name for path in folder.iterdir()}
     sharded = [name for name in names if name.startswith("global_step")]  # DeepSpeed's directories
@@ -58,7 +58,8 @@ def find_damage(checkpoint: str | Path, *, only_model: bool = False) -> str | No
     return None
 
 
-def _is_cut_off(file: Path) -> bool:
+def is_cut_off(file: Path) -> bool:
+    """Whether a file of tensors ends too early. Other files never do."""
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="np"):  # compares the sizes in the header with that of the file

@@ -98,7 +98,7 @@ def make_rollout_loop(trainer: Any) -> RolloutLoop:
         ),
         any_rank=lambda flag: trainer.max_over_ranks(int(flag)) > 0,
         end_token_ids=trainer.eos_token_ids,
-        idle_ranks_sample=samples_in_step(trainer),
+        idle_ranks_sample=True,  # which is no work, unless ranks sample in step
         failure_watch=FailureWatch(args.max_tool_failures, args.tool_failure_patience, args.output_dir),
     )
 
@@ -106,7 +106,9 @@ def make_rollout_loop(trainer: Any) -> RolloutLoop:
 def samples_in_step(trainer: Any) -> bool:
     """Whether every process has to take part in every sampling."""
     # The main process asks a vLLM server for all, and the processes of a tensor-parallel engine sample together.
-    one_engine = trainer.use_vllm and (trainer.vllm_mode == "server" or trainer.args.vllm_tensor_parallel_size > 1)
+    one_engine = trainer.use_vllm and (
+        trainer.vllm_mode == "server" or trainer.vllm_generation.tensor_parallel_size > 1
+    )
     return bool(trainer.is_sharded or one_engine)
 
 
@@ -139,9 +141,15 @@ def context_length(trainer: Any) -> int:
     if not hasattr(trainer.vllm_generation, "max_model_len"):  # only the main process has a client
         lengths: list[int | None] = [None]
         if trainer.accelerator.is_main_process:
-            info = trainer.vllm_generation.vllm_client.get_server_info()
-            lengths = [int(info["model_config"]["max_model_len"])]
-        trainer.vllm_generation.max_model_len = broadcast_object_list(lengths, from_process=0)[0]
+            try:
+                info = trainer.vllm_generation.vllm_client.get_server_info()
+                lengths = [int(info["model_config"]["max_model_len"])]
+            except Exception as error:  # of a server without development endpoints, or of another version
+                logger.warning("The vLLM server does not say how long its context is: %s", error)
+        length = broadcast_object_list(lengths, from_process=0)[0]
+        trainer.vllm_generation.max_model_len = length or min(
+            configured, trainer.args.vllm_max_model_length or sys.maxsize
+        )
     return int(trainer.vllm_generation.max_model_len)
 
 

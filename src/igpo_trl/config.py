@@ -14,6 +14,9 @@ from .rewards import DEFAULT_FORMAT_PENALTY
 # TRL calls a property of transformers by its old name.
 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
 
+#: The losses that TRL computes; it looks at the name only in the first step.
+_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+
 #: Numbers of TRL and transformers that fail only after the model is loaded, or mean nothing, and their least values.
 _SMALLEST = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
@@ -281,6 +284,8 @@ class IGPOConfig(GRPOConfig):
             if (number := getattr(self, name)) is not None and number < low:
                 raise ValueError(f"`{name}` must be at least {low}, got {number}.")
         super().__post_init__()
+        self._check_choice("loss_type", _LOSSES)
+        self._check_choice("scale_rewards", ("group", "batch", "none"))
         self._check_choice("alias_reduction", ("max", "mean", "first"))
         self._check_choice("info_gain", ("prob_diff", "log_prob_diff"))
         self._check_choice("normalization", NORMALIZATIONS)

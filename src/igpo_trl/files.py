@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -234,6 +235,26 @@ def replace_when_complete(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: str | Path, name: str) -> None:
+    """
+    Makes a folder, and raises an error that says so if files cannot be written into it.
+
+    Args:
+        folder (`str` or `Path`): The folder.
+        name (`str`): What it is called in the error, such as an option's name.
+
+    Raises:
+        OSError: Of the kind that the operating system gives.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise type(error)(f"{name}: cannot write to {folder} ({reason}). Choose another directory.") from error
 
 
 def cache_dir(*parts: str) -> Path:

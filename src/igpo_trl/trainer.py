@@ -281,7 +281,10 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         """As the parent's; `rollouts` are the indices of the rollouts that continue, all of them in the first turn."""
         refuse_images(images)
         if self.use_transformers_continuous_batching:
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations)
+            if not prompt_ids and not self.is_sharded:
+                return [], None
+            prompts = prompt_ids or [[self.eos_token_ids[0]]]  # sharded parameters are gathered on all ranks
+            return super()._generate_single_turn(prompts, images, multimodal_fields, num_generations)
         sample_prompts = super()._generate_single_turn
         rollouts = range(len(prompt_ids)) if rollouts is None else rollouts
         model = None if self.use_vllm else self.accelerator.unwrap_model(self.model_wrapped)

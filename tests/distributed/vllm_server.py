@@ -1,6 +1,7 @@
 """Rolls out with a stand-in for the client of a vLLM server, under TRL's own `generate`; started by a test."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -108,7 +109,8 @@ def main(folder: Path) -> None:
         "requests": trainer.vllm_generation.vllm_client.requests if rank == 0 else None,
     }
     (folder / f"vllm{rank}.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # a communication thread that still lives would abort the interpreter on its way out
 
 
 if __name__ == "__main__":

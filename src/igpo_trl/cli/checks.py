@@ -3,7 +3,6 @@
 import difflib
 import importlib.util
 import json
-import tempfile
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -11,10 +10,10 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import ModelConfig
 
 from ..adapters import check_adapter, is_adapter
-from ..checkpoints import find_checkpoints
+from ..checkpoints import find_checkpoints, is_cut_off
 from ..config import IGPOConfig
 from ..data import find_sources, resolve_system_prompt
-from ..files import looks_like_path
+from ..files import check_writable, looks_like_path
 from ..search import open_search
 from .arguments import ScriptArguments
 
@@ -90,6 +89,9 @@ def check_model(model: ModelConfig, training: IGPOConfig) -> None:
             f"`model_name_or_path`: {problem}: {name}. To make a tiny model for a CPU, run: "
             "igpo tiny-model DIR --corpus FILE --questions FILE"
         )
+    for file in Path(name).glob("*.safetensors"):
+        if is_cut_off(file):
+            raise ValueError(f"`model_name_or_path`: {file} is cut off. Copy or save the model again.")
     if is_adapter(name):
         check_adapter(name, model.use_peft)
         return
@@ -114,13 +116,7 @@ def check_output_dir(training: IGPOConfig) -> None:
             f"{folder} has checkpoints of an earlier run{finished}. Add --resume_from_checkpoint true to resume "
             "it, or choose another --output_dir."
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise type(error)(f"`output_dir`: cannot write to {folder} ({reason}). Choose another directory.") from error
+    check_writable(folder, "`output_dir`")
 
 
 def is_finished(checkpoint: str, training: IGPOConfig) -> bool:

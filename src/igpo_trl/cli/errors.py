@@ -28,6 +28,8 @@ _FIXES = {
     errno.EADDRINUSE: "Choose another port, or stop the program that uses this one.",
 }
 
+_UsageError: Any = typer.BadParameter.__mro__[1]  # typer exports no name for it
+
 _debug = False
 
 
@@ -43,7 +45,8 @@ def describe(error: BaseException) -> str:
         path = f"{error.filename}: " if error.filename is not None else ""
         return f"{path}{error.strerror.lower()}. {_FIXES.get(error.errno or 0, '')}".strip()
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if isinstance(error, _MISTAKES) else f"{text} (--debug shows where this happened.)"
+    unclear = isinstance(error, (RuntimeError, TypeError)) and not is_mistake(error)
+    return f"{text} (--debug shows where this happened.)" if unclear else text
 
 
 def fail(error: BaseException, status: int = 1) -> NoReturn:
@@ -68,8 +71,7 @@ def one_line_errors(
     an `OSError`, `ValueError`, `ImportError` or `SearchError`, and those of `also`. Other errors are bugs and keep
     their traceback, and so do all with `--debug`.
 
-    With a `param_hint`, the argument or option to blame, the usage of the command is shown too, and the exit status is
-    2 instead of 1.
+    With a `param_hint`, the argument or option to blame, the line names it, and the exit status is 2 instead of 1.
     """
     try:
         yield
@@ -123,4 +125,12 @@ class Commands(TyperGroup):
 
     def invoke(self, context: Any) -> Any:
         with debugging(bool(context.params.get("debug"))), one_line_errors():
-            return super().invoke(context)
+            try:
+                return super().invoke(context)
+            except _UsageError as error:
+                if type(error).__name__ == "NoArgsIsHelpError":
+                    raise
+                path = error.ctx.command_path.split() if error.ctx is not None else []
+                command = " ".join(["igpo", *path[1:]])
+                message = error.format_message().rstrip(".")
+                fail(ValueError(f"{message}. `{command} --help` shows the options."), status=error.exit_code)

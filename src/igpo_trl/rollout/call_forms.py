@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-_TOOL = r"(?:tools?|(?:tool|function)[_-]?calls?)"
+_TOOL = r"(?:tools?|(?:tool|function)[_-]?calls?|tool_use)"
 _OPEN = rf"""(?P<open>
     <(?:\w+:)?{_TOOL}(?:\s[^<>]*)?> | <\|{_TOOL}(?:_section)?(?:_start|_begin)?\|?>
     | <[|｜](?:tool|function)▁calls?▁begin[|｜]> | <start_function_call> | \[TOOL_CALLS?\]
@@ -39,7 +39,7 @@ _NAMELESS = r"(?P<nameless><\|channel\|>\s*commentary\s*<\|constrain\|>[^<]{0,40
 _MARKERS = "|".join((_OPEN, _CLOSE, _FUNCTION, _STRAY, _RECIPIENT, _NAMELESS))
 MARKER = re.compile(_MARKERS, re.VERBOSE | re.IGNORECASE)
 
-NAME_KEYS = ("name", "function", "tool", "action", "function_name", "tool_name", "recipient_name")
+NAME_KEYS = ("name", "function", "tool", "action", "function_name", "tool_name", "recipient_name", "type")
 ARGUMENT_KEYS = (
     *("arguments", "parameters", "args", "params", "kwargs", "input", "tool_input", "tool_args", "action_input"),
     *("tool_arguments", "tool_parameters", "function_arguments"),
@@ -61,7 +61,7 @@ SEPARATOR = re.compile(
 )
 INPUT = re.compile(
     r"[`\"'*]*\s*[:：]?\s*(?:(?:action[ _]input|input|arg(?:ument)?s|param(?:eter)?s|✿ARGS✿)[`\"'*]*\s*[:：]\s*)?"
-    r"(?:```\w*\s*)?(?=\{)",
+    r"(?:```\w*\s*|`)?(?=\{)",
     re.IGNORECASE,
 )
 BLANK = re.compile(r"(?:\s|```\w*)*")
@@ -84,15 +84,17 @@ def call_pattern(names: tuple[str, ...]) -> re.Pattern[str]:
         name = "|".join(re.escape(one) for one in sorted(names, key=len, reverse=True))
         tags = "|".join(re.escape(one) for one in names if one.lower() not in ("answer", "think")) or "(?!)"
         keys = "|".join(NAME_KEYS)
+        label = r"""(?:action|call|tool|function|(?:tool|function)[ _](?:call|name))[`"'*✿]*[ \t]*[:：][ \t]*"""
         forms += [
             rf"""(?P<pair>(?:(?<!\w)["'](?:{keys})["']|[{{,]\s*(?:{keys}))\s*:\s*["']?(?:\w+\.)?(?:{name})["']?
                     (?=[ \t]*(?:[,;}}\]"'\n]|\Z))
-                | (?<!\w)["'](?:{name})["']\s*:\s*(?=\{{))""",
+                | (?<!\w)["'](?:{name})["']\s*:\s*(?=[{{"]))""",
             rf"(?P<tag><(?P<tag_name>{tags})(?:\s[^<>]*)?>)",
-            rf"""(?P<python>(?:^|(?<=\|>))[ \t]*+[\[(`*>-]*+[ \t]*+(?:print\(|await[ ]|return[ ]|\w+[ ]?=[ ]?)?
+            rf"""(?P<python>(?:^|(?<=\|>))[ \t]*+[\[(`*>-]*+[ \t]*+
+                (?:print\(|await[ ]|return[ ]|\w+[ ]?=[ ]?|{label})?
                 (?:\w+\.)?(?P<python_name>{name})(?:\.call|\.run|\.invoke)?\()""",
             rf"""(?P<line>(?:^|(?<=\|>))[^\w\n<{{]{{0,6}}
-                (?P<label>(?:action|call|tool|function|(?:tool|function)[ _](?:call|name))[`"'*✿]*[ \t]*[:：][ \t]*)?
+                (?P<label>{label})?
                 [`"'*]*(?:functions\.)?(?P<line_name>{name})(?![\w(.]))""",
         ]
     return re.compile("|".join(forms), re.VERBOSE | re.IGNORECASE | re.MULTILINE)
@@ -114,11 +116,11 @@ def call_of(value: Any, tools: Mapping[str, Sequence[str]], marked: bool) -> tup
         if isinstance(value.get(wrapper), dict):
             value = {key: item for key, item in value.items() if key != wrapper} | value[wrapper]
             break
-    keys = [key for key in NAME_KEYS if isinstance(value.get(key), str)]
+    keys = [key for key in NAME_KEYS if isinstance(value.get(key), str) and value[key] != "function"]
     known = [key for key in keys if resolve_name(value[key], tools) in tools]
     if not known and len(value) == 1:
         ((name, arguments),) = value.items()
-        return (name, arguments) if name in tools and isinstance(arguments, dict) else None
+        return (name, arguments) if name in tools and isinstance(arguments, (dict, str)) else None
     if not (known or (marked and keys)):
         return None
     key = (known or keys)[0]

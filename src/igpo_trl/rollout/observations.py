@@ -7,6 +7,7 @@ wrote it. Content without markers is encoded exactly like the rendering of the c
 """
 
 import itertools
+import json
 import os
 import re
 from collections import Counter
@@ -214,9 +215,11 @@ class ObservationEncoder:
         return position
 
     def _apply(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=add_generation_prompt, tokenize=False, **self.template
-        )
+        options = {"add_generation_prompt": add_generation_prompt, "tokenize": False, **self.template}
+        try:
+            return self.tokenizer.apply_chat_template(messages, **options)
+        except TypeError:  # DeepSeek's template takes arguments as text only
+            return self.tokenizer.apply_chat_template([_with_text_arguments(one) for one in messages], **options)
 
     def _encode_text(self, text: str) -> list[int]:
         return self._encode_texts([text])[0]
@@ -224,6 +227,12 @@ class ObservationEncoder:
     def _encode_texts(self, texts: Iterable[str]) -> list[list[int]]:
         texts = list(texts)
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    entries = [{"type": "function", "function": call | {"arguments": json.dumps(call["arguments"])}} for call in calls]
+    return message | ({"tool_calls": entries} if entries else {})
 
 
 def _without_thoughts(text: str) -> str:

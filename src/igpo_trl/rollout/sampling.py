@@ -58,7 +58,8 @@ def sample_within_context(
         piece = min(wanted, context_length - longest)
         size = largest if same_number_on_ranks else max(1, len(rows))
         prompts += [[end_token_ids[0]]] * (size - len(rows))
-        new_ids, new_logprobs = generate(rows, prompts, piece)
+        # A sharded model samples on all ranks until the last one has ended: one without rows must not prolong that.
+        new_ids, new_logprobs = generate(rows, prompts, piece if rows or same_number_on_ranks else 1)
         continued = []
         for position, i in enumerate(rows):
             ids, left = list(new_ids[position]), rooms[i] - len(turns[i])

@@ -3,15 +3,19 @@
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ..rewards import extract_answer
-from .tool_calls import ToolCall, check_call, malformed_call, read_calls, signature_of
+from .call_forms import MARKER
+from .tool_calls import Signature, ToolCall, check_call, malformed_call, read_calls, signature_of
 from .tool_results import MAX_NESTING, ToolErrorKind, cut, nesting
 from .written_calls import WrittenCall, find_calls
 
 Message = dict[str, Any]
 
+# Copying what is nested more deeply, or sending it to another process, may exceed the stack.
+TOO_DEEP = f"lists and objects are nested more than {MAX_NESTING} levels deep"
 MAX_REASON_CHARACTERS = 120
 MAX_EXAMPLE_CHARACTERS = 300
 PROMPT_END = 16  # tokens of a generation prompt that may open a thought
@@ -20,8 +24,9 @@ _THOUGHT = r"""
     (?P<analysis><\|channel\|>\s*analysis\s*<\|message\|>) | (?P<end><\|end\|>|(?=<\|start\|>|<\|channel\|>))
     | (?P<open><think(?:ing)?>|\[THINK\]|<\|channel>thought\b|{open})
     | (?P<close></think(?:ing)?>|\[/THINK\]|<channel\|>|{close})"""
+_EMPTY_FENCE = re.compile(r"```\w*\s*(?:```|\Z)")
 _OPEN_THOUGHT = re.compile(r"(?:<think(?:ing)?>|\[THINK\])\s*\Z", re.IGNORECASE)
-_HEADER = re.compile(r"(?:<\|start\|>\w*)?<\|channel\|>\w*[^<\n]{0,80}(?:<\|constrain\|>\w*)?<\|message\|>")
+_HEADER = re.compile(r"<\|start\|>\w*|<\|channel\|>[^<\n]{0,80}|<\|constrain\|>\w*|<\|(?:message|end|return|call)\|>")
 
 
 class Reading(NamedTuple):
@@ -110,7 +115,7 @@ class TurnReader:
         text = self.tokenizer.decode(list(ids[:end]))
         visible, thoughts = self._split(text)
         written = find_calls(visible, {name: signature_of(tool).parameters for name, tool in tools.items()})
-        parsed = read_calls(message.get("tool_calls"), tools, serial)
+        parsed = [self._advised(call, tools) for call in read_calls(message.get("tool_calls"), tools, serial)]
         cut_off = was_cut and bool(written) and not written[-1].is_closed and written[-1].problem is None
         calls = parsed
         is_parsed = len(parsed) >= len(written) and not cut_off and all(call.problem is None for call in parsed)
@@ -146,21 +151,35 @@ class TurnReader:
     ) -> ToolCall:
         if written.problem is not None or written.name is None:
             return self._malformed(written.problem or "its name is missing", tools, written.name)
-        name, arguments, more = written.name, written.arguments, written
-        return check_call(name, arguments, tools, serial, positional=more.positional, are_texts=more.are_texts)
+        arguments, positional, are_texts = written[3:6]
+        call = check_call(written.name, arguments, tools, serial, positional=positional, are_texts=are_texts)
+        if nesting([arguments, positional, call.arguments]) > MAX_NESTING:
+            return self._malformed(TOO_DEEP, tools, written.name)
+        return self._advised(call, tools)
 
     def _malformed(self, reason: str, tools: Mapping[str, Callable[..., Any]], name: str | None = None) -> ToolCall:
-        if name not in tools:
-            name = next(iter(tools), None)
-        if name is not None and name not in self._examples:
-            signature = signature_of(tools[name])
+        known = name if name is not None and name in tools else next(iter(tools), "tool")
+        reason = cut(" ".join(reason.split()), MAX_REASON_CHARACTERS)
+        return malformed_call(f"the tool call could not be read ({reason}). {self._advice(known, tools)}", known)
+
+    def _advised(self, call: ToolCall, tools: Mapping[str, Callable[..., Any]]) -> ToolCall:
+        """The call; if its arguments cannot be read, with what to write instead."""
+        problem = call.problem
+        if problem is None or problem.error is not ToolErrorKind.MALFORMED:
+            return call
+        known = call.name if call.name in tools else next(iter(tools), "tool")
+        text = f"{cut(problem.text, MAX_REASON_CHARACTERS)} {self._advice(known, tools)}"
+        return replace(call, problem=problem._replace(text=text))
+
+    def _advice(self, name: str, tools: Mapping[str, Callable[..., Any]]) -> str:
+        """A call of a tool in the form of the chat template."""
+        if name not in self._examples:
+            signature = signature_of(tools[name]) if name in tools else Signature()
             wanted = [parameter for parameter in signature.parameters if parameter not in signature.defaults]
             example = self._render_call(name, {parameter: "..." for parameter in wanted or signature.parameters[:1]})
-            self._examples[name] = example if len(example) <= MAX_EXAMPLE_CHARACTERS else ""
-        example = self._examples.get(name or "", "")
-        reason = cut(" ".join(reason.split()), MAX_REASON_CHARACTERS)
-        advice = f"Write it in this form:\n{example}" if example else "Repeat it in the right form."
-        return malformed_call(f"the tool call could not be read ({reason}). {advice}", name or "tool")
+            fits = 0 < len(example) <= MAX_EXAMPLE_CHARACTERS
+            self._examples[name] = f"Write it in this form:\n{example}" if fits else "Repeat it in the right form."
+        return self._examples[name]
 
     def _reason(
         self,
@@ -224,8 +243,9 @@ class TurnReader:
             if one.positional and is_read:
                 arguments = call.arguments
             entries.append({"type": "function", "function": {"name": call.name, "arguments": arguments}})
-        content = self._plain("".join([*rest, visible[position:]]))
-        thought = message.get(self._thought_key) or self._plain(thoughts)
+        content = MARKER.sub("", "".join([*rest, visible[position:]]))
+        content = self._plain(_EMPTY_FENCE.sub("", content))
+        thought = message.get(self._thought_key) or self._plain(self._thought.sub("", thoughts))
         return (
             {"role": "assistant", "content": content}
             | ({self._thought_key: thought} if thought else {})
@@ -262,8 +282,8 @@ def parser_errors_as_value_errors(tokenizer: Any) -> Iterator[None]:
             raise ValueError(f"{type(error).__name__}: {error}") from error
         if isinstance(parsed, list) and not parsed:
             raise ValueError("an empty turn")
-        if nesting(parsed) > MAX_NESTING:  # copying it, or sending it to another process, would fail
-            raise ValueError(f"lists and objects are nested more than {MAX_NESTING} levels deep")
+        if nesting(parsed) > MAX_NESTING:
+            raise ValueError(TOO_DEEP)
         return parsed
 
     tokenizer.parse_response = parse_or_value_error

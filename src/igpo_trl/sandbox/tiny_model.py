@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from ..data import hold_out, load_questions
-from ..files import replace_when_complete
+from ..files import check_writable, replace_when_complete
 from ..search import BM25Index, Passage, SearchTool
 from ..search.passages import read_passages
 from .conversations import Messages, make_conversations
@@ -82,6 +82,7 @@ def make_tiny_model(
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not empty. Choose another directory or remove it.")
+    check_writable(directory.parent, "the model's directory")  # not only after minutes of training
     if hidden_size % _HEAD_SIZE or hidden_size < 2 * _HEAD_SIZE:
         raise ValueError(f"got hidden_size={hidden_size}, expected a multiple of {_HEAD_SIZE}, at least two of it.")
     if num_layers < 2:
