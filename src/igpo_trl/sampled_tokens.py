@@ -89,11 +89,16 @@ def backbone_of(model: Any) -> torch.nn.Module | None:
     return inner.base_model
 
 
-def rollouts_are_exchangeable(args: Any) -> bool:
-    """Whether the loss of an optimizer step does not depend on which rollouts share a microbatch."""
+def sampled_mask_of(inputs: dict[str, Any]) -> torch.Tensor:
+    """1 on the sampled tokens of a microbatch of TRL, of shape (B, T)."""
+    return torch.as_tensor(inputs["completion_mask"] * inputs.get("tool_mask", 1))
+
+
+def exchanges_rollouts(args: Any) -> bool:
+    """Whether microbatches are formed by length: only if the loss does not depend on which rollouts share one."""
     # `bnpo`, the threshold of the entropy and the entropy bonus are each of one microbatch.
     uses_entropy = args.top_entropy_quantile < 1.0 or args.entropy_coef or args.use_adaptive_entropy
-    return args.loss_type != "bnpo" and not uses_entropy
+    return not (args.pad_to_longest or args.loss_type == "bnpo" or uses_entropy)
 
 
 def by_length(batches: list[dict[str, Any]], accumulation: int) -> list[dict[str, Any]]:
