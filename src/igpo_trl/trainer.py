@@ -14,7 +14,6 @@ from . import components
 from .adapters import check_adapter, is_adapter, load_trainable
 from .beliefs.models import changing_positions
 from .beliefs.scorer import KVCapture
-from .chat_templates import edited_templates_accepted
 from .checkpoints import OneRun, checkpoint_to_resume
 from .checks import (
     check_before_loading,
@@ -32,6 +31,7 @@ from .data.rows import plain_rows
 from .logs import LogsRollouts, fill_columns
 from .records import replace_logged_advantages, trajectories_of
 from .rewards import make_answer_reward
+from .rollout.chat_templates import edited_templates_accepted
 from .rollout.kv_cache import PrefixCache, replaced_generate
 from .rollout.loop import Rollout, SampledTurns
 from .rollout.sampling import sample_within_context
@@ -328,14 +328,9 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
                 self.current_step.score_ended_rollouts(self._belief_scorer, self.model, rollouts)
 
     def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        logits_to_keep: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int,
+        *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         step, inputs = self.current_step, self._loss_inputs
         backbone = None if self.args.pad_to_longest else backbone_of(model)
         if step.captures_old_log_probs:
