@@ -6,7 +6,7 @@ from trl import chat_template_utils as known
 from trl.chat_template_utils import add_response_schema, parse_response
 
 from igpo_trl import IGPOConfig, IGPOTrainer
-from igpo_trl.chat_templates import prepare_for_tools
+from igpo_trl.rollout.chat_templates import prepare_for_tools
 from igpo_trl.rollout.turn_reader import TurnReader
 
 FAMILIES = [

@@ -25,7 +25,16 @@ OPTIONAL = {
 # Re-exports of names that have moved; nothing in the package imports them.
 FORMER = {"metrics", "probes", "tooling"}
 # Only these may import TRL; everything else is usable without it.
-USES_TRL = {"rollout.loop", "config", "chat_templates", "checks", "trainer", "evaluation.rollouts", "sandbox", "cli"}
+USES_TRL = {
+    "rollout.loop",
+    "rollout.chat_templates",
+    "config",
+    "checks",
+    "trainer",
+    "evaluation.rollouts",
+    "sandbox",
+    "cli",
+}
 WITHOUT_TORCH = {"files", "tools", "trajectory", "rewards", "report"}
 
 FILES = sorted(SOURCE.rglob("*.py"))

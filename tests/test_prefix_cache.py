@@ -28,7 +28,7 @@ def test_sampling_is_that_of_a_generation_without_a_cache(family):
     def words(n):
         return torch.randint(3, 399, (n,), generator=generator).tolist()
 
-    cache, config = PrefixCache(), model.config
+    cache = PrefixCache()
     rows = {i: words(n) for i, n in enumerate((9, 4, 17, 6, 11))}
     run = []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, args: run.append(args[0].numel()))
@@ -50,7 +50,7 @@ def test_sampling_is_that_of_a_generation_without_a_cache(family):
             run.clear()
             got = sample(
                 lambda inputs=inputs, rollouts=rollouts, **kwargs: cache.generate(
-                    model.generate, config, inputs["input_ids"], inputs["attention_mask"], rollouts, **kwargs
+                    model.generate, model, inputs["input_ids"], inputs["attention_mask"], rollouts, **kwargs
                 ),
                 seed,
             )
@@ -61,6 +61,25 @@ def test_sampling_is_that_of_a_generation_without_a_cache(family):
             rows[i] = (
                 rows[i] + sequence[inputs["input_ids"].shape[1] :][: 1 + i]
             )  # each keeps some of what was sampled
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_the_prompt_of_a_group_runs_once(family):
+    """Three prompts, four rollouts each: their tokens but the last run in three rows, then one each in twelve."""
+    model = tiny.make_model(family).eval()
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 399, (n,), generator=generator).tolist() for n in (9, 4, 17)]
+    inputs = left_padded([prompt for prompt in prompts for _ in range(4)])
+    shapes = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    with torch.no_grad():
+        expected = sample(model.generate, 0, **inputs)
+        shapes.clear()
+        got = sample(
+            lambda **kwargs: PrefixCache().generate(model.generate, model, *inputs.values(), range(12), **kwargs), 0
+        )
+    assert torch.equal(got, expected)
+    assert shapes[:2] == [(3, 16), (12, 1)]
 
 
 @pytest.mark.parametrize(

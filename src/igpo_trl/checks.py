@@ -11,8 +11,8 @@ from datasets import Dataset, IterableDataset
 from packaging.version import Version
 from transformers import AutoConfig, ProcessorMixin
 
-from .chat_templates import prepare_for_tools
 from .data.rows import check_answers, check_columns, check_prompts, columns_of, plain_prompt
+from .rollout.chat_templates import prepare_for_tools
 from .rollout.observations import ObservationEncoder
 from .tools import options_of
 

@@ -112,6 +112,10 @@ class Step:
 
     # ----------------------------------------------------------------------------------------------------- rollouts
 
+    def sampled_mask(self, width: int) -> torch.Tensor:
+        """1 on the tokens that were sampled, of shape (B, width): TRL may have padded the completions further."""
+        return torch.nn.functional.pad(self.turn_index >= 0, (0, width - self.turn_index.shape[1]))
+
     def take_answers(self, environments: Sequence[Any] | None) -> None:
         """Fill in the answers that a row does not have with those that its environment has after its `reset`."""
         if not any(map(own_answers, environments or ())):

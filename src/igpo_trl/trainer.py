@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
+from . import components
 from .adapters import check_adapter, is_adapter, load_trainable
 from .beliefs.models import changing_positions
 from .beliefs.scorer import KVCapture
-from .chat_templates import edited_templates_accepted
 from .checkpoints import OneRun, checkpoint_to_resume
 from .checks import (
     check_before_loading,
@@ -26,28 +26,17 @@ from .checks import (
     refuse_images,
     warn_of_single_turns,
 )
-from .components import (
-    PAPER,
-    can_reuse_prefixes,
-    context_length,
-    declare_output_head,
-    limit_generation,
-    load_processing_class,
-    make_belief_scorer,
-    make_rollout_loop,
-    make_rollouts,
-    max_turn_length,
-    samples_in_step,
-)
 from .config import IGPOConfig
 from .data.rows import plain_rows
 from .logs import LogsRollouts, fill_columns
 from .records import replace_logged_advantages, trajectories_of
 from .rewards import make_answer_reward
+from .rollout.chat_templates import edited_templates_accepted
 from .rollout.kv_cache import PrefixCache, replaced_generate
 from .rollout.loop import Rollout, SampledTurns
 from .rollout.sampling import sample_within_context
 from .rollout.turn_reader import parser_errors_as_value_errors
+from .sampled_tokens import SampledTokensModel, backbone_of, by_length, exchanges_rollouts, sampled_mask_of
 from .step import Step
 from .trajectory import write_jsonl
 from .turns import old_log_probs_of_turn_ratios
@@ -77,11 +66,12 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
 
     | hook | TRL | here | signature since |
     |---|---|---|---|
+    | `_prepare_inputs` | makes microbatches of a generation batch | by length within an optimizer step | before 1.8 |
     | `_generate_and_score_completions` | generates, scores, returns the batch | makes the `Step`; afterwards beliefs → gains → advantages → metrics, records | before 1.8 |
     | `_generate` | renders prompts, samples, parses, runs tools | keeps a KV cache meanwhile; finds the turns | 1.9 |
     | `_generate_single_turn` | samples one turn of each row | limits its length, reuses the KV cache | 1.15 |
     | `_tool_call_loop` | runs tools one rollout at a time | hands the rollouts to [`RolloutLoop`]; scores those that end | before 1.8 |
-    | `_get_per_token_logps_and_entropies` | log-probabilities of the completions | scores beliefs against the cache of the old log-probabilities' forward | 1.15 |
+    | `_get_per_token_logps_and_entropies` | log-probabilities of the completions | computes real tokens only, and the output head at sampled ones; scores beliefs against the cache of the old log-probabilities' forward | 1.15 |
     | `_calculate_rewards` | calls the reward functions, gathers | keeps the result as the outcome | before 1.8 |
     | `_compute_loss` | loss of one microbatch | one ratio per turn with `importance_sampling_level="turn"` | before 1.8 |
     | `compute_loss`, `log` | average metrics over batches | average them over rollouts, tokens or calls | before 1.8 |
@@ -108,7 +98,7 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
 
     _tag_names = ["trl", "igpo"]
     _name = "IGPO"
-    _paper = PAPER
+    _paper = components.PAPER
 
     def __init__(
         self,
@@ -140,7 +130,7 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         if adapter is not None:
             base, model_id = check_adapter(adapter, peft_config)
         if processing_class is None:
-            processing_class = load_processing_class(model, model_id, args)
+            processing_class = components.load_processing_class(model, model_id, args)
         environment_factory, environments = probe_environments(environment_factory)
         if not tools and not environments and rollout_func is None:
             warn_of_single_turns()
@@ -162,18 +152,26 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
             )  # fmt: skip
         # Nobody reports which tools the turns of a `rollout_func` call.
         check_tool_names(args.info_gain_tools, [] if self.rollout_func is not None else self.tools)
-        self._turn_ratio_inputs: dict[str, Any] | None = None
+        self._loss_inputs: dict[str, Any] | None = None
         if args.importance_sampling_level == "turn":
             self.importance_sampling_level = "token"  # the parent's part of it, see `_compute_loss`
         self.current_step = Step([], training=False)  # the current generation batch
-        limit_generation(self)
-        self._belief_scorer = make_belief_scorer(self)
-        self._rollout_loop = make_rollout_loop(self) if self.tools else None
-        self._reuses_prefixes = can_reuse_prefixes(self)
-        declare_output_head(self)
+        components.limit_generation(self)
+        self._belief_scorer = components.make_belief_scorer(self)
+        self._rollout_loop = components.make_rollout_loop(self) if self.tools else None
+        self._reuses_prefixes = components.can_reuse_prefixes(self)
+        components.declare_output_head(self)
         self.add_callback(OneRun(self))
 
     # ----------------------------------------------------------------------------------- one step, from top to bottom
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        previous: Any = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is not previous and exchanges_rollouts(self.args):
+            self._buffered_inputs: Any = by_length(self._buffered_inputs, self.args.gradient_accumulation_steps)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         args, training = self.args, self.is_training
@@ -237,7 +235,8 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         step.take_answers(self.environments)
         if self.args.uses_beliefs if step.training else self.args.belief_at_eval:
             step.belief_batch = self._belief_scorer.begin(step.answers)
-        step.kv_cache = PrefixCache(changing_positions(self.model)) if self._reuses_prefixes else None
+        share_prompts = not self.is_sharded
+        step.kv_cache = PrefixCache(changing_positions(self.model), share_prompts) if self._reuses_prefixes else None
         training = self.model.training
         try:
             with parser_errors_as_value_errors(self._tokenizer):
@@ -290,11 +289,11 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         return sample_within_context(
             generate,
             prompt_ids,
-            max_turn_length(self) if max_new_tokens is None else max_new_tokens,
-            context_length(self),
+            components.max_turn_length(self) if max_new_tokens is None else max_new_tokens,
+            components.context_length(self),
             [*self.eos_token_ids, self._tokenizer.pad_token_id],
-            max_over_ranks=self.max_over_ranks if samples_in_step(self) else int,
-            same_number_on_ranks=self.use_vllm and samples_in_step(self),
+            max_over_ranks=self.max_over_ranks if components.samples_in_step(self) else int,
+            same_number_on_ranks=self.use_vllm and components.samples_in_step(self),
         )
 
     def _tool_call_loop(
@@ -309,7 +308,7 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
     ) -> Any:
         refuse_images(images)
         assert self._rollout_loop is not None  # the parent comes here only if there are tools
-        rollouts = make_rollouts(self, prompt_ids, with_logprobs=logprobs is not None)
+        rollouts = components.make_rollouts(self, prompt_ids, with_logprobs=logprobs is not None)
         first_turns = SampledTurns(completion_ids, logprobs, [messages[0] for messages in completions])
         log = self.current_step.round_log = self._rollout_loop.run(rollouts, first_turns, self._score_ended_rollouts)
         return (
@@ -329,9 +328,11 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
                 self.current_step.score_ended_rollouts(self._belief_scorer, self.model, rollouts)
 
     def _get_per_token_logps_and_entropies(
-        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        step = self.current_step
+        self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int,
+        *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        step, inputs = self.current_step, self._loss_inputs
+        backbone = None if self.args.pad_to_longest else backbone_of(model)
         if step.captures_old_log_probs:
             step.captures_old_log_probs = False  # the forwards that follow are those of the reference and of the loss
             assert step.belief_batch is not None  # or nothing would be captured
@@ -339,13 +340,15 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
             usable = self._belief_scorer.can_use_cache(self.model, longest, counts_padding=True)
             if not self.max_over_ranks(int(not usable)):  # all ranks or none, because they are in step
                 # The same forward, by the parent; its keys and values are kept until its rows are scored.
-                padding = attention_mask.argmax(dim=1).tolist()
+                padding = (attention_mask.argmax(dim=1) * int(backbone is None)).tolist()
                 model = KVCapture(model, lambda *rows: self._score_captured_rows(padding, *rows))
+        sampled_mask = sampled_mask_of(inputs) if inputs else step.sampled_mask(logits_to_keep)
+        if backbone is not None:
+            model = SampledTokensModel(model, backbone, sampled_mask)
         log_probs, *others = super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, *args, **kwargs
+            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
-        if (inputs := self._turn_ratio_inputs) is not None:
-            sampled_mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        if inputs and self.args.importance_sampling_level == "turn":
             old_log_probs = inputs.get("old_per_token_logps", log_probs.detach())  # the same while on-policy
             inputs["old_per_token_logps"] = old_log_probs_of_turn_ratios(log_probs, old_log_probs, sampled_mask)
         return log_probs, *others
@@ -364,14 +367,12 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         return step.set_rewards(global_rewards, self.reward_weights, self.reward_func_names)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        if self.args.importance_sampling_level != "turn":
-            return super()._compute_loss(model, inputs)
-        # The parent takes token ratios to `old_per_token_logps`, and reads these after its forward, the hook above.
-        self._turn_ratio_inputs = dict(inputs)
+        # The hook above reads what was sampled, and for ratios of turns changes what the parent reads after it.
+        self._loss_inputs = dict(inputs)
         try:
-            return super()._compute_loss(model, self._turn_ratio_inputs)
+            return super()._compute_loss(model, self._loss_inputs)
         finally:
-            self._turn_ratio_inputs = None
+            self._loss_inputs = None
 
     # -------------------------------------------------------------------------------------- training and evaluation
 

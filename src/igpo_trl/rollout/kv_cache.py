@@ -58,9 +58,12 @@ class PrefixCache:
     Args:
         positions ([`ChangingPositions`], *optional*): position embeddings of the model that change for all tokens of a
             longer batch. What was cached with others than those that the next turn starts with is run again.
+        share_prompts (`bool`, *optional*, defaults to `True`): run equal contexts of the first turn, which are the
+            prompt of a group, once. Not for sharded models, because ranks would make different numbers of forwards.
     """
 
-    def __init__(self, positions: ChangingPositions | None = None) -> None:
+    def __init__(self, positions: ChangingPositions | None = None, share_prompts: bool = True) -> None:
+        self._share_prompts = share_prompts and positions is None
         self._positions = positions
         self._longest = (0, 0)  # longest context of the cached rows, before and after the last turn
         self._cache: Any = None
@@ -71,7 +74,7 @@ class PrefixCache:
     def generate(
         self,
         generate: Callable[..., torch.Tensor],
-        config: Any,
+        model: Any,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         rollouts: Sequence[int],
@@ -82,7 +85,7 @@ class PrefixCache:
 
         Args:
             generate (`Callable`): The model's `generate`.
-            config (`PretrainedConfig`): Text configuration of the model.
+            model (`PreTrainedModel`): Whose method it is.
             input_ids (`torch.Tensor` of shape `(B, W)`): Left-padded contexts.
             attention_mask (`torch.Tensor` of shape `(B, W)`): 0 on padding.
             rollouts (`Sequence[int]`): The rollout that each row continues. A row whose tokens differ from the cached
@@ -102,7 +105,11 @@ class PrefixCache:
             len(row) - min(self._shared(rollout, row), len(row) - 1)
             for rollout, row in zip(rollouts, rows, strict=True)
         )
-        self._cache = self._gather(config, rollouts, padding, input_ids.shape[1] - to_run)
+        if self._cache is None and self._share_prompts:
+            self._cache = _prefill_once(model, input_ids, attention_mask)
+        else:
+            slots = input_ids.shape[1] - to_run
+            self._cache = self._gather(model.config.get_text_config(), rollouts, padding, slots)
         sequences = generate(input_ids=input_ids, attention_mask=attention_mask, past_key_values=self._cache, **kwargs)
         length = self._cache.get_seq_length()  # the last sampled token was never run
         self._longest = (longest, length - min(padding))
@@ -155,6 +162,32 @@ class PrefixCache:
         return self._cache
 
 
+@torch.no_grad()
+def _prefill_once(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+    """A cache of all tokens but the last, computed once for equal rows; an empty one if all rows differ."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config.get_text_config())
+    rows = [tuple(row) for row in (input_ids * attention_mask - (attention_mask == 0).long()).tolist()]
+    number = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+    if len(number) == len(rows) or input_ids.shape[1] < 2:
+        return cache
+    first = torch.tensor([rows.index(row) for row in number], device=input_ids.device)
+    mask = attention_mask[first, :-1]
+    # Positions as `generate` counts them.
+    position_ids = (mask.long().cumsum(dim=1) - 1).masked_fill(mask == 0, 0)
+    model(
+        input_ids=input_ids[first, :-1],
+        attention_mask=mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache.batch_select_indices(torch.tensor([number[row] for row in rows], device=input_ids.device))
+    return cache
+
+
 @contextmanager
 def replaced_generate(
     model: Any, cache: PrefixCache | None, rollouts: Sequence[int], max_new_tokens: int
@@ -177,8 +210,7 @@ def replaced_generate(
         options["generation_config"] = config
         if cache is None or len(rollouts) != len(input_ids):
             return generate(input_ids=input_ids, attention_mask=attention_mask, **options)
-        text_config = model.config.get_text_config()
-        return cache.generate(generate, text_config, input_ids, attention_mask, rollouts, **options)
+        return cache.generate(generate, model, input_ids, attention_mask, rollouts, **options)
 
     model.generate = generate_with_cache
     try:

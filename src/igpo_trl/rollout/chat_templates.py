@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_parsing import parse_response
 from transformers.utils.chat_parsing.response_templates import load_response_template
 
-from .rollout.observations import ObservationEncoder
-from .rollout.written_calls import find_calls
+from .observations import ObservationEncoder
+from .written_calls import find_calls
 
 logger = logging.getLogger(__name__)
 
