@@ -32,6 +32,7 @@ LOSSES = ["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
         {"importance_sampling_level": "turn", "num_iterations": 2},
         {"mask_truncated_completions": True, "max_completion_length": 60},
         {"normalization": "critic"},
+        {"reuse_prefixes": False, "num_iterations": 2},  # beliefs against the forward of the old log-probabilities
     ],
     ids=str,
 )
@@ -105,7 +106,7 @@ def test_the_head_runs_on_sampled_tokens_alone(tmp_path, monkeypatch):
         "apply",
         lambda hidden, *a: (rows.append(len(hidden)), apply(hidden, *a))[1],
     )
-    trainer = tiny.make_trainer(Scripted, IGPOConfig, tmp_path)
+    trainer = tiny.make_trainer(Scripted, IGPOConfig, tmp_path, pad_to_longest=False)
     trainer.train()
     sampled = sum(mask.sum() for mask in [trainer.current_step.turn_index >= 0])
     assert rows == [int(sampled)]

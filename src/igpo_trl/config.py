@@ -249,12 +249,12 @@ class IGPOConfig(GRPOConfig):
     tool_failure_patience: int = field(
         default=3, metadata={"help": "Batches in a row with that share of failed calls after which training stops."}
     )
-    pad_to_longest: bool | None = field(
-        default=None,
+    pad_to_longest: bool = field(
+        default=True,
         metadata={
             "help": "Train as TRL does: all rows padded to the longest prompt and completion of the batch, and the "
-            "output head run on observations too. The loss is the same up to rounding. `None` is `False`, and `True` "
-            "where no belief is scored, so that plain GRPO stays TRL's bit for bit."
+            "output head run on observations too. With `False` only real tokens are computed, and the head at sampled "
+            "ones; the loss is the same up to rounding."
         },
     )
     reuse_prefixes: bool = field(
@@ -323,8 +323,6 @@ class IGPOConfig(GRPOConfig):
         if self.std_floor < 0:
             raise ValueError(f"`std_floor` must not be negative, got {self.std_floor}.")
         self._check_choice("importance_sampling_level", ("token", "turn", "sequence"))
-        if self.pad_to_longest is None:
-            self.pad_to_longest = not self.uses_beliefs
         if self.uses_beliefs and self.importance_sampling_level == "sequence":
             raise ValueError(
                 "With one ratio per sequence the gradient depends on the sum of a rollout's advantages only, "

@@ -67,9 +67,10 @@ class SampledTokensModel:
 
 @contextmanager
 def _hidden_states_at(backbone: torch.nn.Module, row: torch.Tensor, column: torch.Tensor) -> Iterator[None]:
-    """Make the backbone return the hidden states at these positions, as one row."""
+    """Make the next forward of the backbone return the hidden states at these positions, as one row."""
 
     def select(module: Any, arguments: Any, output: Any) -> Any:
+        handle.remove()  # what wraps the model may run further forwards: beliefs against the KV cache of this one
         output.last_hidden_state = output.last_hidden_state[row, column][None]
         return output
 
