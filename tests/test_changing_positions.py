@@ -116,7 +116,7 @@ def test_sampling_is_that_of_a_generation_without_a_cache(name):
         options = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
         run.clear()
         with torch.no_grad():
-            got = cache.generate(model.generate, model.config, ids, mask, rollouts, **options)
+            got = cache.generate(model.generate, model, ids, mask, rollouts, **options)
             expected = plain.generate(input_ids=ids, attention_mask=mask, **options)
         assert torch.equal(got, expected), turn
         reused.append(run[0] < ids.numel())
