@@ -1,25 +1,706 @@
-"""The time that information gain adds to a training step: GRPO and IGPO in the sandbox, on the same rollout loop.
+"""Where the time and the memory of a training step go, with TRL's `GRPOTrainer`, with `IGPOTrainer`, and at the least.
 
-    python benchmarks/step_time.py [--steps 12] [--rounds 3]
+    python benchmarks/step_time.py [--quick] [--parts training step memory sandbox recording]
+    python benchmarks/step_time.py --device cuda --dtype bfloat16 --model qwen2.5-3b --rollouts 16
 
-Trains from one warm-started model, in turns and several times over: TRL's `GRPOTrainer`; `IGPOTrainer` with
-`info_gain_weight=0`, which is GRPO on this package's rollout loop; and IGPO with beliefs scored against the
-rollout's KV cache (the default), against the forward of the old log-probabilities (`reuse_prefixes=False` and two
-iterations, for which TRL runs that forward), and against separate forwards. Prints medians over all steps but the
-first two of each run, of the step and of the belief pass in it.
+training: forward and backward over given rollouts, next to the floor: the same model over the real tokens alone, each
+    rollout attending to itself only, with the output head at sampled tokens only. "equal" are rollouts nearly all of
+    two searches; "mixed" are rollouts of 2 to 8 turns.
+step: a whole step by parts. Both trainers run their own rollout loops and sample the same scripted tokens: a logits
+    processor leaves one token at each place, so that prefill and decoding cost what they do.
+memory: peak of one rollout with a long completion and a vocabulary of 152k, above weights and gradients.
+sandbox: a whole step of the sandbox by parts, and the time that beliefs add to it.
+recording: training over the rollouts of `igpo tiny-model` and `train.py --config configs/hotpotqa_cpu.yaml`, if they
+    are there.
+
+Cases run in turns; seconds are medians and ratios are medians of the rounds' ratios. Weights are random.
 """
 
 import argparse
+import copy
+import gc
+import json
+import os
+import random
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
 import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+SMALL = {"num_key_value_heads": 3, "vocab_size": 49152}
+QWEN = {"num_key_value_heads": 2, "vocab_size": 151936}
+# Family, layers, sizes: of SmolLM2-135M and -360M, and of Qwen2.5-0.5B and -3B.
+SHAPES: dict[str, tuple[str, int, dict[str, int]]] = {
+    "smollm2-135m": ("llama", 30, SMALL | {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}),
+    "smollm2-360m": (
+        "llama",
+        32,
+        SMALL | {"hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 15, "num_key_value_heads": 5},
+    ),
+    "qwen2.5-0.5b": ("qwen2", 24, QWEN | {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14}),
+    "qwen2.5-3b": ("qwen2", 36, QWEN | {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16}),
+}
+PARTS = (
+    "rollout: prefill", "rollout: decode", "rollout: tools and waiting", "rollout: rest", "beliefs",
+    "old and reference log-probs", "training forward", "training backward", "optimizer", "rewards, logging, rest",
+)  # fmt: skip
+PREFILL, DECODE, TOOLS, ROLLOUT, BELIEFS, LOG_PROBS, FORWARD, BACKWARD, OPTIMIZER, REST = PARTS
+WIDEST = 4096  # tokens of a completion
+TRL, OURS = "GRPOTrainer", "IGPOTrainer"
+
+
+# ------------------------------------------------------------------------------------------------------------ rollouts
+
+
+class Rollout(NamedTuple):
+    """Lengths in tokens. An observation follows every turn but the last."""
+
+    prompt: int
+    sampled: tuple[int, ...]
+    observed: tuple[int, ...]
+
+    @property
+    def mask(self) -> list[int]:
+        """1 on the sampled tokens of the completion."""
+        turns = zip(self.sampled, (*self.observed, 0), strict=True)
+        return [value for sampled, observed in turns for value in [1] * sampled + [0] * observed]
+
+
+def equal_rollouts(number: int) -> list[Rollout]:
+    """Prompts of 205 tokens and completions of 460 on average, a fifth of them sampled; one rollout in 16 differs."""
+    rng, rollouts = random.Random(0), []
+    for i in range(number):
+        searches = 2 if i % 16 != 9 else 3
+        turns = tuple(rng.randint(20, 42) for _ in range(searches + 1))
+        rollouts.append(Rollout(205, turns, tuple(rng.randint(110, 258) for _ in range(searches))))
+    return rollouts
+
+
+def mixed_rollouts(number: int) -> list[Rollout]:
+    """2 to 8 turns, all equally frequent."""
+    rng, rollouts = random.Random(0), []
+    counts = [2 + round(6 * i / max(1, number - 1)) for i in range(number)]
+    rng.shuffle(counts)
+    for i, count in enumerate(counts):
+        prompt = rng.randint(200, 400) if i % 2 == 0 else rollouts[-1].prompt  # groups of two
+        sampled, room = tuple(rng.randint(20, 60) for _ in range(count)), WIDEST
+        observed = []
+        for turn in range(count - 1):
+            room = WIDEST - sum(sampled) - sum(observed) - 100 * (count - 2 - turn)
+            observed.append(min(rng.randint(100, 600), room))
+        rollouts.append(Rollout(prompt, sampled, tuple(observed)))
+    return rollouts
+
+
+def recorded_rollouts(path: Path, tokenizer: Any, number: int) -> list[Rollout]:
+    """The lengths of recorded trajectories."""
+    rollouts = []
+    for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()[:number]):
+        prompt = len(tokenizer.encode(record["prompt"], add_special_tokens=False))
+        observed = [len(tokenizer.encode(t["observation"], add_special_tokens=False)) for t in record["turns"][:-1]]
+        rollouts.append(Rollout(prompt, tuple(max(1, t["num_tokens"]) for t in record["turns"]), tuple(observed)))
+    return rollouts
+
+
+def describe(rollouts: Sequence[Rollout]) -> str:
+    masks = [rollout.mask for rollout in rollouts]
+    turns, prompts = [len(r.sampled) for r in rollouts], [r.prompt for r in rollouts]
+    completion = sum(map(len, masks))
+    return (
+        f"{len(rollouts)} rollouts of {min(turns)} to {max(turns)} turns, prompts of {min(prompts)} to {max(prompts)} "
+        f"tokens, completions of {min(map(len, masks))} to {max(map(len, masks))} (mean "
+        f"{completion / len(masks):.0f}), {sum(map(sum, masks)) / completion:.0%} sampled"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- measure
+
+
+class Clock:
+    """Seconds and tokens of named parts. What runs inside another part counts as the inner one alone."""
+
+    def __init__(self, device: str, cpu_time: bool):
+        self.now = time.process_time if cpu_time else time.perf_counter
+        self._device = device
+        self._stack: list[str] = []
+        self.reset()
+
+    def reset(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.tokens: Counter[str] = Counter()
+        self.head_tokens: Counter[str] = Counter()
+        self.calls: list[tuple[float, float]] = []  # of tools, from any thread
+
+    @property
+    def top(self) -> str:
+        return self._stack[-1] if self._stack else ""
+
+    def push(self, part: str) -> None:
+        self._count()
+        self._stack.append(part)
+
+    def pop(self) -> None:
+        self._count()
+        self._stack.pop()
+
+    def _count(self) -> None:
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        now = self.now()
+        if self._stack:
+            self.seconds[self.top] += now - self._since
+        self._since = now
+
+    @contextmanager
+    def part(self, part: str) -> Iterator[None]:
+        self.push(part)
+        try:
+            yield
+        finally:
+            self.pop()
+
+    def wrap(self, owner: Any, name: str, part: str, unless: str = "") -> None:
+        """Count calls of a method as a part, except inside another."""
+        method = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if unless and self.top == unless:
+                return method(*args, **kwargs)
+            with self.part(part):
+                return method(*args, **kwargs)
+
+        setattr(owner, name, timed)
+
+    def result(self) -> dict[str, Counter[str]]:
+        """Seconds and tokens since the last reset; the time in which a tool ran is told apart from its part."""
+        end = 0.0
+        for first, last in sorted(self.calls):
+            self.seconds[TOOLS] += max(0.0, last - max(first, end))
+            end = max(end, last)
+        self.seconds[ROLLOUT] -= self.seconds[TOOLS]
+        return {"seconds": self.seconds, "tokens": self.tokens, "head_tokens": self.head_tokens}
+
+
+def watch(trainer: Any, clock: Clock) -> None:
+    """Count the parts of a trainer's step."""
+    for name, part in (("_generate", ROLLOUT), ("_compute_loss", FORWARD)):
+        clock.wrap(trainer, name, part)
+    clock.wrap(trainer, "_get_per_token_logps_and_entropies", LOG_PROBS, unless=FORWARD)
+    clock.wrap(trainer.accelerator, "backward", BACKWARD)
+    clock.wrap(trainer.accelerator, "clip_grad_norm_", OPTIMIZER)
+    clock.wrap(trainer.model, "generate", DECODE)
+    if (scorer := getattr(trainer, "_belief_scorer", None)) is not None:
+        for name in ("score", "score_cached"):
+            clock.wrap(scorer, name, BELIEFS)
+
+    def size(args: Any, kwargs: Any) -> torch.Size:
+        for name in ("input_ids", "inputs_embeds"):
+            if kwargs.get(name) is not None:
+                return torch.Size(kwargs[name].shape[:2])
+        return torch.Size(args[0].shape[:2])
+
+    prefills = []
+
+    def begin(module: Any, args: Any, kwargs: Any) -> None:
+        prefills.append(clock.top in (ROLLOUT, DECODE) and size(args, kwargs)[1] > 1)
+        if prefills[-1]:
+            clock.push(PREFILL)
+
+    def end(*args: Any) -> None:
+        if prefills.pop():
+            clock.pop()
+
+    def count(module: Any, args: Any, kwargs: Any) -> None:
+        clock.tokens[clock.top] += size(args, kwargs).numel()
+
+    for model in {id(m): m for m in (trainer.model, getattr(trainer, "ref_model", None)) if m is not None}.values():
+        model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    trainer.model.register_forward_pre_hook(begin, with_kwargs=True)
+    trainer.model.register_forward_hook(end, always_call=True)
+
+
+@contextmanager
+def head_counted(clock: Clock) -> Iterator[None]:
+    """Count the hidden states that reach TRL's chunked output head."""
+    import trl.trainer.utils
+
+    head = trl.trainer.utils._ChunkedLogProbFunction
+    apply = head.apply
+
+    def counted(hidden: torch.Tensor, *args: Any) -> Any:
+        clock.head_tokens[clock.top] += len(hidden)
+        return apply(hidden, *args)
+
+    with mock.patch.object(head, "apply", counted):
+        yield
+
+
+def median_of(results: Sequence[dict[str, Counter[str]]], what: str, part: str) -> float:
+    return statistics.median(result[what][part] for result in results)
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> tuple[float, str]:
+    """The median of the rounds' ratios, and all of them."""
+    ratios = [a / b for a, b in zip(over, under, strict=True)]
+    return statistics.median(ratios), "rounds: " + " ".join(f"{value:.2f}" for value in ratios)
+
+
+class Targets:
+    """What was measured against what was aimed at."""
+
+    lines: list[str] = []
+
+    @classmethod
+    def add(cls, what: str, value: float, at_least: float | None = None, at_most: float | None = None) -> None:
+        met = value >= at_least if at_least is not None else value <= (at_most or 0.0)
+        aim = f"at least {at_least}" if at_least is not None else f"at most {at_most}"
+        cls.lines.append(f"{what:66}{value:8.3f}   {aim:14} {'met' if met else 'MISSED'}")
+        print(cls.lines[-1], flush=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+def make_model(args: argparse.Namespace, name: str | None = None, layers: int | None = None) -> Any:
+    import tiny
+
+    family, all_layers, sizes = SHAPES[name or args.model]
+    shape = sizes | {"num_hidden_layers": layers or args.layers or all_layers, "head_dim": None}
+    if family == "qwen2":
+        del shape["head_dim"]
+    options = {"max_position_embeddings": 8192, "tie_word_embeddings": True, "initializer_range": 0.02}
+    if args.attention:
+        options["attn_implementation"] = args.attention
+    model = tiny.make_model(family, **shape, **options)
+    return model.to(device=args.device, dtype=getattr(torch, args.dtype))
+
+
+def name_of(model: Any, args: argparse.Namespace) -> str:
+    config, number = model.config, sum(p.numel() for p in model.parameters())
+    return (
+        f"{type(model).__name__} of {config.num_hidden_layers} layers, {number / 1e6:.0f} M parameters, {args.dtype}"
+    )
+
+
+def make_trainer(name: str, args: argparse.Namespace, model: Any, number: int, **options: Any) -> Any:
+    """One of the two trainers, whose optimizer step is of `number` rollouts, on a copy of the model."""
+    import tiny
+    from trl import GRPOConfig, GRPOTrainer
+
+    from igpo_trl import IGPOConfig, IGPOTrainer
+
+    trainer_class, config_class = (IGPOTrainer, IGPOConfig) if name == OURS else (GRPOTrainer, GRPOConfig)
+    if name == OURS:
+        options["pad_to_longest"] = False
+    return tiny.make_trainer(
+        trainer_class,
+        config_class,
+        tempfile.mkdtemp(),
+        **{
+            "model": copy.deepcopy(model),
+            "per_device_train_batch_size": args.microbatch,
+            "gradient_accumulation_steps": number // args.microbatch,
+            "max_completion_length": WIDEST,
+            "use_cpu": args.device == "cpu",
+            "learning_rate": 1e-6,
+            "reward_funcs": lambda completions, **_: [float(i % 2) for i in range(len(completions))],
+        }
+        | options,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- training part
+
+
+def make_batch(rollouts: Sequence[Rollout], vocab_size: int, device: str, per_token: bool) -> dict[str, Any]:
+    """The generation batch of these rollouts with random tokens, padded as TRL pads."""
+    generator = torch.Generator().manual_seed(0)
+    number, masks = len(rollouts), [rollout.mask for rollout in rollouts]
+    left, right = max(rollout.prompt for rollout in rollouts), max(map(len, masks))
+    prompt_mask = torch.stack([(torch.arange(left) >= left - r.prompt).long() for r in rollouts])
+    completion_mask = torch.stack([(torch.arange(right) < len(mask)).long() for mask in masks])
+    tool_mask = torch.stack([torch.tensor(mask + [0] * (right - len(mask))) for mask in masks])
+    ids = torch.randint(5, vocab_size - 1, (number, left + right), generator=generator)
+    advantages = torch.randn(number, 1, generator=generator) * tool_mask
+    batch = {
+        "prompt_ids": ids[:, :left] * prompt_mask,
+        "prompt_mask": prompt_mask,
+        "completion_ids": ids[:, left:] * completion_mask,
+        "completion_mask": completion_mask,
+        "tool_mask": tool_mask,
+        "advantages": advantages if per_token else advantages[:, 0],  # the first token is sampled
+        "num_items_in_batch": tool_mask.sum().float(),
+    }
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def train_on(trainer: Any, batch: dict[str, Any], clock: Clock) -> dict[str, Counter[str]]:
+    """Forwards and backwards of one optimizer step over a generation batch, by the trainer's own `training_step`."""
+    torch.manual_seed(0)  # the parent shuffles
+    trainer._generate_and_score_completions = lambda inputs: dict(batch)
+    trainer.current_gradient_accumulation_steps = accumulation = trainer.args.gradient_accumulation_steps
+    trainer._step, trainer._buffered_inputs = 0, None
+    trainer.model.train()
+    clock.reset()
+    with clock.part(REST):
+        for _ in range(accumulation):
+            trainer.training_step(trainer.model, [], None)
+    trainer.model.zero_grad()
+    return clock.result()
+
+
+def train_at_floor(
+    model: Any, rollouts: Sequence[Rollout], size: int, packed: bool, clock: Clock
+) -> dict[str, Counter[str]]:
+    """The same over real tokens alone: `size` rollouts in one row, or each in a row of its own."""
+    generator, vocab_size = torch.Generator().manual_seed(0), model.config.vocab_size
+    ordered = sorted(rollouts, key=lambda r: r.prompt + len(r.mask), reverse=True)
+    batches = [ordered[i : i + size] for i in range(0, len(ordered), size if packed else 1)]
+    total = sum(sum(rollout.mask) for rollout in rollouts)
+    model.train()
+    clock.reset()
+    for batch in batches if packed else [b[:1] for b in batches]:
+        with clock.part(FORWARD):
+            lengths = [rollout.prompt + len(rollout.mask) for rollout in batch]
+            ids = torch.randint(5, vocab_size - 1, (1, sum(lengths)), generator=generator).to(model.device)
+            positions = torch.cat([torch.arange(length) for length in lengths])[None].to(model.device)
+            sampled = torch.cat([torch.tensor([0] * r.prompt + r.mask) for r in batch]).to(model.device)
+            places = sampled.nonzero()[:, 0]
+
+            def select(module: Any, args: Any, output: Any, places: torch.Tensor = places) -> Any:
+                output.last_hidden_state = output.last_hidden_state[:, places - 1]
+                return output
+
+            hook = model.base_model.register_forward_hook(select)
+            labels = ids[:, places]
+            extra = {"position_ids": positions} if packed else {}
+            output = model(input_ids=ids, shift_labels=labels, fused_lm_head=True, **extra)
+            hook.remove()
+            loss = -(output.log_probs.exp() / output.log_probs.detach().exp()).sum() / total
+        with clock.part(BACKWARD):
+            loss.backward()
+    model.zero_grad()
+    return clock.result()
+
+
+def training_part(
+    title: str, args: argparse.Namespace, model: Any, rollouts: Sequence[Rollout], target: float | None
+) -> None:
+    trainers = {name: make_trainer(name, args, model, len(rollouts)) for name in (TRL, OURS)}
+    clock = Clock(args.device, args.cpu_time)
+    vocab_size = model.config.vocab_size
+    batches = {name: make_batch(rollouts, vocab_size, args.device, name == OURS) for name in trainers}
+    short = {name: [Rollout(20, (4,), ())] * len(rollouts) for name in trainers}
+    floors = {"floor, one row each": False, "floor, packed": True}
+    results: dict[str, list[Any]] = {name: [] for name in [*trainers, *floors]}
+    with head_counted(clock):
+        for name, trainer in trainers.items():
+            watch(trainer, clock)
+            train_on(trainer, make_batch(short[name], vocab_size, args.device, name == OURS), clock)  # warms up
+        for number in range(args.repeats):
+            for name, trainer in trainers.items():
+                results[name].append(train_on(trainer, batches[name], clock))
+            for name, packed in list(floors.items()):
+                results[name].append(train_at_floor(trainers[OURS].model, rollouts, args.microbatch, packed, clock))
+            if number == 0:  # the slower floor is no floor
+                slower = max(floors, key=lambda name: seconds_of(results[name])[0])
+                del floors[slower]
+    (floor,) = floors
+    real = sum(rollout.prompt + len(rollout.mask) for rollout in rollouts)
+    sampled = sum(sum(rollout.mask) for rollout in rollouts)
+    print(f"\nTraining part, {title}: {name_of(model, args)}\n{describe(rollouts)}, microbatches of {args.microbatch}")
+    print(f"{'':24}{'forward':>10}{'backward':>10}{'rest':>8}{'sum, s':>10}{'tokens':>10}{': real':>8}{'head':>9}")
+    for name, values in results.items():
+        seconds = [median_of(values, "seconds", part) for part in (FORWARD, BACKWARD, REST)]
+        tokens, head = (median_of(values, what, FORWARD) for what in ("tokens", "head_tokens"))
+        print(
+            f"{name:24}{seconds[0]:10.2f}{seconds[1]:10.2f}{seconds[2]:8.2f}"
+            f"{statistics.median(seconds_of(values)):10.2f}{tokens:10.0f}{tokens / real:8.2f}{head:9.0f}"
+        )
+    print(f"{'in the rollouts':62}{real:10}{'':8}{sampled:9}")
+    theirs, ours, least = (seconds_of(results[name]) for name in (TRL, OURS, floor))
+    for over, under, name, bound in (
+        (theirs, ours, "TRL : ours", {"at_least": target}),
+        (ours, least, "ours : floor", {"at_most": 1.25}),
+    ):
+        value, rounds = ratio(over, under)
+        print(f"{name} = {value:.2f} ({rounds})")
+        if None not in bound.values():
+            Targets.add(f"training part, {title}: {name}", value, **bound)
+    computed = median_of(results[OURS], "tokens", FORWARD) / real
+    Targets.add(f"training part, {title}: computed : real tokens", computed, at_most=1.10)
+
+
+def seconds_of(results: Sequence[dict[str, Counter[str]]]) -> list[float]:
+    return [sum(result["seconds"].values()) for result in results]
+
+
+# ---------------------------------------------------------------------------------------------------------- whole step
+
+WORDS = (
+    "time year people way day man thing woman life child world school state family student group country problem hand "
+    "part place case week company system program question work government night point home water room mother area"
+).split()
+MARK = "rollout {} turn {}"
+
+
+class Script:
+    """
+    What every rollout says and reads, in tokens of the wanted number.
+
+    Every call names its rollout and turn, by which the next turn of a context is found.
+    """
+
+    def __init__(self, rollouts: Sequence[Rollout], group: int, latency: float, clock: Clock):
+        import tiny
+
+        def search(query: str) -> str:
+            """
+            Searches.
+
+            Args:
+                query: What to look for.
+            """
+            started = clock.now()
+            if latency:
+                time.sleep(latency)
+            rollout, turn = map(int, re.findall(MARK.format(r"(\d+)", r"(\d+)"), query)[0])
+            length = self.batches[self.batch][rollout].observed[turn]
+            text = self._filler(length - self._around_observation)
+            clock.calls.append((started, clock.now()))
+            return text
+
+        self.search = search
+        small = tiny.make_tokenizer()
+        chat = [{"role": "user", "content": "Where was author 1 born? turn"}]
+        corpus = [small.apply_chat_template(chat, tools=[search], tokenize=False, add_generation_prompt=True)]
+        corpus += [tiny.call(MARK.format(i, i)) for i in range(100)] + [" " + " ".join(WORDS)] * 50
+        self.tokenizer = small.train_new_from_iterator(corpus, vocab_size=1500, show_progress=False)
+        self.tokenizer.add_tokens([tiny.AddedToken(marker, normalized=False) for marker in tiny.MARKERS])
+        self.tokenizer.chat_template, self.tokenizer.padding_side = small.chat_template, "left"
+        self._around_observation = 14  # the template's tokens
+        short = [Rollout(210, (24, 24), (40,))] * len(rollouts)  # one-off costs belong to another step
+        self.batches, self.batch = [short, list(rollouts)], -1
+        self.prompts = [
+            self._prompt(i, batch[i].prompt) for batch in self.batches for i in range(0, len(batch), group)
+        ]
+        self._turns = [
+            [[self._turn(i, k, rollout) for k in range(len(rollout.sampled))] for i, rollout in enumerate(batch)]
+            for batch in self.batches
+        ]
+
+    def next_turn(self, row: int, context: torch.Tensor) -> list[int]:
+        said = re.findall(MARK.format(r"(\d+)", r"(\d+)"), self.tokenizer.decode(context))
+        rollout, turn = (int(said[-1][0]), int(said[-1][1]) + 1) if said else (row, 0)
+        return self._turns[self.batch][rollout][turn]
+
+    def _filler(self, length: int) -> str:
+        return "".join(" " + WORDS[i % len(WORDS)] for i in range(max(0, length)))
+
+    def _prompt(self, number: int, length: int) -> list[dict[str, str]]:
+        def render(filler: str) -> list[dict[str, str]]:
+            return [{"role": "user", "content": f"Where was author {number} born?{filler}"}]
+
+        options = {"tools": [self.search], "tokenize": False, "add_generation_prompt": True}
+        around = len(self.tokenizer.encode(self.tokenizer.apply_chat_template(render(""), **options)))
+        return render(self._filler(length - around))
+
+    def _turn(self, number: int, turn: int, rollout: Rollout) -> list[int]:
+        import tiny
+
+        def render(filler: str) -> list[int]:
+            if turn + 1 < len(rollout.sampled):
+                text = tiny.call(MARK.format(number, turn) + filler)
+            else:
+                text = f"So it was{filler} <answer>Paris</answer>"
+            return [*self.tokenizer.encode(text), self.tokenizer.eos_token_id]
+
+        return render(self._filler(rollout.sampled[turn] - len(render(""))))
+
+
+def scripted(trainer: Any, script: Script, taken: list[Any]) -> None:
+    """Make a trainer sample the script, and keep the tokens of its rollouts."""
+    generate, generate_rollouts = trainer.model.generate, trainer._generate
+
+    def say(input_ids: torch.Tensor, **options: Any) -> Any:
+        turns, width = [script.next_turn(row, ids) for row, ids in enumerate(input_ids)], input_ids.shape[1]
+
+        def only(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            place = ids.shape[1] - width
+            said = [turn[min(place, len(turn) - 1)] for turn in turns]
+            return torch.full_like(scores, -torch.inf).scatter_(1, torch.tensor(said)[:, None].to(scores.device), 0.0)
+
+        return generate(input_ids=input_ids, logits_processor=[only], **options)
+
+    def counted_rollouts(prompts: Any) -> Any:
+        script.batch += 1
+        result = generate_rollouts(prompts)
+        taken.append([[list(ids) for ids in part] for part in result[:3]])
+        return result
+
+    trainer.model.generate, trainer._generate = say, counted_rollouts
+
+
+def steps_of(trainer: Any, clock: Clock) -> list[dict[str, Counter[str]]]:
+    """Train, and return the parts of every optimizer step."""
+    from transformers import PrinterCallback, TrainerCallback
+
+    steps: list[dict[str, Counter[str]]] = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            clock.reset()
+            clock.push(REST)
+
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            clock.push(OPTIMIZER)
+
+        def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            clock.pop()
+
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            if clock.top:  # the summary at the end is no step
+                clock.pop()
+                steps.append(clock.result())
+
+    trainer.add_callback(Watch())
+    trainer.remove_callback(PrinterCallback)
+    watch(trainer, clock)
+    with head_counted(clock):
+        trainer.train()
+    return steps
+
+
+def print_parts(results: dict[str, list[dict[str, Counter[str]]]], real: float | None = None) -> None:
+    print(f"{'':30}" + "".join(f"{name + ', s':>18}{'%':>6}{'tokens':>9}" for name in results))
+    sums = {name: statistics.median(seconds_of(values)) for name, values in results.items()}
+    for part in PARTS:
+        line = f"{part:30}"
+        for name, values in results.items():
+            seconds, tokens = (median_of(values, what, part) for what in ("seconds", "tokens"))
+            line += f"{seconds:18.3f}{seconds / sums[name]:6.1%}{tokens:9.0f}"
+        print(line)
+    print(f"{'whole step':30}" + "".join(f"{value:18.3f}{'':15}" for value in sums.values()))
+    if real is not None:
+        print(f"tokens of the rollouts: {real}")
+
+
+def whole_step(args: argparse.Namespace, model: Any, rollouts: Sequence[Rollout]) -> None:
+    from datasets import Dataset
+
+    results: dict[str, list[Any]] = {TRL: [], OURS: []}
+    for _ in range(args.repeats):
+        samples = {}
+        for name in results:
+            clock = Clock(args.device, args.cpu_time)
+            script = Script(rollouts, 2, args.latency, clock)
+            answers = [["the city of Paris"]] * len(script.prompts)
+            trainer = make_trainer(
+                name, args, model, len(rollouts), max_steps=2, beta=args.beta, shuffle_dataset=False,
+                tools=[script.search], processing_class=script.tokenizer, max_tool_calling_iterations=20,
+                train_dataset=Dataset.from_dict({"prompt": script.prompts, "answers": answers}),
+                generation_kwargs={"max_new_tokens": 64},
+            )  # fmt: skip
+            taken: list[Any] = []
+            scripted(trainer, script, taken)
+            results[name].append(steps_of(trainer, clock)[1])
+            samples[name] = taken[1]
+            del trainer
+            gc.collect()
+        if samples[TRL] != samples[OURS]:
+            raise SystemExit("The two loops made different rollouts.")
+    prompts, completions, masks = samples[OURS]
+    real = sum(map(len, prompts)) + sum(map(len, completions))
+    print(f"\nWhole step, mixed: {name_of(model, args)}\n{describe(rollouts)}, microbatches of {args.microbatch}")
+    print(f"both trainers made the same rollouts; {args.latency} s per tool call")
+    print_parts(results, real)
+    value, rounds = ratio(*(seconds_of(results[name]) for name in (TRL, OURS)))
+    print(f"TRL : ours = {value:.2f} ({rounds})")
+    Targets.add("whole step, mixed: TRL : ours", value, at_least=1.5)
+    shares = [result["seconds"][BELIEFS] / sum(result["seconds"].values()) for result in results[OURS]]
+    Targets.add("whole step, mixed: belief share", statistics.median(shares), at_most=0.03)
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def peak_memory(name: str, args: argparse.Namespace) -> None:
+    """Print the bytes that one training step of a long rollout needs above weights and gradients."""
+    observed = (WIDEST - 9 * 90) // 8
+    rollout = Rollout(300, (90,) * 9, (observed,) * 8)
+    args.microbatch, vocab_size = 2, SHAPES["qwen2.5-0.5b"][2]["vocab_size"]
+    trainer = make_trainer(name, args, make_model(args, "qwen2.5-0.5b"), 2)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._generate_and_score_completions = lambda inputs: dict(batch)
+
+    def step() -> None:
+        trainer._step, trainer._buffered_inputs = 0, None
+        trainer.training_step(trainer.model, [], None)
+
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    # A rollout of no more than a turn is its neighbour, because a group has two.
+    batch = make_batch([Rollout(20, (4,), ())] * 2, vocab_size, args.device, name == OURS)
+    step()  # the gradients stay
+    batch = {
+        key: value[:1] if value.ndim else value
+        for key, value in make_batch([rollout] * 2, vocab_size, args.device, name == OURS).items()
+    }
+    gc.collect()
+    if args.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        print(torch.cuda.max_memory_allocated() - before)
+        return
+    before, peak, done = resident(), [0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], resident())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    step()
+    done.set()
+    sampler.join()
+    print(peak[0] - before)
+
+
+def memory(args: argparse.Namespace) -> None:
+    layers = args.layers or (4 if args.device == "cpu" else None)
+    peaks = {}
+    for name in (TRL, OURS):
+        command = [sys.executable, __file__, "--peak-of", name, "--device", args.device, "--dtype", args.dtype]
+        command += ["--layers", str(layers)] if layers else []
+        command += ["--attention", args.attention] if args.attention else []
+        result = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks[name] = int(result.stdout.splitlines()[-1]) / 2**20
+    print(
+        f"\nPeak memory of one rollout of {300 + WIDEST} tokens above weights and gradients, qwen2.5-0.5b "
+        f"{f'with {layers} layers' if layers else ''}, {args.dtype}, gradient checkpointing:\n"
+        + ", ".join(f"{name} {value:.0f} MiB" for name, value in peaks.items())
+    )
+    Targets.add("peak memory: ours : TRL", peaks[OURS] / peaks[TRL], at_most=0.5)
+
+
+# ----------------------------------------------------------------------------------------------- sandbox and recording
 
 IGPO = "igpo_separate"
 # Method of the sandbox, its options, and whether beliefs are scored against separate forwards.
@@ -43,82 +724,123 @@ COMPARED = {
 WARM_UP = 2
 
 
-def run(case: str, model: Path, steps: int, seed: int) -> tuple[list[float], list[float]]:
-    """Seconds of each generation batch with its optimizer steps, and of the belief pass in it."""
+def sandbox_steps(case: str, model: Path, number: int, seed: int, cpu_time: bool) -> list[dict[str, Counter[str]]]:
+    """The parts of each generation batch with its optimizer steps."""
     from igpo_trl.beliefs.scorer import BeliefScorer
     from igpo_trl.sandbox.train import Budget, make_trainer
 
     method, options, separate_forwards = CASES[case]
     iterations = options.get("num_iterations", 1)
-    ends: list[float] = []
+    can = BeliefScorer.can_use_cache
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(
-            method,
-            model,
-            Path(folder),
-            budget=Budget(steps=steps * iterations),
-            seed=seed,
-            data_seed=seed + 1,
-            **options,
-        )
-        step = trainer.training_step
+        budget = Budget(steps=number * iterations)
+        trainer = make_trainer(method, model, Path(folder), budget=budget, seed=seed, data_seed=seed + 1, **options)
+        with mock.patch.object(BeliefScorer, "can_use_cache", lambda *a, **k: not separate_forwards and can(*a, **k)):
+            steps = steps_of(trainer, Clock("cpu", cpu_time))
+    batches = [steps[i : i + iterations] for i in range(0, len(steps), iterations)][WARM_UP:]
+    return [{what: sum((step[what] for step in batch), Counter()) for what in batch[0]} for batch in batches]
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            result = step(*args, **kwargs)
-            ends.append(time.perf_counter())
-            return result
 
-        trainer.training_step = timed
-        refuse = mock.patch.object(
-            BeliefScorer, "can_use_cache", lambda *args, **kwargs: not separate_forwards and can(*args, **kwargs)
-        )
-        can = BeliefScorer.can_use_cache
-        with refuse:
-            trainer.train()
-    batches = ends[iterations - 1 :: iterations]
-    seconds = [b - a for a, b in zip(batches, batches[1:], strict=False)]
-    belief = [row["belief/seconds"] for row in trainer.state.log_history if "belief/seconds" in row][1:]
-    return seconds[WARM_UP:], belief[WARM_UP:]
+def sandbox(args: argparse.Namespace) -> None:
+    from igpo_trl.sandbox.warm_start import warm_start
+
+    model = warm_start()
+    results: dict[str, list[Any]] = {case: [] for case in CASES}
+    by_round: dict[str, list[float]] = {case: [] for case in CASES}
+    for number in range(args.rounds):
+        for case in CASES:
+            steps = sandbox_steps(case, model, args.steps, 100 * number, args.cpu_time)
+            results[case] += steps
+            by_round[case].append(statistics.median(seconds_of(steps)))
+    print(f"\nSandbox, 128 rollouts a batch, {args.rounds} runs of {args.steps} batches")
+    print_parts({name: results[case] for name, case in ((TRL, "GRPO, TRL's loop"), (OURS, "IGPO, rollout's cache"))})
+    print(f"\n{'':32}{'ms a batch':>12}{'belief ms':>11}{'share':>8}{'x GRPO':>8}  of the runs")
+    for case, steps in results.items():
+        line = f"{case:32}{1e3 * statistics.median(seconds_of(steps)):12.0f}"
+        if grpo := COMPARED.get(case):
+            beliefs = [step["seconds"][BELIEFS] for step in steps]
+            share, _ = ratio(beliefs, seconds_of(steps))
+            value, rounds = ratio(by_round[case], by_round[grpo])
+            line += f"{1e3 * statistics.median(beliefs):11.0f}{share:8.1%}{value:8.2f}  {rounds}"
+            if case == "IGPO, rollout's cache":
+                target = share
+        print(line)
+    Targets.add("sandbox: belief share", target, at_most=0.03)
+
+
+def recording(args: argparse.Namespace) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not (args.recording.exists() and args.recording_model.exists()):
+        print(f"\nRecording: skipped, there is no {args.recording} with {args.recording_model}")
+        return
+    tokenizer = AutoTokenizer.from_pretrained(args.recording_model)
+    model = AutoModelForCausalLM.from_pretrained(args.recording_model).to(args.device, getattr(torch, args.dtype))
+    training_part("recorded HotpotQA", args, model, recorded_rollouts(args.recording, tokenizer, 16), None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12, help="generation batches of 128 rollouts in each run")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each case is run")
+    all_parts = ("training", "step", "memory", "sandbox", "recording")
+    parser.add_argument("--parts", nargs="+", choices=all_parts, default=all_parts)
+    parser.add_argument("--shapes", nargs="+", choices=("equal", "mixed"), default=("equal", "mixed"))
+    parser.add_argument("--quick", action="store_true", help="six layers, one round, a short sandbox: a look")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--attention", help="attention implementation of the model")
+    parser.add_argument("--model", default="smollm2-135m", choices=SHAPES, help="its sizes; weights are random")
+    parser.add_argument("--layers", type=int, help="fewer layers than the model has; 0 for all")
+    parser.add_argument("--rollouts", type=int, help="default: 4 on a CPU, else 32; a multiple of --microbatch")
+    parser.add_argument("--microbatch", type=int, help="default: 2 on a CPU, else 4")
+    parser.add_argument("--repeats", type=int, help="rounds of the training part and of the whole step")
+    parser.add_argument("--beta", type=float, default=0.0, help="KL weight of the whole step, for its reference model")
+    parser.add_argument("--latency", type=float, default=0.05, help="seconds of a tool call in the whole step")
+    parser.add_argument("--steps", type=int, help="generation batches of a run in the sandbox")
+    parser.add_argument("--rounds", type=int, help="how often each case of the sandbox is run")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, on a busy machine; waiting is not seen")
+    parser.add_argument("--recording", type=Path, default=Path("outputs/hotpotqa-cpu/trajectories/rank0.jsonl"))
+    parser.add_argument("--recording-model", type=Path, default=Path("outputs/tiny-model"))
+    parser.add_argument("--peak-of", choices=(TRL, OURS), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    warnings.simplefilter("ignore", FutureWarning)
+    from transformers.utils import logging
+
+    warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    torch.set_num_threads(1)  # matrices this small are slower on two
+    torch.set_num_threads(args.threads)
+    on_cpu = args.device == "cpu"
+    for name, value in {
+        "layers": 6 if args.quick else 12 if on_cpu else 0,
+        "rollouts": 4 if on_cpu else 32,
+        "microbatch": 2 if on_cpu else 4,
+        "repeats": 1 if on_cpu else 3,
+        "steps": 4 if args.quick else 12,
+        "rounds": 1 if args.quick else 2,
+    }.items():
+        if getattr(args, name) is None and not (args.peak_of and name == "layers"):
+            setattr(args, name, value)
+    if args.peak_of:
+        return peak_memory(args.peak_of, args)
 
-    from igpo_trl.sandbox.warm_start import warm_start
-
-    model = warm_start()
-    seconds: dict[str, list[float]] = {case: [] for case in CASES}
-    beliefs: dict[str, list[float]] = {case: [] for case in CASES}
-    by_round: dict[str, list[float]] = {case: [] for case in CASES}
-    for number in range(args.rounds):
-        for case in CASES:
-            of_steps, of_beliefs = run(case, model, args.steps, 100 * number)
-            seconds[case] += of_steps
-            beliefs[case] += of_beliefs
-            by_round[case].append(statistics.median(of_steps))
-
-    print(
-        f"Sandbox, 128 rollouts a batch, {args.rounds} runs of {args.steps} batches, one thread, torch "
-        f"{torch.__version__}; medians\n"
-    )
-    print(f"{'':32}{'ms a batch':>12}{'belief ms':>11}{'share':>8}{'x GRPO':>8}  of the runs")
-    for case, values in seconds.items():
-        line = f"{case:32}{1e3 * statistics.median(values):12.0f}"
-        if beliefs[case]:
-            share = statistics.median(b / s for b, s in zip(beliefs[case], values, strict=True))
-            line += f"{1e3 * statistics.median(beliefs[case]):11.0f}{share:8.1%}"
-        if (grpo := COMPARED.get(case)) is not None:
-            ratios = [a / b for a, b in zip(by_round[case], by_round[grpo], strict=True)]
-            line += f"{statistics.median(ratios):8.2f}  " + " ".join(f"{ratio:.2f}" for ratio in ratios)
-        print(line)
-    print("\ntarget: the belief pass takes at most 10 % of a step (IGPO, rollout's cache)")
+    device = torch.cuda.get_device_name() if not on_cpu else f"CPU, {args.threads} thread(s)"
+    print(f"{device}, torch {torch.__version__}; {'CPU' if args.cpu_time else 'wall'} seconds")
+    shapes = {"equal": (equal_rollouts, 1.3), "mixed": (mixed_rollouts, 1.6)}
+    model = make_model(args) if {"training", "step"} & set(args.parts) else None
+    if "training" in args.parts:
+        for title in args.shapes:
+            make, target = shapes[title]
+            training_part(title, args, model, make(args.rollouts), target)
+    if "step" in args.parts:
+        whole_step(args, model, mixed_rollouts(args.rollouts))
+    del model
+    if "memory" in args.parts:
+        memory(args)
+    if "recording" in args.parts:
+        recording(args)
+    if "sandbox" in args.parts:
+        sandbox(args)
+    print("\n" + "\n".join(Targets.lines))
 
 
 if __name__ == "__main__":
