@@ -249,12 +249,13 @@ class IGPOConfig(GRPOConfig):
     tool_failure_patience: int = field(
         default=3, metadata={"help": "Batches in a row with that share of failed calls after which training stops."}
     )
-    pad_to_longest: bool = field(
-        default=True,
+    pad_to_longest: bool | None = field(
+        default=None,
         metadata={
             "help": "Train as TRL does: all rows padded to the longest prompt and completion of the batch, and the "
             "output head run on observations too. With `False` only real tokens are computed, and the head at sampled "
-            "ones; the loss is the same up to rounding."
+            "ones; the loss is the same up to rounding. `None` pads only where gains have no weight, so that GRPO is "
+            "TRL's bit for bit."
         },
     )
     reuse_prefixes: bool = field(
@@ -358,6 +359,11 @@ class IGPOConfig(GRPOConfig):
     def uses_beliefs(self) -> bool:
         """Whether training scores beliefs at all; if not, the advantages are GRPO's."""
         return self.normalization == "critic" or any((self.info_gain_weight, self.info_gain_weight_end))
+
+    @property
+    def pads_to_longest(self) -> bool:
+        """`pad_to_longest`, or what it is by default."""
+        return not self.uses_beliefs if self.pad_to_longest is None else self.pad_to_longest
 
     def weights_at(self, progress: float) -> tuple[float, float]:
         """Weights of the gains and of the outcome at a training progress between 0 and 1."""
