@@ -19,10 +19,7 @@ Cases run in turns; seconds are medians and ratios are medians of the rounds' ra
 import argparse
 import copy
 import gc
-import json
 import os
-import random
-import re
 import statistics
 import subprocess
 import sys
@@ -38,96 +35,51 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from scripted import (
+    WIDEST,
+    Rollout,
+    Script,
+    describe,
+    equal_rollouts,
+    make_batch,
+    mixed_rollouts,
+    recorded_rollouts,
+    scripted,
+    tiny,
+)
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-SMALL = {"num_key_value_heads": 3, "vocab_size": 49152}
-QWEN = {"num_key_value_heads": 2, "vocab_size": 151936}
-# Family, layers, sizes: of SmolLM2-135M and -360M, and of Qwen2.5-0.5B and -3B.
-SHAPES: dict[str, tuple[str, int, dict[str, int]]] = {
-    "smollm2-135m": ("llama", 30, SMALL | {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}),
-    "smollm2-360m": (
-        "llama",
-        32,
-        SMALL | {"hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 15, "num_key_value_heads": 5},
-    ),
-    "qwen2.5-0.5b": ("qwen2", 24, QWEN | {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14}),
-    "qwen2.5-3b": ("qwen2", 36, QWEN | {"hidden_size": 2048, "intermediate_size": 11008, "num_attention_heads": 16}),
+# Family and sizes: vocabulary, width, width of the MLP, layers, heads, heads of keys.
+SHAPES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "smollm2-135m": ("llama", (49152, 576, 1536, 30, 9, 3)),
+    "smollm2-360m": ("llama", (49152, 960, 2560, 32, 15, 5)),
+    "qwen2.5-0.5b": ("qwen2", (151936, 896, 4864, 24, 14, 2)),
+    "qwen2.5-3b": ("qwen2", (151936, 2048, 11008, 36, 16, 2)),
 }
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+)
 PARTS = (
     "rollout: prefill", "rollout: decode", "rollout: tools and waiting", "rollout: rest", "beliefs",
     "old and reference log-probs", "training forward", "training backward", "optimizer", "rewards, logging, rest",
 )  # fmt: skip
 PREFILL, DECODE, TOOLS, ROLLOUT, BELIEFS, LOG_PROBS, FORWARD, BACKWARD, OPTIMIZER, REST = PARTS
-WIDEST = 4096  # tokens of a completion
 TRL, OURS = "GRPOTrainer", "IGPOTrainer"
 
 
-# ------------------------------------------------------------------------------------------------------------ rollouts
+# ------------------------------------------------------------------------------------------------------------- measure
 
 
-class Rollout(NamedTuple):
-    """Lengths in tokens. An observation follows every turn but the last."""
+class Parts(NamedTuple):
+    """What was measured, by part."""
 
-    prompt: int
-    sampled: tuple[int, ...]
-    observed: tuple[int, ...]
+    seconds: Counter[str]
+    tokens: Counter[str]
+    head_tokens: Counter[str]
 
     @property
-    def mask(self) -> list[int]:
-        """1 on the sampled tokens of the completion."""
-        turns = zip(self.sampled, (*self.observed, 0), strict=True)
-        return [value for sampled, observed in turns for value in [1] * sampled + [0] * observed]
-
-
-def equal_rollouts(number: int) -> list[Rollout]:
-    """Prompts of 205 tokens and completions of 460 on average, a fifth of them sampled; one rollout in 16 differs."""
-    rng, rollouts = random.Random(0), []
-    for i in range(number):
-        searches = 2 if i % 16 != 9 else 3
-        turns = tuple(rng.randint(20, 42) for _ in range(searches + 1))
-        rollouts.append(Rollout(205, turns, tuple(rng.randint(110, 258) for _ in range(searches))))
-    return rollouts
-
-
-def mixed_rollouts(number: int) -> list[Rollout]:
-    """2 to 8 turns, all equally frequent."""
-    rng, rollouts = random.Random(0), []
-    counts = [2 + round(6 * i / max(1, number - 1)) for i in range(number)]
-    rng.shuffle(counts)
-    for i, count in enumerate(counts):
-        prompt = rng.randint(200, 400) if i % 2 == 0 else rollouts[-1].prompt  # groups of two
-        sampled, room = tuple(rng.randint(20, 60) for _ in range(count)), WIDEST
-        observed = []
-        for turn in range(count - 1):
-            room = WIDEST - sum(sampled) - sum(observed) - 100 * (count - 2 - turn)
-            observed.append(min(rng.randint(100, 600), room))
-        rollouts.append(Rollout(prompt, sampled, tuple(observed)))
-    return rollouts
-
-
-def recorded_rollouts(path: Path, tokenizer: Any, number: int) -> list[Rollout]:
-    """The lengths of recorded trajectories."""
-    rollouts = []
-    for record in map(json.loads, path.read_text(encoding="utf-8").splitlines()[:number]):
-        prompt = len(tokenizer.encode(record["prompt"], add_special_tokens=False))
-        observed = [len(tokenizer.encode(t["observation"], add_special_tokens=False)) for t in record["turns"][:-1]]
-        rollouts.append(Rollout(prompt, tuple(max(1, t["num_tokens"]) for t in record["turns"]), tuple(observed)))
-    return rollouts
-
-
-def describe(rollouts: Sequence[Rollout]) -> str:
-    masks = [rollout.mask for rollout in rollouts]
-    turns, prompts = [len(r.sampled) for r in rollouts], [r.prompt for r in rollouts]
-    completion = sum(map(len, masks))
-    return (
-        f"{len(rollouts)} rollouts of {min(turns)} to {max(turns)} turns, prompts of {min(prompts)} to {max(prompts)} "
-        f"tokens, completions of {min(map(len, masks))} to {max(map(len, masks))} (mean "
-        f"{completion / len(masks):.0f}), {sum(map(sum, masks)) / completion:.0%} sampled"
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------- measure
+    def total(self) -> float:
+        return sum(self.seconds.values())
 
 
 class Clock:
@@ -140,10 +92,7 @@ class Clock:
         self.reset()
 
     def reset(self) -> None:
-        self.seconds: Counter[str] = Counter()
-        self.tokens: Counter[str] = Counter()
-        self.head_tokens: Counter[str] = Counter()
-        self.calls: list[tuple[float, float]] = []  # of tools, from any thread
+        self.seconds, self.tokens, self.head_tokens = self.parts = Parts(Counter(), Counter(), Counter())
 
     @property
     def top(self) -> str:
@@ -185,14 +134,15 @@ class Clock:
 
         setattr(owner, name, timed)
 
-    def result(self) -> dict[str, Counter[str]]:
-        """Seconds and tokens since the last reset; the time in which a tool ran is told apart from its part."""
-        end = 0.0
-        for first, last in sorted(self.calls):
-            self.seconds[TOOLS] += max(0.0, last - max(first, end))
-            end = max(end, last)
-        self.seconds[ROLLOUT] -= self.seconds[TOOLS]
-        return {"seconds": self.seconds, "tokens": self.tokens, "head_tokens": self.head_tokens}
+
+def with_tools(parts: Parts, calls: Sequence[tuple[float, float]]) -> Parts:
+    """The parts, with the time in which a tool ran told apart from the rest of the rollout."""
+    end = 0.0
+    for first, last in sorted(calls):
+        parts.seconds[TOOLS] += max(0.0, last - max(first, end))
+        end = max(end, last)
+    parts.seconds[ROLLOUT] -= parts.seconds[TOOLS]
+    return parts
 
 
 def watch(trainer: Any, clock: Clock) -> None:
@@ -207,16 +157,10 @@ def watch(trainer: Any, clock: Clock) -> None:
         for name in ("score", "score_cached"):
             clock.wrap(scorer, name, BELIEFS)
 
-    def size(args: Any, kwargs: Any) -> torch.Size:
-        for name in ("input_ids", "inputs_embeds"):
-            if kwargs.get(name) is not None:
-                return torch.Size(kwargs[name].shape[:2])
-        return torch.Size(args[0].shape[:2])
-
     prefills = []
 
     def begin(module: Any, args: Any, kwargs: Any) -> None:
-        prefills.append(clock.top in (ROLLOUT, DECODE) and size(args, kwargs)[1] > 1)
+        prefills.append(clock.top in (ROLLOUT, DECODE) and kwargs["input_ids"].shape[1] > 1)
         if prefills[-1]:
             clock.push(PREFILL)
 
@@ -225,10 +169,9 @@ def watch(trainer: Any, clock: Clock) -> None:
             clock.pop()
 
     def count(module: Any, args: Any, kwargs: Any) -> None:
-        clock.tokens[clock.top] += size(args, kwargs).numel()
+        clock.tokens[clock.top] += kwargs["input_ids"].numel()
 
-    for model in {id(m): m for m in (trainer.model, getattr(trainer, "ref_model", None)) if m is not None}.values():
-        model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    trainer.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
     trainer.model.register_forward_pre_hook(begin, with_kwargs=True)
     trainer.model.register_forward_hook(end, always_call=True)
 
@@ -249,8 +192,12 @@ def head_counted(clock: Clock) -> Iterator[None]:
         yield
 
 
-def median_of(results: Sequence[dict[str, Counter[str]]], what: str, part: str) -> float:
-    return statistics.median(result[what][part] for result in results)
+def median_of(results: Sequence[Parts], what: str, part: str) -> float:
+    return statistics.median(getattr(result, what)[part] for result in results)
+
+
+def totals(results: Sequence[Parts]) -> list[float]:
+    return [result.total for result in results]
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> tuple[float, str]:
@@ -275,17 +222,17 @@ class Targets:
 # -------------------------------------------------------------------------------------------------------------- models
 
 
-def make_model(args: argparse.Namespace, name: str | None = None, layers: int | None = None) -> Any:
-    import tiny
-
-    family, all_layers, sizes = SHAPES[name or args.model]
-    shape = sizes | {"num_hidden_layers": layers or args.layers or all_layers, "head_dim": None}
-    if family == "qwen2":
-        del shape["head_dim"]
-    options = {"max_position_embeddings": 8192, "tie_word_embeddings": True, "initializer_range": 0.02}
+def make_model(args: argparse.Namespace, name: str) -> Any:
+    family, sizes = SHAPES[name]
+    shape: dict[str, Any] = dict(zip(SIZES, sizes, strict=True))
+    shape["num_hidden_layers"] = args.layers or shape["num_hidden_layers"]
+    if family == "llama":
+        shape["head_dim"] = None
     if args.attention:
-        options["attn_implementation"] = args.attention
-    model = tiny.make_model(family, **shape, **options)
+        shape["attn_implementation"] = args.attention
+    model = tiny.make_model(
+        family, **shape, max_position_embeddings=8192, tie_word_embeddings=True, initializer_range=0.02
+    )
     return model.to(device=args.device, dtype=getattr(torch, args.dtype))
 
 
@@ -298,14 +245,11 @@ def name_of(model: Any, args: argparse.Namespace) -> str:
 
 def make_trainer(name: str, args: argparse.Namespace, model: Any, number: int, **options: Any) -> Any:
     """One of the two trainers, whose optimizer step is of `number` rollouts, on a copy of the model."""
-    import tiny
     from trl import GRPOConfig, GRPOTrainer
 
     from igpo_trl import IGPOConfig, IGPOTrainer
 
     trainer_class, config_class = (IGPOTrainer, IGPOConfig) if name == OURS else (GRPOTrainer, GRPOConfig)
-    if name == OURS:
-        options["pad_to_longest"] = False
     return tiny.make_trainer(
         trainer_class,
         config_class,
@@ -326,29 +270,7 @@ def make_trainer(name: str, args: argparse.Namespace, model: Any, number: int, *
 # ------------------------------------------------------------------------------------------------------- training part
 
 
-def make_batch(rollouts: Sequence[Rollout], vocab_size: int, device: str, per_token: bool) -> dict[str, Any]:
-    """The generation batch of these rollouts with random tokens, padded as TRL pads."""
-    generator = torch.Generator().manual_seed(0)
-    number, masks = len(rollouts), [rollout.mask for rollout in rollouts]
-    left, right = max(rollout.prompt for rollout in rollouts), max(map(len, masks))
-    prompt_mask = torch.stack([(torch.arange(left) >= left - r.prompt).long() for r in rollouts])
-    completion_mask = torch.stack([(torch.arange(right) < len(mask)).long() for mask in masks])
-    tool_mask = torch.stack([torch.tensor(mask + [0] * (right - len(mask))) for mask in masks])
-    ids = torch.randint(5, vocab_size - 1, (number, left + right), generator=generator)
-    advantages = torch.randn(number, 1, generator=generator) * tool_mask
-    batch = {
-        "prompt_ids": ids[:, :left] * prompt_mask,
-        "prompt_mask": prompt_mask,
-        "completion_ids": ids[:, left:] * completion_mask,
-        "completion_mask": completion_mask,
-        "tool_mask": tool_mask,
-        "advantages": advantages if per_token else advantages[:, 0],  # the first token is sampled
-        "num_items_in_batch": tool_mask.sum().float(),
-    }
-    return {name: value.to(device) for name, value in batch.items()}
-
-
-def train_on(trainer: Any, batch: dict[str, Any], clock: Clock) -> dict[str, Counter[str]]:
+def train_on(trainer: Any, batch: dict[str, Any], clock: Clock) -> Parts:
     """Forwards and backwards of one optimizer step over a generation batch, by the trainer's own `training_step`."""
     torch.manual_seed(0)  # the parent shuffles
     trainer._generate_and_score_completions = lambda inputs: dict(batch)
@@ -360,20 +282,19 @@ def train_on(trainer: Any, batch: dict[str, Any], clock: Clock) -> dict[str, Cou
         for _ in range(accumulation):
             trainer.training_step(trainer.model, [], None)
     trainer.model.zero_grad()
-    return clock.result()
+    return clock.parts
 
 
-def train_at_floor(
-    model: Any, rollouts: Sequence[Rollout], size: int, packed: bool, clock: Clock
-) -> dict[str, Counter[str]]:
+def train_at_floor(model: Any, rollouts: Sequence[Rollout], size: int, packed: bool, clock: Clock) -> Parts:
     """The same over real tokens alone: `size` rollouts in one row, or each in a row of its own."""
     generator, vocab_size = torch.Generator().manual_seed(0), model.config.vocab_size
     ordered = sorted(rollouts, key=lambda r: r.prompt + len(r.mask), reverse=True)
-    batches = [ordered[i : i + size] for i in range(0, len(ordered), size if packed else 1)]
+    size = size if packed else 1
+    batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     total = sum(sum(rollout.mask) for rollout in rollouts)
     model.train()
     clock.reset()
-    for batch in batches if packed else [b[:1] for b in batches]:
+    for batch in batches:
         with clock.part(FORWARD):
             lengths = [rollout.prompt + len(rollout.mask) for rollout in batch]
             ids = torch.randint(5, vocab_size - 1, (1, sum(lengths)), generator=generator).to(model.device)
@@ -394,7 +315,7 @@ def train_at_floor(
         with clock.part(BACKWARD):
             loss.backward()
     model.zero_grad()
-    return clock.result()
+    return clock.parts
 
 
 def training_part(
@@ -417,7 +338,7 @@ def training_part(
             for name, packed in list(floors.items()):
                 results[name].append(train_at_floor(trainers[OURS].model, rollouts, args.microbatch, packed, clock))
             if number == 0:  # the slower floor is no floor
-                slower = max(floors, key=lambda name: seconds_of(results[name])[0])
+                slower = max(floors, key=lambda name: totals(results[name])[0])
                 del floors[slower]
     (floor,) = floors
     real = sum(rollout.prompt + len(rollout.mask) for rollout in rollouts)
@@ -429,10 +350,10 @@ def training_part(
         tokens, head = (median_of(values, what, FORWARD) for what in ("tokens", "head_tokens"))
         print(
             f"{name:24}{seconds[0]:10.2f}{seconds[1]:10.2f}{seconds[2]:8.2f}"
-            f"{statistics.median(seconds_of(values)):10.2f}{tokens:10.0f}{tokens / real:8.2f}{head:9.0f}"
+            f"{statistics.median(totals(values)):10.2f}{tokens:10.0f}{tokens / real:8.2f}{head:9.0f}"
         )
     print(f"{'in the rollouts':62}{real:10}{'':8}{sampled:9}")
-    theirs, ours, least = (seconds_of(results[name]) for name in (TRL, OURS, floor))
+    theirs, ours, least = (totals(results[name]) for name in (TRL, OURS, floor))
     for over, under, name, bound in (
         (theirs, ours, "TRL : ours", {"at_least": target}),
         (ours, least, "ours : floor", {"at_most": 1.25}),
@@ -445,121 +366,14 @@ def training_part(
     Targets.add(f"training part, {title}: computed : real tokens", computed, at_most=1.10)
 
 
-def seconds_of(results: Sequence[dict[str, Counter[str]]]) -> list[float]:
-    return [sum(result["seconds"].values()) for result in results]
-
-
 # ---------------------------------------------------------------------------------------------------------- whole step
 
-WORDS = (
-    "time year people way day man thing woman life child world school state family student group country problem hand "
-    "part place case week company system program question work government night point home water room mother area"
-).split()
-MARK = "rollout {} turn {}"
 
-
-class Script:
-    """
-    What every rollout says and reads, in tokens of the wanted number.
-
-    Every call names its rollout and turn, by which the next turn of a context is found.
-    """
-
-    def __init__(self, rollouts: Sequence[Rollout], group: int, latency: float, clock: Clock):
-        import tiny
-
-        def search(query: str) -> str:
-            """
-            Searches.
-
-            Args:
-                query: What to look for.
-            """
-            started = clock.now()
-            if latency:
-                time.sleep(latency)
-            rollout, turn = map(int, re.findall(MARK.format(r"(\d+)", r"(\d+)"), query)[0])
-            length = self.batches[self.batch][rollout].observed[turn]
-            text = self._filler(length - self._around_observation)
-            clock.calls.append((started, clock.now()))
-            return text
-
-        self.search = search
-        small = tiny.make_tokenizer()
-        chat = [{"role": "user", "content": "Where was author 1 born? turn"}]
-        corpus = [small.apply_chat_template(chat, tools=[search], tokenize=False, add_generation_prompt=True)]
-        corpus += [tiny.call(MARK.format(i, i)) for i in range(100)] + [" " + " ".join(WORDS)] * 50
-        self.tokenizer = small.train_new_from_iterator(corpus, vocab_size=1500, show_progress=False)
-        self.tokenizer.add_tokens([tiny.AddedToken(marker, normalized=False) for marker in tiny.MARKERS])
-        self.tokenizer.chat_template, self.tokenizer.padding_side = small.chat_template, "left"
-        self._around_observation = 14  # the template's tokens
-        short = [Rollout(210, (24, 24), (40,))] * len(rollouts)  # one-off costs belong to another step
-        self.batches, self.batch = [short, list(rollouts)], -1
-        self.prompts = [
-            self._prompt(i, batch[i].prompt) for batch in self.batches for i in range(0, len(batch), group)
-        ]
-        self._turns = [
-            [[self._turn(i, k, rollout) for k in range(len(rollout.sampled))] for i, rollout in enumerate(batch)]
-            for batch in self.batches
-        ]
-
-    def next_turn(self, row: int, context: torch.Tensor) -> list[int]:
-        said = re.findall(MARK.format(r"(\d+)", r"(\d+)"), self.tokenizer.decode(context))
-        rollout, turn = (int(said[-1][0]), int(said[-1][1]) + 1) if said else (row, 0)
-        return self._turns[self.batch][rollout][turn]
-
-    def _filler(self, length: int) -> str:
-        return "".join(" " + WORDS[i % len(WORDS)] for i in range(max(0, length)))
-
-    def _prompt(self, number: int, length: int) -> list[dict[str, str]]:
-        def render(filler: str) -> list[dict[str, str]]:
-            return [{"role": "user", "content": f"Where was author {number} born?{filler}"}]
-
-        options = {"tools": [self.search], "tokenize": False, "add_generation_prompt": True}
-        around = len(self.tokenizer.encode(self.tokenizer.apply_chat_template(render(""), **options)))
-        return render(self._filler(length - around))
-
-    def _turn(self, number: int, turn: int, rollout: Rollout) -> list[int]:
-        import tiny
-
-        def render(filler: str) -> list[int]:
-            if turn + 1 < len(rollout.sampled):
-                text = tiny.call(MARK.format(number, turn) + filler)
-            else:
-                text = f"So it was{filler} <answer>Paris</answer>"
-            return [*self.tokenizer.encode(text), self.tokenizer.eos_token_id]
-
-        return render(self._filler(rollout.sampled[turn] - len(render(""))))
-
-
-def scripted(trainer: Any, script: Script, taken: list[Any]) -> None:
-    """Make a trainer sample the script, and keep the tokens of its rollouts."""
-    generate, generate_rollouts = trainer.model.generate, trainer._generate
-
-    def say(input_ids: torch.Tensor, **options: Any) -> Any:
-        turns, width = [script.next_turn(row, ids) for row, ids in enumerate(input_ids)], input_ids.shape[1]
-
-        def only(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            place = ids.shape[1] - width
-            said = [turn[min(place, len(turn) - 1)] for turn in turns]
-            return torch.full_like(scores, -torch.inf).scatter_(1, torch.tensor(said)[:, None].to(scores.device), 0.0)
-
-        return generate(input_ids=input_ids, logits_processor=[only], **options)
-
-    def counted_rollouts(prompts: Any) -> Any:
-        script.batch += 1
-        result = generate_rollouts(prompts)
-        taken.append([[list(ids) for ids in part] for part in result[:3]])
-        return result
-
-    trainer.model.generate, trainer._generate = say, counted_rollouts
-
-
-def steps_of(trainer: Any, clock: Clock) -> list[dict[str, Counter[str]]]:
+def steps_of(trainer: Any, clock: Clock) -> list[Parts]:
     """Train, and return the parts of every optimizer step."""
     from transformers import PrinterCallback, TrainerCallback
 
-    steps: list[dict[str, Counter[str]]] = []
+    steps: list[Parts] = []
 
     class Watch(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -575,7 +389,7 @@ def steps_of(trainer: Any, clock: Clock) -> list[dict[str, Counter[str]]]:
         def on_log(self, *args: Any, **kwargs: Any) -> None:
             if clock.top:  # the summary at the end is no step
                 clock.pop()
-                steps.append(clock.result())
+                steps.append(clock.parts)
 
     trainer.add_callback(Watch())
     trainer.remove_callback(PrinterCallback)
@@ -585,9 +399,15 @@ def steps_of(trainer: Any, clock: Clock) -> list[dict[str, Counter[str]]]:
     return steps
 
 
-def print_parts(results: dict[str, list[dict[str, Counter[str]]]], real: float | None = None) -> None:
+def by_batch(steps: Sequence[Parts], iterations: int) -> list[Parts]:
+    """The optimizer steps of each generation batch together."""
+    batches = [steps[i : i + iterations] for i in range(0, len(steps), iterations)]
+    return [Parts(*(sum(counters, Counter()) for counters in zip(*batch, strict=True))) for batch in batches]
+
+
+def print_parts(results: dict[str, list[Parts]], real: float | None = None) -> None:
     print(f"{'':30}" + "".join(f"{name + ', s':>18}{'%':>6}{'tokens':>9}" for name in results))
-    sums = {name: statistics.median(seconds_of(values)) for name, values in results.items()}
+    sums = {name: statistics.median(totals(values)) for name, values in results.items()}
     for part in PARTS:
         line = f"{part:30}"
         for name, values in results.items():
@@ -607,17 +427,18 @@ def whole_step(args: argparse.Namespace, model: Any, rollouts: Sequence[Rollout]
         samples = {}
         for name in results:
             clock = Clock(args.device, args.cpu_time)
-            script = Script(rollouts, 2, args.latency, clock)
+            script = Script(rollouts, 2, args.latency, clock.now)
             answers = [["the city of Paris"]] * len(script.prompts)
             trainer = make_trainer(
-                name, args, model, len(rollouts), max_steps=2, beta=args.beta, shuffle_dataset=False,
-                tools=[script.search], processing_class=script.tokenizer, max_tool_calling_iterations=20,
+                name, args, model, len(rollouts), max_steps=2 * args.iterations, num_iterations=args.iterations,
+                tools=[script.search], processing_class=script.tokenizer, shuffle_dataset=False,
                 train_dataset=Dataset.from_dict({"prompt": script.prompts, "answers": answers}),
-                generation_kwargs={"max_new_tokens": 64},
+                max_tool_calling_iterations=20, generation_kwargs={"max_new_tokens": 64},
             )  # fmt: skip
             taken: list[Any] = []
             scripted(trainer, script, taken)
-            results[name].append(steps_of(trainer, clock)[1])
+            _, step = by_batch(steps_of(trainer, clock), args.iterations)
+            results[name].append(with_tools(step, script.calls))
             samples[name] = taken[1]
             del trainer
             gc.collect()
@@ -628,10 +449,10 @@ def whole_step(args: argparse.Namespace, model: Any, rollouts: Sequence[Rollout]
     print(f"\nWhole step, mixed: {name_of(model, args)}\n{describe(rollouts)}, microbatches of {args.microbatch}")
     print(f"both trainers made the same rollouts; {args.latency} s per tool call")
     print_parts(results, real)
-    value, rounds = ratio(*(seconds_of(results[name]) for name in (TRL, OURS)))
+    value, rounds = ratio(*(totals(results[name]) for name in (TRL, OURS)))
     print(f"TRL : ours = {value:.2f} ({rounds})")
     Targets.add("whole step, mixed: TRL : ours", value, at_least=1.5)
-    shares = [result["seconds"][BELIEFS] / sum(result["seconds"].values()) for result in results[OURS]]
+    shares = [result.seconds[BELIEFS] / result.total for result in results[OURS]]
     Targets.add("whole step, mixed: belief share", statistics.median(shares), at_most=0.03)
 
 
@@ -642,7 +463,7 @@ def peak_memory(name: str, args: argparse.Namespace) -> None:
     """Print the bytes that one training step of a long rollout needs above weights and gradients."""
     observed = (WIDEST - 9 * 90) // 8
     rollout = Rollout(300, (90,) * 9, (observed,) * 8)
-    args.microbatch, vocab_size = 2, SHAPES["qwen2.5-0.5b"][2]["vocab_size"]
+    args.microbatch, vocab_size = 2, SHAPES["qwen2.5-0.5b"][1][0]
     trainer = make_trainer(name, args, make_model(args, "qwen2.5-0.5b"), 2)
     trainer.current_gradient_accumulation_steps = 1
     trainer._generate_and_score_completions = lambda inputs: dict(batch)
@@ -655,13 +476,9 @@ def peak_memory(name: str, args: argparse.Namespace) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
-    # A rollout of no more than a turn is its neighbour, because a group has two.
-    batch = make_batch([Rollout(20, (4,), ())] * 2, vocab_size, args.device, name == OURS)
+    batch = make_batch([Rollout(20, (4,), ())], vocab_size, args.device, name == OURS)
     step()  # the gradients stay
-    batch = {
-        key: value[:1] if value.ndim else value
-        for key, value in make_batch([rollout] * 2, vocab_size, args.device, name == OURS).items()
-    }
+    batch = make_batch([rollout], vocab_size, args.device, name == OURS)
     gc.collect()
     if args.device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -724,7 +541,7 @@ COMPARED = {
 WARM_UP = 2
 
 
-def sandbox_steps(case: str, model: Path, number: int, seed: int, cpu_time: bool) -> list[dict[str, Counter[str]]]:
+def sandbox_steps(case: str, model: Path, number: int, seed: int, cpu_time: bool) -> list[Parts]:
     """The parts of each generation batch with its optimizer steps."""
     from igpo_trl.beliefs.scorer import BeliefScorer
     from igpo_trl.sandbox.train import Budget, make_trainer
@@ -737,8 +554,7 @@ def sandbox_steps(case: str, model: Path, number: int, seed: int, cpu_time: bool
         trainer = make_trainer(method, model, Path(folder), budget=budget, seed=seed, data_seed=seed + 1, **options)
         with mock.patch.object(BeliefScorer, "can_use_cache", lambda *a, **k: not separate_forwards and can(*a, **k)):
             steps = steps_of(trainer, Clock("cpu", cpu_time))
-    batches = [steps[i : i + iterations] for i in range(0, len(steps), iterations)][WARM_UP:]
-    return [{what: sum((step[what] for step in batch), Counter()) for what in batch[0]} for batch in batches]
+    return by_batch(steps, iterations)[WARM_UP:]
 
 
 def sandbox(args: argparse.Namespace) -> None:
@@ -751,15 +567,15 @@ def sandbox(args: argparse.Namespace) -> None:
         for case in CASES:
             steps = sandbox_steps(case, model, args.steps, 100 * number, args.cpu_time)
             results[case] += steps
-            by_round[case].append(statistics.median(seconds_of(steps)))
+            by_round[case].append(statistics.median(totals(steps)))
     print(f"\nSandbox, 128 rollouts a batch, {args.rounds} runs of {args.steps} batches")
     print_parts({name: results[case] for name, case in ((TRL, "GRPO, TRL's loop"), (OURS, "IGPO, rollout's cache"))})
     print(f"\n{'':32}{'ms a batch':>12}{'belief ms':>11}{'share':>8}{'x GRPO':>8}  of the runs")
     for case, steps in results.items():
-        line = f"{case:32}{1e3 * statistics.median(seconds_of(steps)):12.0f}"
+        line = f"{case:32}{1e3 * statistics.median(totals(steps)):12.0f}"
         if grpo := COMPARED.get(case):
-            beliefs = [step["seconds"][BELIEFS] for step in steps]
-            share, _ = ratio(beliefs, seconds_of(steps))
+            beliefs = [step.seconds[BELIEFS] for step in steps]
+            share, _ = ratio(beliefs, totals(steps))
             value, rounds = ratio(by_round[case], by_round[grpo])
             line += f"{1e3 * statistics.median(beliefs):11.0f}{share:8.1%}{value:8.2f}  {rounds}"
             if case == "IGPO, rollout's cache":
@@ -793,7 +609,7 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, help="default: 4 on a CPU, else 32; a multiple of --microbatch")
     parser.add_argument("--microbatch", type=int, help="default: 2 on a CPU, else 4")
     parser.add_argument("--repeats", type=int, help="rounds of the training part and of the whole step")
-    parser.add_argument("--beta", type=float, default=0.0, help="KL weight of the whole step, for its reference model")
+    parser.add_argument("--iterations", type=int, default=1, help="of the whole step; 2 need old log-probabilities")
     parser.add_argument("--latency", type=float, default=0.05, help="seconds of a tool call in the whole step")
     parser.add_argument("--steps", type=int, help="generation batches of a run in the sandbox")
     parser.add_argument("--rounds", type=int, help="how often each case of the sandbox is run")
@@ -826,7 +642,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if not on_cpu else f"CPU, {args.threads} thread(s)"
     print(f"{device}, torch {torch.__version__}; {'CPU' if args.cpu_time else 'wall'} seconds")
     shapes = {"equal": (equal_rollouts, 1.3), "mixed": (mixed_rollouts, 1.6)}
-    model = make_model(args) if {"training", "step"} & set(args.parts) else None
+    model = make_model(args, args.model) if {"training", "step"} & set(args.parts) else None
     if "training" in args.parts:
         for title in args.shapes:
             make, target = shapes[title]
