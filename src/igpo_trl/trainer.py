@@ -160,7 +160,7 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         self._belief_scorer = components.make_belief_scorer(self)
         self._rollout_loop = components.make_rollout_loop(self) if self.tools else None
         self._reuses_prefixes = components.can_reuse_prefixes(self)
-        self._packs_rows = not args.torch_compile and can_pack(self.model)
+        self._packs_rows = can_pack(self.model)
         components.declare_output_head(self)
         self.add_callback(OneRun(self))
 
