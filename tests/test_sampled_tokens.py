@@ -254,6 +254,7 @@ def test_sampling_has_its_own_part(tmp_path):
     assert log["perf/seconds/sampling"] > log["perf/seconds/tools"]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch's own compiler
 def test_compiled_models_keep_the_path_of_trl():
     """Hooks are left out of a compiled forward."""
     model = tiny.make_model()
