@@ -177,6 +177,7 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
             num_generations=self.num_generations,
             answer_column=args.answer_column,
             info_gain=args.info_gain,
+            gain_clip=args.gain_clip,
             info_gain_every=args.info_gain_every,
             info_gain_tools=args.info_gain_tools,
             scores_every_turn=args.normalization == "critic" or not training,

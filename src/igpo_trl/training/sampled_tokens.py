@@ -173,8 +173,8 @@ def backbone_of(model: Any) -> nn.Module | None:
     """
     What the output head of a model reads, through wrappers and adapters.
 
-    `None` if its rows get virtual tokens, or if it is compiled: hooks are left out of it, and it would be compiled anew
-    for every length.
+    `None` if its rows get virtual tokens, or if it is compiled: a compiled forward leaves hooks out, and would be
+    compiled anew for every length.
     """
     if is_compiled_module(model) or has_compiled_regions(model):
         return None
