@@ -17,6 +17,7 @@ from .rollout.loop import Rollout, RolloutLimits, RolloutLoop
 from .rollout.observations import ObservationEncoder
 from .rollout.tool_failures import FailureWatch
 from .rollout.tool_runner import ToolRunner
+from .step import Step
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,33 @@ def make_belief_scorer(trainer: Any) -> BeliefScorer:
         tokens_per_batch=args.belief_tokens_per_batch,
         max_over_ranks=trainer.max_over_ranks,
     )
+
+
+def make_step(trainer: Any, rows: list[dict[str, Any]]) -> Step:
+    """The state of a generation batch of these rows, before its rollouts."""
+    args, training = trainer.args, trainer.is_training
+    step = Step(
+        rows,
+        training,
+        num_generations=trainer.num_generations,
+        answer_column=args.answer_column,
+        info_gain=args.info_gain,
+        gain_clip=args.gain_clip,
+        info_gain_every=args.info_gain_every,
+        info_gain_tools=args.info_gain_tools,
+        scores_every_turn=args.normalization == "critic" or not training,
+        optimizer_step=trainer.state.global_step,
+        rank=trainer.accelerator.process_index,
+        num_counted=trainer.count_rollouts(len(rows)),
+    )
+    if args.uses_beliefs if training else args.belief_at_eval:
+        # The parent's own condition for that forward, which has no name there.
+        computes_old_log_probs = args.gradient_accumulation_steps % (
+            args.steps_per_generation * trainer.num_iterations
+        ) != 0 or (trainer.use_vllm and trainer.vllm_importance_sampling_correction)
+        scores_earlier = trainer._reuses_prefixes and not trainer.is_sharded
+        step.captures_old_log_probs = computes_old_log_probs and not scores_earlier
+    return step
 
 
 def make_rollout_loop(trainer: Any) -> RolloutLoop:

@@ -10,7 +10,7 @@ from trl import GRPOConfig
 from .advantages import NORMALIZATIONS
 from .beliefs.probes import DEFAULT_TEMPLATE, split_template
 from .rewards import DEFAULT_FORMAT_PENALTY
-from .turns import GAINS
+from .turns import FIRST_SEEN, GAINS
 
 # TRL calls a property of transformers by its old name.
 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
@@ -63,7 +63,8 @@ class IGPOConfig(GRPOConfig):
         metadata={
             "help": "Gain of a turn: `prob_diff`, the difference of probabilities (the paper's preprint), "
             "`log_prob_diff`, that of log-probabilities (its published version), or `log_gap`, the factor by which "
-            "the gap to certainty shrinks, as a logarithm: bounded, and not blind to beliefs of 1e-6."
+            "the gap to certainty shrinks, as a logarithm: bounded, and not blind to beliefs of 1e-6. `first_seen` is "
+            "1 for the turn whose observation is the first to contain an answer, else 0; it needs no belief."
         },
     )
     gain_clip: float | None = field(
@@ -294,7 +295,7 @@ class IGPOConfig(GRPOConfig):
         self._check_choice("loss_type", _LOSSES)
         self._check_choice("scale_rewards", ("group", "batch", "none"))
         self._check_choice("alias_reduction", ("max", "mean", "first"))
-        self._check_choice("info_gain", tuple(GAINS))
+        self._check_choice("info_gain", (*GAINS, FIRST_SEEN))
         self._check_choice("normalization", NORMALIZATIONS)
         self._check_choice("belief_method", ("auto", "packed", "per_turn"))
         self._check_choice("on_malformed_tool_call", ("observe", "end"))
@@ -330,7 +331,7 @@ class IGPOConfig(GRPOConfig):
         if self.std_floor < 0:
             raise ValueError(f"`std_floor` must not be negative, got {self.std_floor}.")
         self._check_choice("importance_sampling_level", ("token", "turn", "sequence"))
-        if self.uses_beliefs and self.importance_sampling_level == "sequence":
+        if self.credits_turns and self.importance_sampling_level == "sequence":
             raise ValueError(
                 "With one ratio per sequence the gradient depends on the sum of a rollout's advantages only, "
                 "and the credit of its turns is lost: `importance_sampling_level` must be 'token' or 'turn', got "
@@ -341,7 +342,7 @@ class IGPOConfig(GRPOConfig):
                 "`loss_type='vespo'` computes weights of sequences itself, so `importance_sampling_level` must be "
                 "'token', got 'turn'. Leave it at 'token', or choose another `loss_type`."
             )
-        if self.multi_objective_aggregation != "sum_then_normalize" and self.uses_beliefs:
+        if self.multi_objective_aggregation != "sum_then_normalize" and self.credits_turns:
             raise ValueError(
                 "IGPO normalises the summed outcome itself, so `multi_objective_aggregation` must be "
                 f"'sum_then_normalize', got {self.multi_objective_aggregation!r}. Weight the reward functions with "
@@ -362,14 +363,19 @@ class IGPOConfig(GRPOConfig):
             self.bf16 = False
 
     @property
-    def uses_beliefs(self) -> bool:
-        """Whether training scores beliefs at all; if not, the advantages are GRPO's."""
+    def credits_turns(self) -> bool:
+        """Whether turns have advantages of their own; if not, the advantages are GRPO's."""
         return self.normalization == "critic" or any((self.info_gain_weight, self.info_gain_weight_end))
+
+    @property
+    def uses_beliefs(self) -> bool:
+        """Whether training scores beliefs."""
+        return self.credits_turns and (self.normalization == "critic" or self.info_gain != FIRST_SEEN)
 
     @property
     def pads_to_longest(self) -> bool:
         """`pad_to_longest`, or what it is by default."""
-        return not self.uses_beliefs if self.pad_to_longest is None else self.pad_to_longest
+        return not self.credits_turns if self.pad_to_longest is None else self.pad_to_longest
 
     def weights_at(self, progress: float) -> tuple[float, float]:
         """Weights of the gains and of the outcome at a training progress between 0 and 1."""
