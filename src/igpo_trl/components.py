@@ -18,6 +18,7 @@ from .rollout.observations import ObservationEncoder
 from .rollout.tool_failures import FailureWatch
 from .rollout.tool_runner import ToolRunner
 from .step import Step
+from .training.belief_model import Reference, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,26 @@ def make_belief_scorer(trainer: Any) -> BeliefScorer:
     )
 
 
+def make_belief_model(trainer: Any) -> Reference | Snapshot | None:
+    """What scores beliefs if it is not the policy, whose KV caches are then of no use; `None` if it is."""
+    args = trainer.args
+    if args.belief_model == "reference":
+        if trainer.ref_model is None and not hasattr(trainer.model, "disable_adapter"):
+            raise ValueError(
+                "`belief_model='reference'` needs a reference model: train an adapter (`peft_config`), which is "
+                "switched off to score beliefs, or set `beta` above 0, got neither."
+            )
+        return Reference(trainer.ref_model)
+    if args.belief_model == "snapshot":
+        if trainer.is_sharded:
+            raise ValueError(
+                "`belief_model='snapshot'` copies the weights, which FSDP and ZeRO-3 shard. Use DDP or ZeRO-2, or "
+                "`belief_model='reference'`."
+            )
+        return Snapshot(args.belief_snapshot_steps)
+    return None
+
+
 def make_step(trainer: Any, rows: list[dict[str, Any]]) -> Step:
     """The state of a generation batch of these rows, before its rollouts."""
     args, training = trainer.args, trainer.is_training
@@ -90,7 +111,7 @@ def make_step(trainer: Any, rows: list[dict[str, Any]]) -> Step:
         computes_old_log_probs = args.gradient_accumulation_steps % (
             args.steps_per_generation * trainer.num_iterations
         ) != 0 or (trainer.use_vllm and trainer.vllm_importance_sampling_correction)
-        scores_earlier = trainer._reuses_prefixes and not trainer.is_sharded
+        scores_earlier = trainer._belief_model is not None or (trainer._reuses_prefixes and not trainer.is_sharded)
         step.captures_old_log_probs = computes_old_log_probs and not scores_earlier
     return step
 

@@ -1,6 +1,7 @@
 """[`IGPOTrainer`]: TRL's `GRPOTrainer` with turn-level advantages from information gain."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,7 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         self.current_step = Step([], training=False)  # the current generation batch
         components.limit_generation(self)
         self._belief_scorer = components.make_belief_scorer(self)
+        self._belief_model = components.make_belief_model(self)
         self._rollout_loop = components.make_rollout_loop(self) if self.tools else None
         self._reuses_prefixes = components.can_reuse_prefixes(self)
         self._packs_rows = can_pack(self.model)
@@ -175,8 +177,10 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)  # calls the hooks below
 
         if step.belief_batch is not None:
-            with self.accelerator.autocast(), self.costs.part("beliefs"):
-                step.score_beliefs(self._belief_scorer, self.model)
+            believes, optimizer_step = self._belief_model, self.state.global_step
+            model = believes.scoring(self.model, optimizer_step) if believes is not None else nullcontext(self.model)
+            with self.accelerator.autocast(), self.costs.part("beliefs"), model as believer:
+                step.score_beliefs(self._belief_scorer, believer)
         if args.info_gain == FIRST_SEEN and (args.credits_turns if training else args.belief_at_eval):
             step.set_first_seen(self._tokenizer)
         step.gather(self.accelerator)
@@ -300,7 +304,7 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
 
     def _score_ended_rollouts(self, rollouts: Sequence[Rollout]) -> None:
         # Sharded models score later: their ranks must make equally many forwards, and rollouts end when they like.
-        if not self.is_sharded:
+        if self._belief_model is None and not self.is_sharded:
             with self.accelerator.autocast(), self.costs.part("beliefs"):
                 self.current_step.score_ended_rollouts(self._belief_scorer, self.model, rollouts)
 
