@@ -110,8 +110,7 @@ def train(folder: Path, num_processes: int, scripts: list[list[str]] = SCRIPTS, 
         ],
         "forwards": len(forwards),
         "parameters": {
-            name: value.detach().clone()
-            for name, value in accelerator.unwrap_model(trainer.model).named_parameters()
+            name: value.detach().clone() for name, value in accelerator.unwrap_model(trainer.model).named_parameters()
         },
     }
 
