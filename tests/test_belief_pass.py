@@ -153,7 +153,8 @@ def test_the_forward_of_the_old_log_probs_is_scored_against(
 
         def record(inputs, generate=generate, seen=logps[trainer_class]):
             output = generate(inputs)
-            seen.append((output["completion_ids"], output["old_per_token_logps"]))
+            sampled = output["completion_mask"] * output["tool_mask"]
+            seen.append((output["completion_ids"], output["old_per_token_logps"] * sampled))
             return output
 
         trainer._generate_and_score_completions = record
@@ -165,7 +166,7 @@ def test_the_forward_of_the_old_log_probs_is_scored_against(
     assert all(found > 0 for *_, found in scored)
     for (ids, expected), (same_ids, actual) in zip(*logps.values(), strict=True):
         assert (ids == same_ids).all()
-        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0.0)
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_reference_forwards_are_not_taken_for_those_of_the_policy(tmp_path, searching, scored):

@@ -116,7 +116,7 @@ def test_plumbing_grpo_advantages_through_our_hooks_end_bit_equal(make, make_sav
 
     monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", record)
     monkeypatch.setattr(igpo_trl.step, "turn_advantages", broadcast)
-    trainer = make(model=make_saved_model(), normalization=normalization, **PLUMBING)
+    trainer = make(model=make_saved_model(), normalization=normalization, pad_to_longest=True, **PLUMBING)
     trainer.train()
     assert scored == [(4, 3), (4, 3)]  # two generation batches in three steps, three turns at most
     for (_, output), scalar in zip(trainer.batches, of_parent, strict=True):

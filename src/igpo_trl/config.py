@@ -10,6 +10,7 @@ from trl import GRPOConfig
 from .advantages import NORMALIZATIONS
 from .beliefs.probes import DEFAULT_TEMPLATE, split_template
 from .rewards import DEFAULT_FORMAT_PENALTY
+from .turns import GAINS
 
 # TRL calls a property of transformers by its old name.
 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
@@ -60,9 +61,13 @@ class IGPOConfig(GRPOConfig):
     info_gain: str = field(
         default="prob_diff",
         metadata={
-            "help": "Gain of a turn: `prob_diff`, the difference of probabilities (paper), or `log_prob_diff`, the "
-            "difference of log-probabilities (the authors' later runs)."
+            "help": "Gain of a turn: `prob_diff`, the difference of probabilities (the paper's preprint), "
+            "`log_prob_diff`, that of log-probabilities (its published version), or `log_gap`, the factor by which "
+            "the gap to certainty shrinks, as a logarithm: bounded, and not blind to beliefs of 1e-6."
         },
+    )
+    gain_clip: float | None = field(
+        default=None, metadata={"help": "Largest absolute gain; what is beyond it counts as this. `None` is no limit."}
     )
     info_gain_weight: float | None = field(
         default=None,
@@ -249,12 +254,13 @@ class IGPOConfig(GRPOConfig):
     tool_failure_patience: int = field(
         default=3, metadata={"help": "Batches in a row with that share of failed calls after which training stops."}
     )
-    pad_to_longest: bool = field(
-        default=True,
+    pad_to_longest: bool | None = field(
+        default=None,
         metadata={
             "help": "Train as TRL does: all rows padded to the longest prompt and completion of the batch, and the "
             "output head run on observations too. With `False` only real tokens are computed, and the head at sampled "
-            "ones; the loss is the same up to rounding."
+            "ones; the loss is the same up to rounding. `None` pads only where gains have no weight, so that GRPO is "
+            "TRL's bit for bit."
         },
     )
     reuse_prefixes: bool = field(
@@ -288,7 +294,7 @@ class IGPOConfig(GRPOConfig):
         self._check_choice("loss_type", _LOSSES)
         self._check_choice("scale_rewards", ("group", "batch", "none"))
         self._check_choice("alias_reduction", ("max", "mean", "first"))
-        self._check_choice("info_gain", ("prob_diff", "log_prob_diff"))
+        self._check_choice("info_gain", tuple(GAINS))
         self._check_choice("normalization", NORMALIZATIONS)
         self._check_choice("belief_method", ("auto", "packed", "per_turn"))
         self._check_choice("on_malformed_tool_call", ("observe", "end"))
@@ -298,8 +304,9 @@ class IGPOConfig(GRPOConfig):
         ):  # fmt: skip
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if self.tool_timeout is not None and self.tool_timeout <= 0:
-            raise ValueError(f"`tool_timeout` must be positive, or `None` for no limit, got {self.tool_timeout}.")
+        for name in ("tool_timeout", "gain_clip"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"`{name}` must be positive, or `None` for no limit, got {value}.")
         if self.max_tool_failures is not None and not 0.0 < self.max_tool_failures <= 1.0:
             raise ValueError(
                 f"`max_tool_failures` must be a share above 0 and at most 1, or `None`, got {self.max_tool_failures}."
@@ -358,6 +365,11 @@ class IGPOConfig(GRPOConfig):
     def uses_beliefs(self) -> bool:
         """Whether training scores beliefs at all; if not, the advantages are GRPO's."""
         return self.normalization == "critic" or any((self.info_gain_weight, self.info_gain_weight_end))
+
+    @property
+    def pads_to_longest(self) -> bool:
+        """`pad_to_longest`, or what it is by default."""
+        return not self.uses_beliefs if self.pad_to_longest is None else self.pad_to_longest
 
     def weights_at(self, progress: float) -> tuple[float, float]:
         """Weights of the gains and of the outcome at a training progress between 0 and 1."""

@@ -15,6 +15,7 @@ from .files import encodable
 from .records import TURN_COLUMNS, completion_columns
 from .rollout.tool_results import MAX_NESTING, nesting, show
 from .step import Step
+from .training.costs import Costs, TimesOptimizer
 
 # Times that are logged once per batch or step, however many rollouts it has.
 PER_BATCH = ("belief/seconds", "step_time")
@@ -116,7 +117,9 @@ class LogsRollouts(Trainer):
     control: Any
 
     def __init__(self, *args: Any, **kwargs: Any):
+        self.costs = Costs()
         super().__init__(*args, **kwargs)
+        self.add_callback(TimesOptimizer(self.costs))
         self._metric_weights = {"train": MetricWeights(), "eval": MetricWeights()}
         self._rollouts_left: float | None = None  # of the evaluation in progress
 
@@ -156,8 +159,16 @@ class LogsRollouts(Trainer):
         self._metric_weights[self.mode].add(self._metrics[self.mode], self.accelerator.reduce(tokens).item())
         return loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.costs.part("training", outermost=True):
+            return super().training_step(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = self.mode
+        if mode == "train":
+            for name, value in self.costs.metrics().items():
+                self._metrics[mode][name].append(value)
+            self.costs.clear()
         self._metric_weights[mode].reduce(self._metrics[mode])
         if self.log_completions:
             make_loggable(self._logs)

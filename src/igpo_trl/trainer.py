@@ -36,8 +36,9 @@ from .rollout.kv_cache import PrefixCache, replaced_generate
 from .rollout.loop import Rollout, SampledTurns
 from .rollout.sampling import sample_within_context
 from .rollout.turn_reader import parser_errors_as_value_errors
-from .sampled_tokens import SampledTokensModel, backbone_of, by_length, exchanges_rollouts, sampled_mask_of
 from .step import Step
+from .training.costs import timed
+from .training.sampled_tokens import SampledTokensModel, backbone_of, can_pack, sampled_mask_of
 from .trajectory import write_jsonl
 from .turns import old_log_probs_of_turn_ratios
 
@@ -66,7 +67,6 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
 
     | hook | TRL | here | signature since |
     |---|---|---|---|
-    | `_prepare_inputs` | makes microbatches of a generation batch | by length within an optimizer step | before 1.8 |
     | `_generate_and_score_completions` | generates, scores, returns the batch | makes the `Step`; afterwards beliefs → gains → advantages → metrics, records | before 1.8 |
     | `_generate` | renders prompts, samples, parses, runs tools | keeps a KV cache meanwhile; finds the turns | 1.9 |
     | `_generate_single_turn` | samples one turn of each row | limits its length, reuses the KV cache | 1.15 |
@@ -160,19 +160,13 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         self._belief_scorer = components.make_belief_scorer(self)
         self._rollout_loop = components.make_rollout_loop(self) if self.tools else None
         self._reuses_prefixes = components.can_reuse_prefixes(self)
+        self._packs_rows = can_pack(self.model)
         components.declare_output_head(self)
         self.add_callback(OneRun(self))
 
     # ----------------------------------------------------------------------------------- one step, from top to bottom
 
-    def _prepare_inputs(self, generation_batch: Any) -> Any:
-        previous: Any = self._buffered_inputs
-        inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is not previous and exchanges_rollouts(self.args):
-            self._buffered_inputs: Any = by_length(self._buffered_inputs, self.args.gradient_accumulation_steps)
-            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
-        return inputs
-
+    @timed("other")
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         args, training = self.args, self.is_training
         inputs = [dict(row) for row in inputs]  # to which environments may add their answers
@@ -183,6 +177,7 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
             num_generations=self.num_generations,
             answer_column=args.answer_column,
             info_gain=args.info_gain,
+            gain_clip=args.gain_clip,
             info_gain_every=args.info_gain_every,
             info_gain_tools=args.info_gain_tools,
             scores_every_turn=args.normalization == "critic" or not training,
@@ -202,7 +197,7 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)  # calls the hooks below
 
         if step.belief_batch is not None:
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), self.costs.part("beliefs"):
                 step.score_beliefs(self._belief_scorer, self.model)
         step.gather(self.accelerator)
         metrics = self._metrics[self.mode]
@@ -230,6 +225,7 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
             write_jsonl(Path(args.output_dir, "trajectories", f"rank{step.rank}.jsonl"), records, append=True)
         return output
 
+    @timed("tools")
     def _generate(self, prompts: list[Any]) -> Any:
         step = self.current_step
         step.take_answers(self.environments)
@@ -256,6 +252,7 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
                 metrics[name].append(value)
         return result
 
+    @timed("sampling")
     def _generate_single_turn(
         self,
         prompt_ids: list[list[int]],
@@ -324,7 +321,7 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
     def _score_ended_rollouts(self, rollouts: Sequence[Rollout]) -> None:
         # Sharded models score later: their ranks must make equally many forwards, and rollouts end when they like.
         if not self.is_sharded:
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), self.costs.part("beliefs"):
                 self.current_step.score_ended_rollouts(self._belief_scorer, self.model, rollouts)
 
     def _get_per_token_logps_and_entropies(
@@ -332,7 +329,8 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
         step, inputs = self.current_step, self._loss_inputs
-        backbone = None if self.args.pad_to_longest else backbone_of(model)
+        backbone = None if self.args.pads_to_longest else backbone_of(model)
+        num_computed, num_scored = input_ids.numel(), len(input_ids) * logits_to_keep
         if step.captures_old_log_probs:
             step.captures_old_log_probs = False  # the forwards that follow are those of the reference and of the loss
             assert step.belief_batch is not None  # or nothing would be captured
@@ -344,19 +342,24 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
                 model = KVCapture(model, lambda *rows: self._score_captured_rows(padding, *rows))
         sampled_mask = sampled_mask_of(inputs) if inputs else step.sampled_mask(logits_to_keep)
         if backbone is not None:
-            model = SampledTokensModel(model, backbone, sampled_mask)
-        log_probs, *others = super()._get_per_token_logps_and_entropies(
-            model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-        )
+            model = SampledTokensModel(model, backbone, sampled_mask, packs=self._packs_rows)
+        with self.costs.part("training" if torch.is_grad_enabled() else "log_probs"):
+            log_probs, *others = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            )
+        if isinstance(model, SampledTokensModel):
+            num_computed, num_scored = model.num_computed, model.num_scored
+        self.costs.add_forward(num_computed, int(attention_mask.sum()), num_scored)
         if inputs and self.args.importance_sampling_level == "turn":
             old_log_probs = inputs.get("old_per_token_logps", log_probs.detach())  # the same while on-policy
             inputs["old_per_token_logps"] = old_log_probs_of_turn_ratios(log_probs, old_log_probs, sampled_mask)
         return log_probs, *others
 
     def _score_captured_rows(self, padding: list[int], cache: Any, first: int, size: int) -> None:
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.costs.part("beliefs"):
             self.current_step.score_captured_rows(self._belief_scorer, self.model, padding, cache, first, size)
 
+    @timed("rewards")
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> torch.Tensor:

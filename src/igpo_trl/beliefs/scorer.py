@@ -230,9 +230,9 @@ class KVCapture:
     A model that passes on the KV cache of each of its forwards; everything else is the model's own.
 
     Args:
-        model (`nn.Module`): what is called.
+        model (`nn.Module`): what is called, with `position_ids` if several rollouts are packed into one row.
         on_forward (`Callable`): called after each forward with its cache, the index of its first row and its number
-            of rows.
+            of rows. The rollouts of a packed row have become rows that begin at the left.
     """
 
     def __init__(self, model: Any, on_forward: Callable[[DynamicCache, int, int], None]):
@@ -243,10 +243,27 @@ class KVCapture:
     def __call__(self, input_ids: torch.Tensor, **inputs: Any) -> Any:
         cache = _Cache()  # without a config, because layers with a window would drop tokens
         output = self._model(input_ids=input_ids, past_key_values=cache, **inputs)
+        size = len(input_ids)
+        starts = inputs["position_ids"][0].eq(0).nonzero()[:, 0] if "position_ids" in inputs else None
+        if starts is not None:
+            size = len(starts)
         if cache.get_seq_length() == input_ids.shape[1]:  # some models fill no cache unless they are asked to
-            self._on_forward(cache, self._num_rows, len(input_ids))
-        self._num_rows += len(input_ids)
+            if starts is not None:
+                _unpack(cache, starts)
+            self._on_forward(cache, self._num_rows, size)
+        self._num_rows += size
         return output
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+
+def _unpack(cache: DynamicCache, starts: torch.Tensor) -> None:
+    """Give every rollout of a packed row, which begins at one of `starts` (B,), a row of its own."""
+    ends = torch.cat([starts[1:], starts.new_tensor([cache.get_seq_length()])])
+    slots = starts[:, None] + torch.arange(int((ends - starts).max()), device=starts.device)
+    slots.clamp_(max=cache.get_seq_length() - 1)  # what follows a rollout is never seen
+    for layer in cache.layers:
+        index = slots.to(layer.keys.device)
+        layer.keys = layer.keys[0][:, index].transpose(0, 1).contiguous()
+        layer.values = layer.values[0][:, index].transpose(0, 1).contiguous()
