@@ -12,6 +12,7 @@ from distributed import script
 pytestmark = pytest.mark.distributed
 
 SCRIPT = Path(__file__).with_name("script.py")
+ROUNDING = 1e-7  # of weights below 1
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_padding_changes_rounding_only(single, ranks):
                 moved = (value - start[name]).abs().max().item()
                 for run in (padded, real):
                     difference = (run["parameters"][name] - value).abs().max().item()
-                    assert difference < 1e-4 * moved, (name, difference, moved)
+                    assert difference < 1e-4 * moved + ROUNDING, (name, difference, moved)
             for logs, other in zip(padded["logs"][:2], real["logs"][:2], strict=True):
                 for name in ("loss", "grad_norm", "entropy"):
                     assert other[name] == pytest.approx(logs[name], rel=1e-5, abs=1e-7), name
