@@ -149,6 +149,7 @@ def make_rollout_loop(trainer: Any) -> RolloutLoop:
         end_token_ids=trainer.eos_token_ids,
         idle_ranks_sample=True,  # which is no work, unless ranks sample in step
         failure_watch=FailureWatch(args.max_tool_failures, args.tool_failure_patience, args.output_dir),
+        show_progress=not args.disable_tqdm and trainer.is_world_process_zero(),
     )
 
 
