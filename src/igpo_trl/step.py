@@ -384,8 +384,8 @@ class Step:
         if self.belief_batch is not None:
             metrics["belief/seconds"] = self.belief_batch.seconds
         if self.global_beliefs is not None:
-            num_turns = self.global_num_turns[: self.num_counted]
-            metrics |= belief_metrics(self.gains_that_count, self.global_beliefs[: self.num_counted], num_turns)
+            columns = (self.global_beliefs, self.global_num_turns, self.global_outcome.cpu())
+            metrics |= belief_metrics(self.gains_that_count, *(values[: self.num_counted] for values in columns))
         if self.global_advantages is not None:
             outcome = self.global_outcome.cpu()
             metrics |= credit_metrics(outcome, self.global_advantages, self.global_num_turns, self.num_generations)
