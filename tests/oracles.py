@@ -120,6 +120,8 @@ def information_gain(
         gains.append([math.nan] * len(rollout))
         for a, b in [(k, k + 1) for k in range(len(rollout) - 1)] if spans is None else spans[i]:
             before, after = rollout[a], rollout[b]
+            if kind == "log_gap":
+                before, after = math.log(0.1 - after), math.log(0.1 - before)
             gains[i][b - 1] = math.exp(after) - math.exp(before) if kind == "prob_diff" else after - before
     return gains
 

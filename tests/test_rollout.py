@@ -48,12 +48,15 @@ Ranks
 """
 
 import collections
+import io
 import json
 import logging
 import math
 import random
 import re
+import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -791,7 +794,7 @@ def test_strange_turns_through_the_trainer(tmp_path):
 # The loop without a trainer
 
 
-def loop_of(scripts, any_rank=bool, idle_ranks_sample=False, **limits):
+def loop_of(scripts, any_rank=bool, idle_ranks_sample=False, on_sample=lambda: None, show_progress=False, **limits):
     """A loop whose sampling says `scripts`, its rollouts with their first turns, and what it was asked to sample."""
     tokenizer = add_response_schema(tiny.make_tokenizer())
     said = [[[*tokenizer.encode(text, add_special_tokens=False), 2] for text in script] for script in scripts]
@@ -799,6 +802,7 @@ def loop_of(scripts, any_rank=bool, idle_ranks_sample=False, **limits):
 
     def sample(contexts, rollouts, max_new_tokens):
         requests.append((contexts, rollouts, max_new_tokens))
+        on_sample()
         return [said[i].pop(0) for i in rollouts] or [[2]], None
 
     loop = igpo_trl.rollout.loop.RolloutLoop(
@@ -810,6 +814,7 @@ def loop_of(scripts, any_rank=bool, idle_ranks_sample=False, **limits):
         any_rank=any_rank,
         end_token_ids=[2],
         idle_ranks_sample=idle_ranks_sample,
+        show_progress=show_progress,
     )
     prompt = tokenizer.encode("<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\n")
     rollouts = [Rollout(i, list(prompt), {"search": tiny.search}) for i in range(len(scripts))]
@@ -850,3 +855,43 @@ def test_ranks_stay_in_step():
     flags.clear()
     loop.run(rollouts, first_turns)
     assert flags == [False] * 4 and requests == []
+
+
+class Terminal(io.StringIO):
+    is_terminal = True
+
+    def isatty(self):
+        return self.is_terminal
+
+
+@pytest.mark.parametrize(
+    ("seconds_a_turn", "is_terminal", "show_progress"),
+    [(4.0, True, True), (0.5, True, True), (4.0, False, True), (4.0, True, False)],
+    ids=["shown", "too-short", "in-a-log", "disabled"],
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_long_batch_has_a_progress_bar(monkeypatch, seconds_a_turn, is_terminal, show_progress, fails):
+    clock, turns, screen = [1000.0], [], Terminal()
+    screen.is_terminal = is_terminal
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+
+    def on_sample():
+        clock[0] += seconds_a_turn
+        turns.append(screen.getvalue())
+        if fails and len(turns) == 3:
+            raise KeyboardInterrupt
+
+    scripts = [[CALL, CALL, CALL, ANSWER], [ANSWER], [CALL, ANSWER]]
+    loop, rollouts, first_turns, _ = loop_of(scripts, on_sample=on_sample, show_progress=show_progress)
+    with pytest.raises(KeyboardInterrupt) if fails else nullcontext():
+        loop.run(rollouts, first_turns)
+    assert turns[0] == ""
+    if not (seconds_a_turn > 3 and is_terminal and show_progress):
+        assert screen.getvalue() == ""
+        return
+    call, answer = (len(loop.tokenizer.encode(text)) + 1 for text in (CALL, ANSWER))
+    done = r"Rollouts: 2/3 done \|.*\| 00:0"
+    assert re.search(done + f"4, turn 3, 1 active, {(call + answer) / 4:.0f} tokens/s", turns[1])
+    assert re.search(done + f"8, turn 4, 1 active, {(2 * call + answer) / 8:.0f} tokens/s", turns[2])
+    assert re.search(r"\r +\r$", screen.getvalue()), "it is removed at the end"

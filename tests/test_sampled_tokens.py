@@ -252,3 +252,13 @@ def test_sampling_has_its_own_part(tmp_path):
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["perf/seconds/sampling"] > log["perf/seconds/tools"]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch's own compiler
+def test_compiled_models_keep_the_path_of_trl():
+    """Hooks are left out of a compiled forward."""
+    model = tiny.make_model()
+    assert backbone_of(model) is model.model
+    assert backbone_of(torch.compile(model)) is None
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    assert backbone_of(model) is None

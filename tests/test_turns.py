@@ -127,7 +127,7 @@ def ragged(rollouts):
     return torch.tensor([row + [float("nan")] * (width - len(row)) for row in rollouts], dtype=torch.float64)
 
 
-@given(log_beliefs, st.sampled_from(["prob_diff", "log_prob_diff"]), st.none() | st.integers(1, 4))
+@given(log_beliefs, st.sampled_from(["prob_diff", "log_prob_diff", "log_gap"]), st.none() | st.integers(1, 4))
 def test_gains_are_those_of_the_oracle(rollouts, kind, every):
     spans = None if every is None else [gain_spans(len(row), every=every) for row in rollouts]
     gains = information_gain(ragged(rollouts), kind, spans=spans)
@@ -143,6 +143,18 @@ def test_gains_by_hand():
     assert gains.isnan().tolist() == [[False, False, True], [True, True, True]]
     log_gains = information_gain(beliefs.log(), "log_prob_diff")
     torch.testing.assert_close(log_gains[0, :2], torch.tensor([4.0, 0.75]).log())
+    gaps = 0.1 - beliefs.log()
+    gap_gains = information_gain(beliefs.log(), "log_gap")
+    torch.testing.assert_close(gap_gains[0, :2], (gaps[0, :-1] / gaps[0, 1:]).log())
+    assert information_gain(beliefs.log(), "log_prob_diff", clip=1.0)[0, :2].tolist() == [1.0, log_gains[0, 1].item()]
+
+
+def test_the_gap_of_a_model_that_knows_nothing():
+    """A hundredfold rise counts from 1e-6 as from 1e-3, and certainty is bounded."""
+    low, high = (information_gain(torch.tensor([p]).log(), "log_gap")[0, 0] for p in ([1e-6, 1e-4], [1e-3, 1e-1]))
+    assert 0.3 < low < high < 1.2
+    sure = information_gain(torch.tensor([[1e-6, 1.0]]).log(), "log_gap")
+    assert sure[0, 0] == pytest.approx(torch.tensor((0.1 + 13.8155) / 0.1).log().item(), abs=1e-4)
 
 
 @given(log_beliefs)
@@ -163,7 +175,7 @@ def test_a_belief_that_was_not_scored_gives_no_gain():
     ("arguments", "message"),
     [
         ((torch.zeros(3),), r"\(B, K\).*\(3,\)"),
-        ((torch.zeros(2, 3), "ratio"), "prob_diff or log_prob_diff, got 'ratio'"),
+        ((torch.zeros(2, 3), "ratio"), "prob_diff, log_prob_diff, log_gap, got 'ratio'"),
     ],
 )
 def test_bad_arguments_of_the_gain(arguments, message):

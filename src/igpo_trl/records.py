@@ -77,7 +77,8 @@ def completion_columns(step: Step) -> dict[str, list[str]]:
     columns = dict.fromkeys(TURN_COLUMNS, [""] * len(step.global_outcome))
     if step.global_advantages is None or step.global_beliefs is None or step.global_gains is None:
         return columns
-    advantages = step.global_advantages.masked_fill(~step.is_turn(step.global_advantages), torch.nan)
+    is_turn = torch.arange(step.global_advantages.shape[1]) < step.global_num_turns[:, None]
+    advantages = step.global_advantages.masked_fill(~is_turn, torch.nan)
     tables = zip(columns, (step.global_beliefs, step.global_gains, advantages), strict=True)
     return {name: [" ".join(f"{x:+.3f}" for x in row if x == x) for row in table.tolist()] for name, table in tables}
 

@@ -17,11 +17,12 @@ from .beliefs import CachedContexts
 from .beliefs.scorer import BeliefBatch, BeliefScorer
 from .checks import own_answers
 from .data.rows import answers_of
-from .rewards import LAST_TURN, exact_match, extract_answer, f1_score, last_assistant_text
+from .rewards import LAST_TURN, exact_match, extract_answer, f1_score, last_assistant_text, mentions
 from .rollout.kv_cache import PrefixCache
 from .rollout.loop import Rollout
 from .rollout.round_log import RoundLog
-from .turns import expand_to_tokens, gain_spans, information_gain, turn_spans
+from .training.diagnostics import belief_metrics, credit_metrics
+from .turns import FIRST_SEEN, expand_to_tokens, gain_spans, information_gain, turn_spans
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,8 @@ class Step:
         training (`bool`): whether the batch is trained on.
         num_generations (`int`): group size G.
         answer_column (`str`): column of `rows` with the right answers.
-        info_gain (`str`), info_gain_every (`int`), info_gain_tools (list of `str`, *optional*): how gains are
-            measured, as in [`IGPOConfig`].
+        info_gain (`str`), gain_clip (`float`, *optional*), info_gain_every (`int`), info_gain_tools (list of `str`,
+            *optional*): how gains are measured, as in [`IGPOConfig`].
         scores_every_turn (`bool`): whether to score the belief before every turn, even if no gain needs it.
         optimizer_step (`int`): number of optimizer steps taken so far.
         rank (`int`): index of this process.
@@ -76,6 +77,7 @@ class Step:
     num_generations: int = 1
     answer_column: str = "answers"
     info_gain: str = "prob_diff"
+    gain_clip: float | None = None
     info_gain_every: int = 1
     info_gain_tools: Sequence[str] | None = None
     scores_every_turn: bool = True
@@ -273,8 +275,30 @@ class Step:
         table = torch.full(self.starts.shape, torch.nan)
         for i, turns in enumerate(self.scored_turns):
             table[i, turns] = log_beliefs[i]
-        spans = [self.gain_spans(*rollout) for rollout in self._turns_and_tools]
-        self.beliefs, self.gains = table.exp(), information_gain(table, self.info_gain, spans=spans)
+        self.beliefs = table.exp()
+        if self.info_gain != FIRST_SEEN:
+            spans = [self.gain_spans(*rollout) for rollout in self._turns_and_tools]
+            self.gains = information_gain(table, self.info_gain, spans=spans, clip=self.gain_clip)
+
+    def set_first_seen(self, tokenizer: Any) -> None:
+        """Gains of 1 where an observation is the first of its rollout to contain an answer, 0 for other turns."""
+        if self.beliefs is None:
+            self.beliefs = torch.full(self.starts.shape, torch.nan)
+        self.gains = torch.full(self.starts.shape, torch.nan)
+        for i, rollout in enumerate(self._turns_and_tools):
+            found = False
+            for first, end in self.gain_spans(*rollout):
+                seen = not found and any(
+                    mentions(tokenizer.decode(self.observation(i, k)), self.answers[i]) for k in range(first, end)
+                )
+                self.gains[i, end - 1], found = float(seen), found or seen
+
+    def observation(self, rollout: int, turn: int) -> list[int]:
+        """Token ids of what a rollout read after a turn; none after its last."""
+        start, *end = self.turn_starts[rollout][turn : turn + 2]
+        span = slice(start, end[0] if end else None)
+        is_observation = (self.turn_index[rollout, span] < 0).tolist()
+        return list(compress(self.completion_ids[rollout][span], is_observation))
 
     def gain_spans(self, num_turns: int, tools_called: Sequence[Any]) -> list[tuple[int, int]]:
         """The spans of turns of a rollout over which gains are measured."""
@@ -358,23 +382,13 @@ class Step:
                 local = [score(*pair) for pair in zip(self.predictions, self.answers, strict=True)]
                 metrics[name] = gather(torch.tensor(local, device=device))[: self.num_counted].mean().item()
         if self.belief_batch is not None:
-            metrics |= {"belief/seconds": self.belief_batch.seconds, **self._belief_metrics()}
+            metrics["belief/seconds"] = self.belief_batch.seconds
+        if self.global_beliefs is not None:
+            columns = (self.global_beliefs, self.global_num_turns, self.global_outcome.cpu())
+            metrics |= belief_metrics(self.gains_that_count, *(values[: self.num_counted] for values in columns))
         if self.global_advantages is not None:
-            metrics |= self._advantage_metrics(self.global_advantages)
-        return metrics
-
-    def _belief_metrics(self) -> dict[str, float]:
-        assert self.global_beliefs is not None
-        gains, beliefs = self.gains_that_count, self.global_beliefs[: self.num_counted]
-        metrics = {}
-        if len(gains):
-            metrics["info_gain/mean"] = gains.mean().item()
-            metrics["info_gain/std"] = gains.std(correction=0).item()
-            metrics["info_gain/positive"] = (gains > 0).float().mean().item()
-        if not beliefs[:, 0].isnan().all():
-            last = beliefs.gather(1, (self.global_num_turns[: self.num_counted] - 1)[:, None])
-            metrics["belief/prompt"] = beliefs[:, 0].nanmean().item()
-            metrics["belief/final"] = last.nanmean().item()
+            outcome = self.global_outcome.cpu()
+            metrics |= credit_metrics(outcome, self.global_advantages, self.global_num_turns, self.num_generations)
         return metrics
 
     @property
@@ -383,17 +397,3 @@ class Step:
         assert self.global_gains is not None  # `gather` comes first
         gains = self.global_gains[: self.num_counted]
         return gains[~gains.isnan()]
-
-    def _advantage_metrics(self, advantages: torch.Tensor) -> dict[str, float]:
-        groups = self.global_outcome.cpu().view(-1, self.num_generations)
-        differs = groups.nan_to_num(-torch.inf).amax(dim=1) > groups.nan_to_num(torch.inf).amin(dim=1)
-        moves = (advantages != 0).view(len(groups), -1).any(dim=1)
-        return {
-            "collapse/outcome": 1 - differs.float().mean().item(),
-            "collapse/advantage": 1 - moves.float().mean().item(),
-            "advantages/abs_mean": advantages[self.is_turn(advantages)].abs().mean().item(),
-        }
-
-    def is_turn(self, values: torch.Tensor) -> torch.Tensor:
-        """Which entries of gathered values (N, K) belong to a turn."""
-        return torch.arange(values.shape[1]) < self.global_num_turns[:, None]

@@ -7,10 +7,22 @@ markers and end-of-turn strings included.
 Axes: B rollouts, T completion tokens, K turns.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 
 import torch
+
+# What the gain of a turn is the rise of, as a function of the log-belief. Above exp(-0.1) = 0.9 a belief is certain.
+_CERTAIN = 0.1
+GAINS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "prob_diff": torch.exp,
+    "log_prob_diff": lambda log_belief: log_belief,
+    "log_gap": lambda log_belief: -(_CERTAIN - log_belief).log(),
+}
+
+#: A gain that is no rise of a belief: 1 for the turn whose observation is the first to contain an answer (TSPO, arXiv
+#: 2601.22776).
+FIRST_SEEN = "first_seen"
 
 
 def turn_spans(sampled_mask: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -95,6 +107,7 @@ def information_gain(
     info_gain: str = "prob_diff",
     *,
     spans: Sequence[Sequence[tuple[int, int]]] | None = None,
+    clip: float | None = None,
 ) -> torch.Tensor:
     r"""
     Information gain of every turn (IGPO, arXiv 2510.14967): how much it raised the belief in the right answer.
@@ -102,7 +115,12 @@ def information_gain(
     With $b_k$ the log-belief before turn k, in nats,
 
     $$g_k = \exp b_{k+1} - \exp b_k \quad (\texttt{prob\_diff}), \qquad g_k = b_{k+1} - b_k \quad
-    (\texttt{log\_prob\_diff}).$$
+    (\texttt{log\_prob\_diff}), \qquad g_k = \log \frac{\varepsilon - b_k}{\varepsilon - b_{k+1}} \quad
+    (\texttt{log\_gap}),$$
+
+    where $-b_k$ is the gap to certainty and $\varepsilon = 0.1$. A `log_gap` gain is the factor by which the gap
+    shrinks. It sees what happens to a belief of 1e-6, where `prob_diff` vanishes, and stays small, where
+    `log_prob_diff` is huge; it is bounded, because a belief above 0.9 counts as certain.
 
     The last turn has no gain: its reward is the outcome. Without `spans`, the `prob_diff` gains of a rollout add up to
     the probability before its last turn minus that of the prompt.
@@ -111,10 +129,12 @@ def information_gain(
         log_beliefs (`torch.Tensor` of shape (B, K)): Mean log-probability of the answer's tokens before each turn, NaN
             beyond the last turn and wherever the belief was not scored.
         info_gain (`str`, *optional*, defaults to `"prob_diff"`): `"prob_diff"`, the difference of probabilities
-            (preprint), or `"log_prob_diff"`, that of log-probabilities (published version, Eq. 4).
+            (preprint), `"log_prob_diff"`, that of log-probabilities (published version, Eq. 4), or `"log_gap"`, the
+            log-ratio of the gaps to certainty (TRACE, arXiv 2607.13988).
         spans (list of list of `tuple[int, int]`, *optional*): For each rollout the spans of turns to measure (see
             [`gain_spans`]): the gain of span (a, b) is the belief before turn b minus that before turn a, and stands
             at turn b - 1. By default every turn.
+        clip (`float`, *optional*): largest absolute gain; what is beyond it counts as this.
 
     Returns:
         `torch.Tensor` of shape (B, K): gains, NaN where there is none; a rollout of one turn has none at all.
@@ -123,21 +143,21 @@ def information_gain(
         `ValueError`: if `log_beliefs` is not a matrix, `spans` has another number of rollouts, or `info_gain` is
             unknown.
     """
-    if info_gain not in ("prob_diff", "log_prob_diff"):
-        raise ValueError(f"`info_gain` must be prob_diff or log_prob_diff, got {info_gain!r}.")
+    if info_gain not in GAINS:
+        raise ValueError(f"`info_gain` must be one of {', '.join(GAINS)}, got {info_gain!r}.")
     if log_beliefs.dim() != 2 or (spans is not None and len(spans) != len(log_beliefs)):
         raise ValueError(
             f"`log_beliefs` must be (B, K) and `spans` have one list per rollout, got {tuple(log_beliefs.shape)} and "
             f"{None if spans is None else len(spans)} lists."
         )
-    belief = log_beliefs.exp() if info_gain == "prob_diff" else log_beliefs
+    belief = GAINS[info_gain](log_beliefs)
     gain = torch.full_like(belief, torch.nan)
     if spans is None:
         gain[:, :-1] = belief[:, 1:] - belief[:, :-1]
     elif places := [(i, a, b) for i, of_rollout in enumerate(spans) for a, b in of_rollout]:
         rollout, first, end = torch.tensor(places, device=belief.device).T
         gain[rollout, end - 1] = belief[rollout, end] - belief[rollout, first]
-    return gain
+    return gain if clip is None else gain.clamp(-clip, clip)
 
 
 def expand_to_tokens(turn_values: torch.Tensor, turn_index: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,16 @@
-"""Trains scripted rollouts and writes down what each process got; started by `test_two_processes.py`."""
+"""Trains scripted rollouts and gives back what each process got; started by `test_two_processes.py`."""
 
+import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import tiny
 import torch
+from accelerate import PartialState
+from distributed import vllm_server
 
 import igpo_trl.beliefs.scorer
 from igpo_trl import IGPOConfig, IGPOTrainer
@@ -23,6 +29,12 @@ CASES = [
     for normalization in ("joint", "separate", "per_turn", "critic")
     for num_generations in (2, 4)  # 4: with two rollouts per process the group lies across them
 ]
+# Microbatches of one and of two rollouts, in two iterations; the first process has most of the tokens.
+PADDING_CASES = [
+    {"scripts": SCRIPTS},
+    {"scripts": [SCRIPTS[i] for i in (3, 0, 0, 1, 2, 1, 3, 3)]},
+]
+PADDING = {"gradient_accumulation_steps": 2, "num_iterations": 2, "max_steps": 2, "learning_rate": 0.1}
 
 
 class Trainer(tiny.Scripted, IGPOTrainer):
@@ -58,8 +70,8 @@ def evaluate(folder: Path) -> dict[str, float]:
     return trainer.evaluate()
 
 
-def main(folder: Path, num_processes: int) -> None:
-    torch.set_num_threads(1)
+def train(folder: Path, num_processes: int, scripts: list[list[str]] = SCRIPTS, **options: Any) -> dict[str, Any]:
+    """What this process got from the rollouts of one generation batch."""
     forwards, score = [], igpo_trl.beliefs.scorer.score_beliefs
 
     def count(model, *args, **options):
@@ -69,52 +81,72 @@ def main(folder: Path, num_processes: int) -> None:
         finally:
             hook.remove()
 
-    igpo_trl.beliefs.scorer.score_beliefs = count
-    results = []
-    for case in CASES:
-        forwards.clear()
+    accumulation = options.get("gradient_accumulation_steps", 1)
+    with mock.patch.object(igpo_trl.beliefs.scorer, "score_beliefs", count):
         trainer = tiny.make_trainer(
             Trainer,
             IGPOConfig,
             folder / "output",
-            per_device_train_batch_size=4 // num_processes,
+            per_device_train_batch_size=len(scripts) // num_processes // accumulation,
             belief_tokens_per_batch=1,
             lr_scheduler_type="constant",
             gamma=0.9,
             optim="sgd",  # proportional to the gradient, so that rounding is not blown up
-            **case,
+            **options,
         )
+        trainer.scripts = scripts
         accelerator = trainer.accelerator
         # A launcher that quietly starts one process would make every comparison pass.
         assert accelerator.num_processes == num_processes, accelerator.num_processes
         assert accelerator.distributed_type.value == ("MULTI_CPU" if num_processes > 1 else "NO")
         trainer.train()
-        lengths = trainer.output["completion_mask"].sum(dim=1).tolist()
-        log = {key: value for key, value in trainer.state.log_history[0].items() if "second" not in key}
-        results.append(
-            {
-                "case": case,
-                "ids": [row[:n].tolist() for row, n in zip(trainer.output["completion_ids"], lengths, strict=True)],
-                "advantages": [row[:n].clone() for row, n in zip(trainer.output["advantages"], lengths, strict=True)],
-                "log": log,
-                "forwards": len(forwards),
-                "parameters": {
-                    name: value.detach().clone()
-                    for name, value in accelerator.unwrap_model(trainer.model).named_parameters()
-                },
-            }
-        )
+    lengths = trainer.output["completion_mask"].sum(dim=1).tolist()
+    return {
+        "case": options,
+        "ids": [row[:n].tolist() for row, n in zip(trainer.output["completion_ids"], lengths, strict=True)],
+        "advantages": [row[:n].clone() for row, n in zip(trainer.output["advantages"], lengths, strict=True)],
+        "logs": [
+            {key: value for key, value in log.items() if "second" not in key} for log in trainer.state.log_history
+        ],
+        "forwards": len(forwards),
+        "parameters": {
+            name: value.detach().clone() for name, value in accelerator.unwrap_model(trainer.model).named_parameters()
+        },
+    }
+
+
+def stop(folder: Path) -> str:
+    """The error of a tool that fails on the last process only."""
     watch = FailureWatch(max_share=0.5, patience=1, output_dir=folder)
-    try:  # the tool fails on the last process only
-        last = accelerator.is_last_process
+    last = PartialState().is_last_process
+    try:
         watch.update({"search": ToolCounts(6, 6, 6, "it is gone")} if last else {"search": ToolCounts(5)})
     except ToolUnavailable as error:
-        results[0]["stopped"] = str(error)
-    results.append({"evaluation": evaluate(folder)})
-    torch.save(results, folder / f"rank{accelerator.process_index}of{num_processes}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        return str(error)
+    return ""
+
+
+def run(folder: Path, num_processes: int) -> dict[str, Any]:
+    return {
+        "cases": [train(folder, num_processes, **case) for case in CASES],
+        "padding": [
+            [train(folder, num_processes, **PADDING, **case, pad_to_longest=padded) for padded in (True, False)]
+            for case in PADDING_CASES
+        ],
+        "stopped": stop(folder),
+        "evaluation": evaluate(folder),
+    }
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    result = run(folder, 2)
+    rank = PartialState().process_index
+    torch.save(result, folder / f"rank{rank}.pt")
+    (folder / f"vllm{rank}.json").write_text(json.dumps(vllm_server.run(folder)))
+    torch.distributed.barrier()
+    os._exit(0)  # a communication thread that still lives would abort the interpreter on its way out
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]))

@@ -1,8 +1,8 @@
 """
-Trains on rollouts that need different numbers of rounds on each process; started by `test_sharded.py`.
+Trains on rollouts that need different numbers of rounds on each process; used and started by `test_sharded.py`.
 
 Sampling is real: the model's own `generate` runs in every round, with all the collectives that sharded parameters
-bring, and only the choice of each token is scripted. What every process ended with is written to a file.
+bring, and only the choice of each token is scripted.
 """
 
 import faulthandler
@@ -40,14 +40,23 @@ UNEVEN = [
     [rollout(1, "Paris"), rollout(0, "Rome"), rollout(4, "Rome"), rollout(2, "Paris")],
     [rollout(4, "Rome"), rollout(3, "Paris"), rollout(0, "Paris"), rollout(0, "Rome")],
 ]
+SHORT = [[rollout(0, "Paris"), rollout(0, "Rome"), rollout(1, "Rome"), rollout(0, "Paris")]]
+# One process always pads, and keeps all activations: what is computed is the same up to rounding.
 CASES: dict[str, dict[str, Any]] = {
-    "even": {"scripts": EVEN},
-    "uneven": {"scripts": UNEVEN},
-    "lora": {"scripts": UNEVEN[:1], "lora": True},
+    "even": {"scripts": EVEN, "pad_to_longest": True},
+    "uneven": {"scripts": UNEVEN, "pad_to_longest": False, "gradient_checkpointing": True},
+    "lora": {"scripts": UNEVEN[:1], "lora": True, "pad_to_longest": True},
     # Beliefs are then scored against the keys and values of the forward that gives the old log-probabilities.
-    "old_log_probs": {"scripts": UNEVEN[:1], "num_iterations": 2},
-    # ZeRO-3 then gathers the parameters in every forward of a generation, not once before it.
-    "ungathered": {"scripts": UNEVEN[:1], "ds3_gather_for_generation": False},
+    "old_log_probs": {"scripts": UNEVEN[:1], "num_iterations": 2, "pad_to_longest": True},
+    "accumulated": {
+        "scripts": UNEVEN[:1],
+        "num_iterations": 2,
+        "max_steps": 2,
+        "gradient_accumulation_steps": 2,
+        "pad_to_longest": False,
+    },
+    # ZeRO-3 then gathers the parameters in every forward of a generation, which is slow, not once before it.
+    "ungathered": {"scripts": SHORT, "ds3_gather_for_generation": False, "pad_to_longest": False},
 }
 
 
@@ -178,8 +187,15 @@ def count_elements(trainer: IGPOTrainer) -> tuple[int, int]:
 
 
 def run(
-    folder: Path, num_processes: int, scripts: list[list[list[str]]], lora: bool = False, **options: Any
+    folder: Path,
+    num_processes: int,
+    scripts: list[list[list[str]]],
+    lora: bool = False,
+    gradient_accumulation_steps: int = 1,
+    **options: Any,
 ) -> dict[str, Any]:
+    if num_processes == 1:
+        options |= {"pad_to_longest": True, "gradient_checkpointing": False}
     if lora:
         from peft import LoraConfig
 
@@ -189,15 +205,15 @@ def run(
         Trainer,
         IGPOConfig,
         folder,
-        per_device_train_batch_size=NUM_ROLLOUTS // num_processes,
+        per_device_train_batch_size=NUM_ROLLOUTS // num_processes // gradient_accumulation_steps,
+        gradient_accumulation_steps=gradient_accumulation_steps,
         num_generations=NUM_ROLLOUTS,  # the group lies across the processes
-        max_steps=len(scripts),
         max_completion_length=512,
         lr_scheduler_type="constant",
         learning_rate=0.1,
         gamma=0.9,
         optim="sgd",  # proportional to the gradient, so that rounding is not blown up
-        **options,
+        **{"max_steps": len(scripts)} | options,
     )
     accelerator, plugin = trainer.accelerator, trainer.accelerator.state.deepspeed_plugin
     if plugin:
@@ -214,7 +230,7 @@ def run(
         "shard_elements": shard_elements,
         "whole_elements": whole_elements,
         "records": trainer.records,
-        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "logs": [row for row in trainer.state.log_history if "loss" in row],
         "start": start,
         "end": full_parameters(trainer),
         "held": trainer.held,
@@ -224,21 +240,20 @@ def run(
     return result
 
 
-def main(folder: Path, num_processes: int, cases: list[str]) -> None:
+def main(folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)  # says where each process waits for the other
     allow_fsdp_on_cpu()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         skip_shared_memory_op()
     for case in cases:
-        result = run(folder / case, num_processes, **CASES[case])
+        result = run(folder / case, 2, **CASES[case])
         torch.save(result, folder / f"{case}-rank{result['process_index']}.pt")
-    if num_processes > 1:
-        torch.distributed.barrier()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)  # a communication thread that still lives would abort the interpreter on its way out
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a communication thread that still lives would abort the interpreter on its way out
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+    main(Path(sys.argv[1]), sys.argv[2:])

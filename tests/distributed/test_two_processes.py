@@ -1,42 +1,42 @@
 """Two processes compute the numbers of one process."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from distributed import script
 
 pytestmark = pytest.mark.distributed
 
 SCRIPT = Path(__file__).with_name("script.py")
-
-
-def results(launch, folder, num_processes):
-    command = [sys.executable]
-    if num_processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    launch([*command, str(SCRIPT), str(folder), str(num_processes)], ACCELERATE_USE_CPU="true")
-    return [torch.load(folder / f"rank{rank}of{num_processes}.pt") for rank in range(num_processes)]
+ROUNDING = 1e-7  # of weights below 1
 
 
 @pytest.fixture(scope="module")
-def all_runs(launch, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distributed")
-    (single,) = results(launch, folder, 1)
-    return single, results(launch, folder, 2)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("distributed")
 
 
 @pytest.fixture(scope="module")
-def runs(all_runs):
-    single, ranks = all_runs
-    return single[:-1], [rank[:-1] for rank in ranks]
+def ranks(launch, folder):
+    """What each of two processes got."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch([*launcher, str(SCRIPT), str(folder)], ACCELERATE_USE_CPU="true")
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
-def evaluations(all_runs):
-    """Metrics of an evaluation by one process, and by the first of two."""
-    single, ranks = all_runs
-    return single[-1]["evaluation"], ranks[0][-1]["evaluation"]
+def single(folder):
+    """What one process, this one, gets."""
+    return script.run(folder, 1)
+
+
+@pytest.fixture(scope="module")
+def runs(single, ranks):
+    return single["cases"], [rank["cases"] for rank in ranks]
 
 
 def test_advantages_are_those_of_one_process(runs):
@@ -52,9 +52,9 @@ def test_advantages_are_those_of_one_process(runs):
 def test_metrics_are_those_of_the_whole_batch(runs):
     single, (first, _) = runs
     for one, two in zip(single, first, strict=True):
-        for name in one["log"]:
+        for name, value in one["logs"][0].items():
             if name.startswith(("info_gain", "belief", "collapse", "rollout", "advantages", "reward")):
-                assert two["log"][name] == pytest.approx(one["log"][name], abs=1e-5), (name, one["case"])
+                assert two["logs"][0][name] == pytest.approx(value, abs=1e-5), (name, one["case"])
 
 
 def test_both_processes_end_with_the_parameters_of_one(runs):
@@ -72,8 +72,25 @@ def test_mistake_17_both_processes_make_the_same_number_of_forwards(runs):
     assert all(one["forwards"] > 0 for one in second)
 
 
-def test_repeated_questions_do_not_count_in_evaluation(evaluations):
-    one, two = evaluations
+def test_padding_changes_rounding_only(single, ranks):
+    start = {name: value.detach() for name, value in tiny.make_model("qwen3").named_parameters()}
+    for one, *parts in zip(single["padding"], *(rank["padding"] for rank in ranks), strict=True):
+        expected = one[0]["parameters"]  # with TRL's padding, in one process
+        for padded, real in (one, *parts):
+            assert padded["ids"] == real["ids"]
+            for name, value in expected.items():
+                moved = (value - start[name]).abs().max().item()
+                for run in (padded, real):
+                    difference = (run["parameters"][name] - value).abs().max().item()
+                    assert difference < 1e-4 * moved + ROUNDING, (name, difference, moved)
+            for logs, other in zip(padded["logs"][:2], real["logs"][:2], strict=True):
+                for name in ("loss", "grad_norm", "entropy"):
+                    assert other[name] == pytest.approx(logs[name], rel=1e-5, abs=1e-7), name
+
+
+def test_repeated_questions_do_not_count_in_evaluation(single, ranks):
+    """Metrics of an evaluation by one process, and by the first of two."""
+    one, two = single["evaluation"], ranks[0]["evaluation"]
     assert one["eval_f1"] == two["eval_f1"] == pytest.approx(3 / 5)
     assert one["eval_rollout/turns/mean"] == pytest.approx(8 / 5)
     for name in one:
@@ -82,7 +99,26 @@ def test_repeated_questions_do_not_count_in_evaluation(evaluations):
                 assert two[name] == pytest.approx(one[name], abs=1e-5), name
 
 
-def test_both_processes_stop_when_a_tool_fails_on_one(runs):
-    _, (first, second) = runs
-    assert "'search' does not work: 6 of 11 calls failed" in first[0]["stopped"]
-    assert "it is gone" in first[0]["stopped"] and second[0]["stopped"] == first[0]["stopped"]
+def test_both_processes_stop_when_a_tool_fails_on_one(ranks):
+    first, second = (rank["stopped"] for rank in ranks)
+    assert "'search' does not work: 6 of 11 calls failed" in first
+    assert "it is gone" in first and second == first
+
+
+def test_rollouts_of_one_vllm_server_keep_their_own_turns(ranks, folder):
+    """Two processes with different live rollouts sample from one server, and ask for no more than it allows."""
+    processes = [json.loads((folder / f"vllm{rank}.json").read_text()) for rank in range(2)]
+    for process in processes:
+        assert process["longest"] <= 720
+        rows = zip(*(process[name] for name in ("numbers", "texts", "logprobs", "roles", "stops")), strict=True)
+        for number, text, logprobs, roles, stop in rows:
+            assert stop == "answered"
+            assert roles == ["assistant", "tool"] * number + ["assistant"]
+            assert text.count(f'"query": "author {number}"') == number
+            assert text.endswith(f"<answer>author {number}</answer><|im_end|>")
+            assert logprobs == [-float(number)]
+    requests = processes[0]["requests"]
+    assert requests[0][:2] == [4, 2]  # 4 questions, sampled twice
+    # Rounds of 6, 4 and 2 live rollouts: rank 0 has 2, 2, 2 and rank 1 has 4, 2, 0. Filled up, both have 4, 2, 2.
+    sizes = [size for size, n, _ in requests[1:] if n == 1]
+    assert 8 in sizes and 4 in sizes

@@ -1,13 +1,10 @@
-"""Rolls out with a stand-in for the client of a vLLM server, under TRL's own `generate`; started by a test."""
+"""Rolls out with a stand-in for the client of a vLLM server, under TRL's own `generate`, in two processes."""
 
-import json
-import os
 import re
-import sys
 from pathlib import Path
+from typing import Any
 
 import tiny
-import torch
 from trl.generation.vllm_generation import VLLMGeneration
 
 from igpo_trl import IGPOConfig, IGPOTrainer
@@ -84,8 +81,8 @@ class Trainer(IGPOTrainer):
         return self.generated
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
+def run(folder: Path) -> dict[str, Any]:
+    """What this process got."""
     trainer = tiny.make_trainer(
         Trainer, IGPOConfig, folder / "output", per_device_train_batch_size=4, max_completion_length=300
     )
@@ -96,7 +93,7 @@ def main(folder: Path) -> None:
     prompts = [[{"role": "user", "content": f"Where was author {i} born?"}] for i in numbers]
     trainer._generate_and_score_completions([{"prompt": prompt, "answers": ["author 3"]} for prompt in prompts])
     prompt_ids, completion_ids, masks, completions, logprobs, *_ = trainer.generated
-    results = {
+    return {
         "numbers": numbers,
         "texts": [trainer._tokenizer.decode(ids) for ids in completion_ids],
         "roles": [[message["role"] for message in messages] for messages in completions],
@@ -108,10 +105,3 @@ def main(folder: Path) -> None:
         "stops": [str(stop) for stop in trainer.current_step.round_log.stops],
         "requests": trainer.vllm_generation.vllm_client.requests if rank == 0 else None,
     }
-    (folder / f"vllm{rank}.json").write_text(json.dumps(results))
-    torch.distributed.barrier()
-    os._exit(0)  # a communication thread that still lives would abort the interpreter on its way out
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

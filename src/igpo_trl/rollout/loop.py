@@ -11,6 +11,7 @@ A bad rollout is data: whatever a policy samples and whatever a tool does ends i
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ from trl.chat_template_utils import parse_response
 
 from ..trajectory import StopReason
 from .observations import ObservationEncoder
+from .progress import rollout_bar, show_turn
 from .round_log import RoundLog
 from .tool_calls import ToolCall
 from .tool_failures import FailureWatch
@@ -161,6 +163,7 @@ class RolloutLoop:
         idle_ranks_sample (`bool`): whether a rank without rollouts must still take part in every sampling, as with
             sharded models and vLLM.
         failure_watch ([`FailureWatch`], *optional*): told how the tools have worked after every batch.
+        show_progress (`bool`): whether a long batch has a progress bar on a terminal.
     """
 
     def __init__(
@@ -175,6 +178,7 @@ class RolloutLoop:
         end_token_ids: Sequence[int] = (),
         idle_ranks_sample: bool = False,
         failure_watch: FailureWatch | None = None,
+        show_progress: bool = False,
     ):
         self.tokenizer = tokenizer
         self.limits = limits
@@ -185,6 +189,7 @@ class RolloutLoop:
         self._end_token_ids = frozenset([*end_token_ids, tokenizer.pad_token_id])
         self._idle_ranks_sample = idle_ranks_sample
         self._failure_watch = failure_watch
+        self._show_progress = show_progress
         self._reader = TurnReader(tokenizer, observations.render_call, self._end_token_ids)
         self._schemas: dict[Any, dict[str, Any]] = {}
         if limits.forced_answer_prompt is not None:  # a template that cannot render the request says so now
@@ -215,16 +220,18 @@ class RolloutLoop:
         for i, rollout in enumerate(rollouts):
             logprobs = None if first_turns.logprobs is None else first_turns.logprobs[i]
             self._take_turn(rollout, first_turns.ids[i], logprobs, first_turns.messages[i])
-        active = list(rollouts)
-        while True:
-            continuing = [rollout for rollout in active if rollout.continues]
-            self._observe(continuing, log)
-            continuing = [rollout for rollout in continuing if rollout.stop is None or rollout.answer_requested]
-            on_end([rollout for rollout in active if rollout not in continuing])
-            if not self._any_rank(bool(continuing)):
-                break
-            self._sample(continuing)
-            active = continuing
+        active, num_tokens = list(rollouts), 0
+        with rollout_bar(len(rollouts), self._show_progress) as bar:
+            for turn in count(2):
+                continuing = [rollout for rollout in active if rollout.continues]
+                self._observe(continuing, log)
+                continuing = [rollout for rollout in continuing if rollout.stop is None or rollout.answer_requested]
+                on_end([rollout for rollout in active if rollout not in continuing])
+                if not self._any_rank(bool(continuing)):
+                    break
+                show_turn(bar, turn, len(continuing), num_tokens)
+                num_tokens += self._sample(continuing)
+                active = continuing
         log.stops = [rollout.stop or StopReason.ANSWERED for rollout in rollouts]
         log.tools_called = [rollout.tools_called for rollout in rollouts]
         log.num_forced_answers = sum(rollout.answer_requested for rollout in rollouts)
@@ -302,12 +309,12 @@ class RolloutLoop:
 
     # -------------------------------------------------------------------------------------------------------- turns
 
-    def _sample(self, rollouts: Sequence[Rollout]) -> None:
-        """Sample the next turn of these rollouts."""
+    def _sample(self, rollouts: Sequence[Rollout]) -> int:
+        """Sample the next turn of these rollouts, and return the number of tokens."""
         if not rollouts:
             if self._idle_ranks_sample:
                 self._sample_turns([], [], 1)
-            return
+            return 0
         rooms = [min(self._room(rollout)[0], self.limits.max_turn_length) for rollout in rollouts]
         contexts = [rollout.context_ids for rollout in rollouts]
         turns, logprobs = self._sample_turns(contexts, [rollout.index for rollout in rollouts], max(rooms))
@@ -317,6 +324,7 @@ class RolloutLoop:
             prefix = rollout.observation_ids
             message = parse_response(self.tokenizer, ids, prefix=prefix, tools=schemas) if ids else None
             self._take_turn(rollout, ids, None if logprobs is None else logprobs[i][:room], message)
+        return sum(map(len, turns))
 
     def _take_turn(
         self, rollout: Rollout, ids: list[int], logprobs: list[float] | None, message: Message | None

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import extract_model_from_parallel, has_compiled_regions, is_compiled_module
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -170,7 +170,14 @@ def _window_mask(query: torch.Tensor, window: int | None) -> torch.Tensor | None
 
 
 def backbone_of(model: Any) -> nn.Module | None:
-    """What the output head of a model reads, through wrappers and adapters; `None` if its rows get virtual tokens."""
+    """
+    What the output head of a model reads, through wrappers and adapters.
+
+    `None` if its rows get virtual tokens, or if it is compiled: a compiled forward leaves hooks out, and would be
+    compiled anew for every length.
+    """
+    if is_compiled_module(model) or has_compiled_regions(model):
+        return None
     inner = extract_model_from_parallel(model)
     if getattr(getattr(inner, "active_peft_config", None), "is_prompt_learning", False):
         return None
