@@ -225,7 +225,7 @@ class Step:
             return
         ended = [rollout for rollout in rollouts if rollout.index in cache]
         longest = max((len(rollout.context_ids) for rollout in ended), default=0) + batch.longest_probe
-        if not ended or cache.has_long_rows or not scorer.can_use_cache(model, longest):
+        if not ended or cache.has_long_rows or not scorer.can_use_cache(model, longest, without_dropout=True):
             return
         scored = []
         for rollout in ended:
@@ -271,8 +271,9 @@ class Step:
         """Take over the log-beliefs at each rollout's `boundaries`, in nats, and turn them into gains."""
         # On the CPU: they are small, and not every accelerator has float64.
         table = torch.full(self.starts.shape, torch.nan)
-        for i, turns in enumerate(self.scored_turns):
-            table[i, turns] = log_beliefs[i]
+        scored = self.scored_turns
+        rows = [i for i, turns in enumerate(scored) for _ in turns]
+        table[rows, [turn for turns in scored for turn in turns]] = torch.cat([*log_beliefs])
         spans = [self.gain_spans(*rollout) for rollout in self._turns_and_tools]
         self.beliefs, self.gains = table.exp(), information_gain(table, self.info_gain, spans=spans)
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..beliefs.branching import evaluating
 from ..beliefs.models import ChangingPositions
 
 
@@ -124,7 +125,11 @@ class PrefixCache:
     def cached_row(self, rollout: int, tokens: Sequence[int]) -> tuple[int, int, int]:
         """A rollout's row of the cache, its left padding, and the number of leading `tokens` that are cached."""
         row = self._row_of[rollout]
-        return row, int(self._padding[row]), self._shared(rollout, torch.tensor(tokens))
+        cached = self._tokens[row].tolist()
+        # Nearly always all of them are, and lists are compared faster than they become tensors.
+        same = cached == list(tokens[: len(cached)])
+        length = len(cached) if same else self._shared(rollout, torch.tensor(tokens))
+        return row, int(self._padding[row]), length
 
     @property
     def has_long_rows(self) -> bool:
@@ -195,6 +200,9 @@ def replaced_generate(
     """
     Make the model's `generate` respect a limit and reuse a KV cache, for callers that have no argument for either.
 
+    Dropout is off meanwhile, as in every inference engine: rollouts are those of the policy that is evaluated, and
+    beliefs can be scored against their keys and values.
+
     Args:
         model (`PreTrainedModel`): whose `generate` is replaced while the context lasts.
         cache ([`PrefixCache`], *optional*): of the rollouts.
@@ -208,9 +216,10 @@ def replaced_generate(
         if config.max_new_tokens is not None:
             config.max_new_tokens = min(config.max_new_tokens, max_new_tokens)
         options["generation_config"] = config
-        if cache is None or len(rollouts) != len(input_ids):
-            return generate(input_ids=input_ids, attention_mask=attention_mask, **options)
-        return cache.generate(generate, model, input_ids, attention_mask, rollouts, **options)
+        with evaluating(model):
+            if cache is None or len(rollouts) != len(input_ids):
+                return generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+            return cache.generate(generate, model, input_ids, attention_mask, rollouts, **options)
 
     model.generate = generate_with_cache
     try:
