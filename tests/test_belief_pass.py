@@ -13,7 +13,7 @@ import torch
 import trl.trainer.grpo_trainer
 from datasets import Dataset
 from peft import LoraConfig
-from test_beliefs import assert_beliefs, ragged_batch
+from test_beliefs import assert_beliefs, probe, ragged_batch, tokens
 from transformers import DynamicCache
 from trl import GRPOConfig, GRPOTrainer
 
@@ -266,6 +266,20 @@ def test_nothing_is_scored_twice():
     assert len(ran) == once > 0
     assert_beliefs(score_beliefs(model, *batch, memo=memo), expected)
     assert len(ran) > once
+
+
+def test_the_prompt_of_a_group_is_scored_in_the_first_round_alone():
+    model, prompt = tiny.make_model("qwen3").eval(), tokens(10, 1)
+    batch = [prompt + tokens(6, 2), prompt + tokens(8, 3)], [[10, 16], [10, 18]], [[probe(3, 2)]] * 2
+    cache, *rows = left_padded(model, batch, 3)
+    memo, shapes = {}, []
+    model.get_input_embeddings().register_forward_hook(lambda _, ids, __: shapes.append(tuple(ids[0].shape)))
+    for i, expected in enumerate(oracles.beliefs(model, *batch)):
+        shapes.clear()
+        cached = CachedContexts(cache, *(values[i : i + 1] for values in rows))
+        actual = score_beliefs(model, *(part[i : i + 1] for part in batch), cached=cached, memo=memo)
+        assert_beliefs(actual, [expected])
+        assert shapes == [(1, 2 * 4), (1, 4)][i : i + 1]  # the last of a probe's five tokens predicts nothing of it
 
 
 def test_what_cannot_branch_is_not_scored_against_a_cache():
