@@ -63,6 +63,14 @@ class IGPOConfig(GRPOConfig):
             "1 for the turn whose observation is the first to contain an answer, else 0; it needs no belief."
         },
     )
+    gain_baseline: str = field(
+        default="previous",
+        metadata={
+            "help": "What the belief after a turn is compared with: `previous`, the belief before the turn; or "
+            "`random`, the belief after the same turn if it had found what a search for another question of the batch "
+            "found (IG-Search, arXiv 2604.15148), which takes a forward for every turn."
+        },
+    )
     gain_clip: float | None = field(
         default=None, metadata={"help": "Largest absolute gain; what is beyond it counts as this. `None` is no limit."}
     )
@@ -276,6 +284,15 @@ class IGPOConfig(GRPOConfig):
         metadata={
             "help": "Whether the transformers backend keeps the KV cache of a rollout between its turns, if the "
             "model's cache can be cropped."
+        },
+    )
+
+    # Diagnosis
+    evidence_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Every so many optimizer steps, log `evidence/used`: how much less likely the next turns are "
+            "without the observations that they follow. Takes two forwards for every turn. `None` never does."
         },
     )
 

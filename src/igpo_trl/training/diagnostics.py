@@ -1,10 +1,22 @@
 """What a generation batch says about the method: metrics of beliefs, gains and credit. Axes: N rollouts, K turns."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+
+def without_infinite(rewards: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    """Rewards (N, functions) with NaN, as for a missing one, in place of infinite ones; warns of their functions."""
+    if (infinite := rewards.isinf()).any():
+        logger.warning(
+            "%d infinite rewards of %s count as missing. Return a finite number, or None for no reward.",
+            int(infinite.sum()),
+            ", ".join(name for name, bad in zip(names, infinite.any(dim=0).tolist(), strict=False) if bad),
+        )
+    return rewards.masked_fill(infinite, torch.nan)
 
 
 def belief_metrics(
