@@ -408,3 +408,61 @@ def test_evaluation_sets_need_answers_for_beliefs(tmp_path):
     with pytest.raises(ValueError, match="eval_dataset"):
         make(tmp_path, eval_dataset=without, belief_at_eval=True)
     make(tmp_path, eval_dataset=without)
+
+
+# --- whose belief ----------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_the_model_without_its_adapter(tmp_path, searching, scored):
+    """At a high learning rate the policy's own beliefs soon differ from those of the model that it started from."""
+    adapter = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    trainer = make(tmp_path, belief_model="reference", peft_config=adapter, max_steps=2, learning_rate=0.1)
+    trainer.train()
+    with trainer.model.disable_adapter():
+        expected = oracle_of(trainer, trainer.model)
+    assert_beliefs_of(trainer, expected)
+    with pytest.raises(AssertionError):
+        assert_beliefs_of(trainer, oracle_of(trainer, trainer.model))
+
+
+def test_a_snapshot_is_renewed_when_it_is_due(tmp_path, searching, scored):
+    trainer = make(tmp_path, belief_model="snapshot", belief_snapshot_steps=2, max_steps=4, learning_rate=0.1)
+    before, seen = [], []
+    generate = trainer._generate_and_score_completions
+
+    def record(inputs):
+        before.append(tiny.make_model())
+        before[-1].load_state_dict(trainer.model.state_dict())
+        output = generate(inputs)
+        seen.append(trainer.current_step)
+        assert all(map(torch.equal, before[-1].parameters(), trainer.model.parameters()))
+        return output
+
+    trainer._generate_and_score_completions = record
+    trainer.train()
+    for i, step in enumerate(seen):  # snapshots are taken in steps 0 and 2
+        trainer.current_step = step
+        assert_beliefs_of(trainer, oracle_of(trainer, before[i - i % 2]))
+        if i % 2:
+            with pytest.raises(AssertionError):
+                assert_beliefs_of(trainer, oracle_of(trainer, before[i]))
+
+
+def oracle_of(trainer, model):
+    """Log-beliefs of the current step's rollouts, by plain forwards."""
+    step = trainer.current_step
+    probes = trainer._belief_scorer.begin(step.answers).probes
+    rows = oracles.beliefs(model, step.sequences, step.boundaries, probes)
+    return [torch.tensor(row).amax(dim=-1) for row in rows]
+
+
+def assert_beliefs_of(trainer, expected):
+    for row, turns, values in zip(
+        trainer.current_step.beliefs, trainer.current_step.scored_turns, expected, strict=True
+    ):
+        torch.testing.assert_close(row[turns].log(), values, atol=1e-4, rtol=1e-4)
+
+
+def test_a_reference_needs_an_adapter_or_a_reference_model(tmp_path):
+    with pytest.raises(ValueError, match="train an adapter"):
+        make(tmp_path, belief_model="reference")

@@ -114,7 +114,7 @@ MISTAKES = {
     "--optim adamm": "`optim`: got 'adamm'. Did you mean ada",
     "--lr_scheduler_type cosin": "Did you mean cosine",
     "--save_strategy sometimes": "Expected one of no, steps, epoch, best",
-    "--info_gain difference": "must be one of prob_diff, log_prob_diff, log_gap, got 'difference'",
+    "--info_gain difference": "must be one of prob_diff, log_prob_diff, log_gap, first_seen, got 'difference'",
     "--model_init_kwargs {bad": "`model_init_kwargs`: got '{bad', expected JSON",
     "--chat_template_kwargs x": "`chat_template_kwargs`: got 'x', expected JSON",
     "--questions absent.jsonl": "`questions`: no such file: absent.jsonl",

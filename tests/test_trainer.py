@@ -281,6 +281,38 @@ def test_log_prob_gains(make, monkeypatch):
         assert actual == pytest.approx(expected, abs=1e-4)
 
 
+def test_the_first_observation_with_an_answer(make, monkeypatch):
+    """Rollout 0 reads the answer after its second search and again after its third; rollout 1 never. No belief."""
+    monkeypatch.setattr(igpo_trl.beliefs.scorer, "score_beliefs", refuse)
+
+    def look(query: str) -> str:
+        """
+        Looks.
+
+        Args:
+            query: What to look for.
+        """
+        return {"right": "The city of PARIS, they say.", "wrong": "Parisians and Rome"}[query]
+
+    trainer = make(tools=[look], info_gain="first_seen", per_device_train_batch_size=2, save_trajectories=True)
+    trainer.scripts = [
+        [tiny.call(word, "look") for word in ("wrong", "right", "right")] + [tiny.answer("Paris")],
+        [tiny.call("wrong", "look"), tiny.answer("Paris")],
+    ]
+    trainer.train()
+    gains = trainer.current_step.gains
+    assert gains[0, :3].tolist() == [0.0, 1.0, 0.0] and gains[0, 3].isnan()
+    assert gains[1, 0] == 0.0 and gains[1, 1:].isnan().all()
+    assert trainer.state.log_history[0]["info_gain/mean"] == 0.25
+    ((_, output),) = trainer.batches
+    credit = tokens_by_turn(output, 0, trainer.processing_class, trainer.scripts[0])
+    # z-scores of 0, 1, 0, 0, summed over what follows; equal outcomes give 0.
+    assert credit == pytest.approx([3**-0.5, 2 * 3**-0.5, -(3**-0.5), 0.0], abs=1e-4)
+    (record, _) = read_jsonl(trainer_dir(trainer) / "trajectories" / "rank0.jsonl")
+    assert [turn.info_gain for turn in record.turns] == [0.0, 1.0, 0.0, None]
+    assert {turn.belief for turn in record.turns} == {None}
+
+
 def test_mistake_15_groups_with_equal_outcomes_are_rescued_by_their_gains(make, monkeypatch):
     trainer = make(tools=[clues], per_device_train_batch_size=2)
     trainer.scripts = [[tiny.call("two", "clues"), "?"], [tiny.call("none", "clues"), "?"]]  # both penalised

@@ -74,13 +74,13 @@ def check_before_loading(
         ObservationEncoder(processing_class, max_tokens=args.max_tool_response_tokens)  # raises if that is too few
     owned = any(map(own_answers, environments))
     columns = [] if train_dataset is None else columns_of(train_dataset)
-    if needs_answers and not args.uses_beliefs and not owned and args.answer_column not in columns:
+    if needs_answers and not args.credits_turns and not owned and args.answer_column not in columns:
         raise ValueError(
             "No reward: `reward_funcs` is not given, and the default, the F1 of the answer, needs right answers in "
             f"the column `{args.answer_column}` of `train_dataset`, got {', '.join(columns) or 'no data set'}. Pass "
             "`reward_funcs`, or name the column of the answers with `IGPOConfig(answer_column=...)`."
         )
-    if args.uses_beliefs or needs_answers:
+    if args.credits_turns or needs_answers:
         check_answers(train_dataset, args.answer_column, "train_dataset", optional=owned)
     for name, dataset in named_datasets(train_dataset, "train_dataset") + named_datasets(eval_dataset):
         check_columns(dataset, name, needs_prompt=not environments)

@@ -17,6 +17,8 @@ from .rollout.loop import Rollout, RolloutLimits, RolloutLoop
 from .rollout.observations import ObservationEncoder
 from .rollout.tool_failures import FailureWatch
 from .rollout.tool_runner import ToolRunner
+from .step import Step
+from .training.belief_model import Reference, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,53 @@ def make_belief_scorer(trainer: Any) -> BeliefScorer:
         tokens_per_batch=args.belief_tokens_per_batch,
         max_over_ranks=trainer.max_over_ranks,
     )
+
+
+def make_belief_model(trainer: Any) -> Reference | Snapshot | None:
+    """What scores beliefs if it is not the policy, whose KV caches are then of no use; `None` if it is."""
+    args = trainer.args
+    if args.belief_model == "reference":
+        if trainer.ref_model is None and not hasattr(trainer.model, "disable_adapter"):
+            raise ValueError(
+                "`belief_model='reference'` needs a reference model: train an adapter (`peft_config`), which is "
+                "switched off to score beliefs, or set `beta` above 0, got neither."
+            )
+        return Reference(trainer.ref_model)
+    if args.belief_model == "snapshot":
+        if trainer.is_sharded:
+            raise ValueError(
+                "`belief_model='snapshot'` copies the weights, which FSDP and ZeRO-3 shard. Use DDP or ZeRO-2, or "
+                "`belief_model='reference'`."
+            )
+        return Snapshot(args.belief_snapshot_steps)
+    return None
+
+
+def make_step(trainer: Any, rows: list[dict[str, Any]]) -> Step:
+    """The state of a generation batch of these rows, before its rollouts."""
+    args, training = trainer.args, trainer.is_training
+    step = Step(
+        rows,
+        training,
+        num_generations=trainer.num_generations,
+        answer_column=args.answer_column,
+        info_gain=args.info_gain,
+        gain_clip=args.gain_clip,
+        info_gain_every=args.info_gain_every,
+        info_gain_tools=args.info_gain_tools,
+        scores_every_turn=args.normalization == "critic" or not training,
+        optimizer_step=trainer.state.global_step,
+        rank=trainer.accelerator.process_index,
+        num_counted=trainer.count_rollouts(len(rows)),
+    )
+    if args.uses_beliefs if training else args.belief_at_eval:
+        # The parent's own condition for that forward, which has no name there.
+        computes_old_log_probs = args.gradient_accumulation_steps % (
+            args.steps_per_generation * trainer.num_iterations
+        ) != 0 or (trainer.use_vllm and trainer.vllm_importance_sampling_correction)
+        scores_earlier = trainer._belief_model is not None or (trainer._reuses_prefixes and not trainer.is_sharded)
+        step.captures_old_log_probs = computes_old_log_probs and not scores_earlier
+    return step
 
 
 def make_rollout_loop(trainer: Any) -> RolloutLoop:

@@ -2,21 +2,17 @@
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import GRPOConfig
 
-from .advantages import NORMALIZATIONS
-from .beliefs.probes import DEFAULT_TEMPLATE, split_template
+from .beliefs.probes import DEFAULT_TEMPLATE
 from .rewards import DEFAULT_FORMAT_PENALTY
-from .turns import GAINS
+from .training.options import check_options
+from .turns import FIRST_SEEN
 
 # TRL calls a property of transformers by its old name.
 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
-
-#: The losses that TRL computes; it looks at the name only in the first step.
-_LOSSES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
 #: Numbers of TRL and transformers that fail only after the model is loaded, or mean nothing, and their least values.
 _SMALLEST = {
@@ -63,7 +59,8 @@ class IGPOConfig(GRPOConfig):
         metadata={
             "help": "Gain of a turn: `prob_diff`, the difference of probabilities (the paper's preprint), "
             "`log_prob_diff`, that of log-probabilities (its published version), or `log_gap`, the factor by which "
-            "the gap to certainty shrinks, as a logarithm: bounded, and not blind to beliefs of 1e-6."
+            "the gap to certainty shrinks, as a logarithm: bounded, and not blind to beliefs of 1e-6. `first_seen` is "
+            "1 for the turn whose observation is the first to contain an answer, else 0; it needs no belief."
         },
     )
     gain_clip: float | None = field(
@@ -146,6 +143,17 @@ class IGPOConfig(GRPOConfig):
     )
 
     # Belief pass
+    belief_model: str = field(
+        default="policy",
+        metadata={
+            "help": "Whose belief is scored: `policy`; `reference`, the model that training starts from (the adapter "
+            "switched off, or the reference model of `beta`); or `snapshot`, the policy of up to "
+            "`belief_snapshot_steps` optimizer steps ago. The last two take a forward over the rollouts of their own."
+        },
+    )
+    belief_snapshot_steps: int = field(
+        default=50, metadata={"help": "Optimizer steps between two snapshots, with `belief_model='snapshot'`."}
+    )
     belief_method: str = field(
         default="auto",
         metadata={
@@ -291,62 +299,9 @@ class IGPOConfig(GRPOConfig):
             if (number := getattr(self, name)) is not None and number < low:
                 raise ValueError(f"`{name}` must be at least {low}, got {number}.")
         super().__post_init__()
-        self._check_choice("loss_type", _LOSSES)
-        self._check_choice("scale_rewards", ("group", "batch", "none"))
-        self._check_choice("alias_reduction", ("max", "mean", "first"))
-        self._check_choice("info_gain", tuple(GAINS))
-        self._check_choice("normalization", NORMALIZATIONS)
-        self._check_choice("belief_method", ("auto", "packed", "per_turn"))
-        self._check_choice("on_malformed_tool_call", ("observe", "end"))
-        for name in (
-            "belief_tokens_per_batch", "max_answer_tokens", "max_turns", "max_turn_length", "forced_answer_length",
-            "max_concurrent_tool_calls", "info_gain_every", "tool_failure_patience",
-        ):  # fmt: skip
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        for name in ("tool_timeout", "gain_clip"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"`{name}` must be positive, or `None` for no limit, got {value}.")
-        if self.max_tool_failures is not None and not 0.0 < self.max_tool_failures <= 1.0:
-            raise ValueError(
-                f"`max_tool_failures` must be a share above 0 and at most 1, or `None`, got {self.max_tool_failures}."
-            )
-        if self.forced_answer and not self.forced_answer_prompt.strip():
-            raise ValueError("`forced_answer=True` needs a `forced_answer_prompt`, got an empty one.")
-        split_template(self.answer_template)
         if self.info_gain_weight is None:
             self.info_gain_weight = 0.0 if self.normalization == "critic" else 1.0
-        for name in ("gamma", "gae_lambda"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
-        tools: Any = self.info_gain_tools
-        if tools is not None and (isinstance(tools, str) or not tools):
-            raise ValueError(f"`info_gain_tools` must be a list of tool names, or `None` for all, got {tools!r}.")
-        if self.normalization == "critic" and (self.info_gain_every > 1 or self.info_gain_tools is not None):
-            raise ValueError(
-                "`normalization='critic'` reads the belief before every turn, so `info_gain_every` must be 1 and "
-                f"`info_gain_tools` None, got {self.info_gain_every} and {self.info_gain_tools!r}."
-            )
-        if self.std_floor < 0:
-            raise ValueError(f"`std_floor` must not be negative, got {self.std_floor}.")
-        self._check_choice("importance_sampling_level", ("token", "turn", "sequence"))
-        if self.uses_beliefs and self.importance_sampling_level == "sequence":
-            raise ValueError(
-                "With one ratio per sequence the gradient depends on the sum of a rollout's advantages only, "
-                "and the credit of its turns is lost: `importance_sampling_level` must be 'token' or 'turn', got "
-                "'sequence'."
-            )
-        if self.importance_sampling_level == "turn" and self.loss_type == "vespo":
-            raise ValueError(
-                "`loss_type='vespo'` computes weights of sequences itself, so `importance_sampling_level` must be "
-                "'token', got 'turn'. Leave it at 'token', or choose another `loss_type`."
-            )
-        if self.multi_objective_aggregation != "sum_then_normalize" and self.uses_beliefs:
-            raise ValueError(
-                "IGPO normalises the summed outcome itself, so `multi_objective_aggregation` must be "
-                f"'sum_then_normalize', got {self.multi_objective_aggregation!r}. Weight the reward functions with "
-                "`reward_weights` instead."
-            )
+        check_options(self)
 
     def _check_bf16(self) -> None:
         """Train in float32 where nothing computes in bfloat16, unless bfloat16 was asked for."""
@@ -362,14 +317,19 @@ class IGPOConfig(GRPOConfig):
             self.bf16 = False
 
     @property
-    def uses_beliefs(self) -> bool:
-        """Whether training scores beliefs at all; if not, the advantages are GRPO's."""
+    def credits_turns(self) -> bool:
+        """Whether turns have advantages of their own; if not, the advantages are GRPO's."""
         return self.normalization == "critic" or any((self.info_gain_weight, self.info_gain_weight_end))
+
+    @property
+    def uses_beliefs(self) -> bool:
+        """Whether training scores beliefs."""
+        return self.credits_turns and (self.normalization == "critic" or self.info_gain != FIRST_SEEN)
 
     @property
     def pads_to_longest(self) -> bool:
         """`pad_to_longest`, or what it is by default."""
-        return not self.uses_beliefs if self.pad_to_longest is None else self.pad_to_longest
+        return not self.credits_turns if self.pad_to_longest is None else self.pad_to_longest
 
     def weights_at(self, progress: float) -> tuple[float, float]:
         """Weights of the gains and of the outcome at a training progress between 0 and 1."""
@@ -379,8 +339,3 @@ class IGPOConfig(GRPOConfig):
 
         assert self.info_gain_weight is not None  # resolved in __post_init__
         return at(self.info_gain_weight, self.info_gain_weight_end), at(self.outcome_weight, self.outcome_weight_end)
-
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        if value not in choices:
-            raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")

@@ -16,6 +16,7 @@ from .records import TURN_COLUMNS, completion_columns
 from .rollout.tool_results import MAX_NESTING, nesting, show
 from .step import Step
 from .training.costs import Costs, TimesOptimizer
+from .training.diagnostics import CorrelationWatch
 
 # Times that are logged once per batch or step, however many rollouts it has.
 PER_BATCH = ("belief/seconds", "step_time")
@@ -121,6 +122,7 @@ class LogsRollouts(Trainer):
         super().__init__(*args, **kwargs)
         self.add_callback(TimesOptimizer(self.costs))
         self._metric_weights = {"train": MetricWeights(), "eval": MetricWeights()}
+        self._correlation_watch = CorrelationWatch()
         self._rollouts_left: float | None = None  # of the evaluation in progress
 
     @property
@@ -143,9 +145,11 @@ class LogsRollouts(Trainer):
 
     def log_step(self, step: Step) -> None:
         """Log a generation batch, and give weights to what the parent has logged of it."""
-        metrics = self._metrics[self.mode]
-        for name, value in step.metrics(self.accelerator.gather, self.accelerator.device).items():
+        metrics, of_step = self._metrics[self.mode], step.metrics(self.accelerator.gather, self.accelerator.device)
+        for name, value in of_step.items():
             metrics[name].append(value)
+        if step.training:
+            self._correlation_watch.update(of_step.get("belief/outcome_corr"))
         weights = denominators(step, metrics, self.reward_func_names)
         self._metric_weights[self.mode].add(metrics, len(step.global_num_turns[: step.num_counted]), weights)
         if self.log_completions:

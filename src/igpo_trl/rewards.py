@@ -133,6 +133,13 @@ def cover_exact_match(prediction: str | None, answers: str | Sequence[str], vari
     return float(text is not None and any(alias == text or (alias != "" and alias in text) for alias in aliases))
 
 
+def mentions(text: str, answers: str | Sequence[str]) -> bool:
+    """Whether one of the answers stands in the text as whole words, after SQuAD's normalisation."""
+    words = f" {_normalize_squad(text)} "
+    aliases = [_normalize_squad(alias) for alias in _aliases(answers)]
+    return any(alias != "" and f" {alias} " in words for alias in aliases)
+
+
 def reference_score(
     text: str, answers: str | Sequence[str], format_penalty: float = DEFAULT_FORMAT_PENALTY
 ) -> ReferenceScore:

@@ -17,12 +17,12 @@ from .beliefs import CachedContexts
 from .beliefs.scorer import BeliefBatch, BeliefScorer
 from .checks import own_answers
 from .data.rows import answers_of
-from .rewards import LAST_TURN, exact_match, extract_answer, f1_score, last_assistant_text
+from .rewards import LAST_TURN, exact_match, extract_answer, f1_score, last_assistant_text, mentions
 from .rollout.kv_cache import PrefixCache
 from .rollout.loop import Rollout
 from .rollout.round_log import RoundLog
 from .training.diagnostics import belief_metrics, credit_metrics
-from .turns import expand_to_tokens, gain_spans, information_gain, turn_spans
+from .turns import FIRST_SEEN, expand_to_tokens, gain_spans, information_gain, turn_spans
 
 logger = logging.getLogger(__name__)
 
@@ -275,9 +275,30 @@ class Step:
         table = torch.full(self.starts.shape, torch.nan)
         for i, turns in enumerate(self.scored_turns):
             table[i, turns] = log_beliefs[i]
-        spans = [self.gain_spans(*rollout) for rollout in self._turns_and_tools]
         self.beliefs = table.exp()
-        self.gains = information_gain(table, self.info_gain, spans=spans, clip=self.gain_clip)
+        if self.info_gain != FIRST_SEEN:
+            spans = [self.gain_spans(*rollout) for rollout in self._turns_and_tools]
+            self.gains = information_gain(table, self.info_gain, spans=spans, clip=self.gain_clip)
+
+    def set_first_seen(self, tokenizer: Any) -> None:
+        """Gains of 1 where an observation is the first of its rollout to contain an answer, 0 for other turns."""
+        if self.beliefs is None:
+            self.beliefs = torch.full(self.starts.shape, torch.nan)
+        self.gains = torch.full(self.starts.shape, torch.nan)
+        for i, rollout in enumerate(self._turns_and_tools):
+            found = False
+            for first, end in self.gain_spans(*rollout):
+                seen = not found and any(
+                    mentions(tokenizer.decode(self.observation(i, k)), self.answers[i]) for k in range(first, end)
+                )
+                self.gains[i, end - 1], found = float(seen), found or seen
+
+    def observation(self, rollout: int, turn: int) -> list[int]:
+        """Token ids of what a rollout read after a turn; none after its last."""
+        start, *end = self.turn_starts[rollout][turn : turn + 2]
+        span = slice(start, end[0] if end else None)
+        is_observation = (self.turn_index[rollout, span] < 0).tolist()
+        return list(compress(self.completion_ids[rollout][span], is_observation))
 
     def gain_spans(self, num_turns: int, tools_called: Sequence[Any]) -> list[tuple[int, int]]:
         """The spans of turns of a rollout over which gains are measured."""
@@ -361,10 +382,10 @@ class Step:
                 local = [score(*pair) for pair in zip(self.predictions, self.answers, strict=True)]
                 metrics[name] = gather(torch.tensor(local, device=device))[: self.num_counted].mean().item()
         if self.belief_batch is not None:
-            assert self.global_beliefs is not None  # `gather` comes first
             metrics["belief/seconds"] = self.belief_batch.seconds
-            num_turns = self.global_num_turns[: self.num_counted]
-            metrics |= belief_metrics(self.gains_that_count, self.global_beliefs[: self.num_counted], num_turns)
+        if self.global_beliefs is not None:
+            columns = (self.global_beliefs, self.global_num_turns, self.global_outcome.cpu())
+            metrics |= belief_metrics(self.gains_that_count, *(values[: self.num_counted] for values in columns))
         if self.global_advantages is not None:
             outcome = self.global_outcome.cpu()
             metrics |= credit_metrics(outcome, self.global_advantages, self.global_num_turns, self.num_generations)

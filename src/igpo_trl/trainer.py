@@ -1,6 +1,7 @@
 """[`IGPOTrainer`]: TRL's `GRPOTrainer` with turn-level advantages from information gain."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from .step import Step
 from .training.costs import timed
 from .training.sampled_tokens import SampledTokensModel, backbone_of, can_pack, sampled_mask_of
 from .trajectory import write_jsonl
-from .turns import old_log_probs_of_turn_ratios
+from .turns import FIRST_SEEN, old_log_probs_of_turn_ratios
 
 
 class IGPOTrainer(LogsRollouts, GRPOTrainer):
@@ -158,6 +159,7 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         self.current_step = Step([], training=False)  # the current generation batch
         components.limit_generation(self)
         self._belief_scorer = components.make_belief_scorer(self)
+        self._belief_model = components.make_belief_model(self)
         self._rollout_loop = components.make_rollout_loop(self) if self.tools else None
         self._reuses_prefixes = components.can_reuse_prefixes(self)
         self._packs_rows = can_pack(self.model)
@@ -171,37 +173,19 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         args, training = self.args, self.is_training
         inputs = [dict(row) for row in inputs]  # to which environments may add their answers
         inputs = inputs if self.rollout_func is not None else plain_rows(inputs)
-        step = self.current_step = Step(
-            inputs,
-            training,
-            num_generations=self.num_generations,
-            answer_column=args.answer_column,
-            info_gain=args.info_gain,
-            gain_clip=args.gain_clip,
-            info_gain_every=args.info_gain_every,
-            info_gain_tools=args.info_gain_tools,
-            scores_every_turn=args.normalization == "critic" or not training,
-            optimizer_step=self.state.global_step,
-            rank=self.accelerator.process_index,
-            num_counted=self.count_rollouts(len(inputs)),
-        )
-        if args.uses_beliefs if training else args.belief_at_eval:
-            # The parent's own condition for that forward, which has no name there.
-            computes_old_log_probs = args.gradient_accumulation_steps % (
-                args.steps_per_generation * self.num_iterations
-            ) != 0 or (self.use_vllm and self.vllm_importance_sampling_correction)
-            step.captures_old_log_probs = computes_old_log_probs and not (
-                self._reuses_prefixes and not self.is_sharded
-            )
-
+        step = self.current_step = components.make_step(self, inputs)
         output = super()._generate_and_score_completions(inputs)  # calls the hooks below
 
         if step.belief_batch is not None:
-            with self.accelerator.autocast(), self.costs.part("beliefs"):
-                step.score_beliefs(self._belief_scorer, self.model)
+            believes, optimizer_step = self._belief_model, self.state.global_step
+            model = believes.scoring(self.model, optimizer_step) if believes is not None else nullcontext(self.model)
+            with self.accelerator.autocast(), self.costs.part("beliefs"), model as believer:
+                step.score_beliefs(self._belief_scorer, believer)
+        if args.info_gain == FIRST_SEEN and (args.credits_turns if training else args.belief_at_eval):
+            step.set_first_seen(self._tokenizer)
         step.gather(self.accelerator)
         metrics = self._metrics[self.mode]
-        if training and step.belief_batch is not None:
+        if training and step.gains is not None:
             gain_weight, outcome_weight = args.weights_at(self.state.global_step / max(1, self.state.max_steps))
             step.set_advantages(
                 normalization=args.normalization,
@@ -220,7 +204,7 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
                 metrics["outcome_weight"].append(outcome_weight)
         self.log_step(step)
         if training and args.save_trajectories:
-            rollout_advantages = output["advantages"] if step.belief_batch is None else None
+            rollout_advantages = output["advantages"] if step.gains is None else None
             records = trajectories_of(step, self._tokenizer, self.reward_func_names, rollout_advantages)
             write_jsonl(Path(args.output_dir, "trajectories", f"rank{step.rank}.jsonl"), records, append=True)
         return output
@@ -320,7 +304,7 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
 
     def _score_ended_rollouts(self, rollouts: Sequence[Rollout]) -> None:
         # Sharded models score later: their ranks must make equally many forwards, and rollouts end when they like.
-        if not self.is_sharded:
+        if self._belief_model is None and not self.is_sharded:
             with self.accelerator.autocast(), self.costs.part("beliefs"):
                 self.current_step.score_ended_rollouts(self._belief_scorer, self.model, rollouts)
 

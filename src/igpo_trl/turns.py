@@ -20,6 +20,10 @@ GAINS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "log_gap": lambda log_belief: -(_CERTAIN - log_belief).log(),
 }
 
+#: A gain that is no rise of a belief: 1 for the turn whose observation is the first to contain an answer (TSPO, arXiv
+#: 2601.22776).
+FIRST_SEEN = "first_seen"
+
 
 def turn_spans(sampled_mask: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """

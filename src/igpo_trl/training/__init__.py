@@ -1,1 +1,1 @@
-"""What makes a training step cheap: forwards without padding, and the count of what they cost."""
+"""What a training step is made of: checked options, forwards without padding, metrics and costs."""

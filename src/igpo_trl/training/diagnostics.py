@@ -1,9 +1,15 @@
 """What a generation batch says about the method: metrics of beliefs, gains and credit. Axes: N rollouts, K turns."""
 
+import logging
+
 import torch
 
+logger = logging.getLogger(__name__)
 
-def belief_metrics(gains: torch.Tensor, beliefs: torch.Tensor, num_turns: torch.Tensor) -> dict[str, float]:
+
+def belief_metrics(
+    gains: torch.Tensor, beliefs: torch.Tensor, num_turns: torch.Tensor, outcome: torch.Tensor
+) -> dict[str, float]:
     """
     Metrics of gains and beliefs.
 
@@ -11,6 +17,7 @@ def belief_metrics(gains: torch.Tensor, beliefs: torch.Tensor, num_turns: torch.
         gains (`torch.Tensor` of any shape): all gains.
         beliefs (`torch.Tensor` of shape (N, K)): probability of the answer before each turn, NaN where it is unknown.
         num_turns (`torch.Tensor` of shape (N,)): turns of each rollout.
+        outcome (`torch.Tensor` of shape (N,)): NaN where no reward function applies.
 
     Returns:
         `dict[str, float]`: by name; only those for which there is something.
@@ -21,10 +28,44 @@ def belief_metrics(gains: torch.Tensor, beliefs: torch.Tensor, num_turns: torch.
         metrics["info_gain/std"] = gains.std(correction=0).item()
         metrics["info_gain/positive"] = (gains > 0).float().mean().item()
     if not beliefs[:, 0].isnan().all():
-        last = beliefs.gather(1, (num_turns - 1)[:, None])
+        last = beliefs.gather(1, (num_turns - 1)[:, None])[:, 0]
         metrics["belief/prompt"] = beliefs[:, 0].nanmean().item()
         metrics["belief/final"] = last.nanmean().item()
+        if (correlation := rank_correlation(last, outcome)) is not None:
+            metrics["belief/outcome_corr"] = correlation
     return metrics
+
+
+def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float | None:
+    """Spearman's rank correlation of two vectors (N,) where neither is NaN; `None` if one of them is constant."""
+    both = ~(a.isnan() | b.isnan())
+    # Equal values share the mean of their ranks.
+    ranks = torch.stack([(x[:, None] > x).sum(1) + 0.5 * (x[:, None] == x).sum(1) for x in (a[both], b[both])])
+    centred = ranks - ranks.mean(dim=1, keepdim=True)
+    norms = centred.norm(dim=1)
+    return None if not norms.all() else (centred[0] @ centred[1] / norms.prod()).clamp(-1, 1).item()
+
+
+class CorrelationWatch:
+    """Warns once if beliefs have not agreed with outcomes for `patience` batches: gains may reward the wrong turns."""
+
+    def __init__(self, patience: int = 20):
+        self._patience = patience
+        self._num_bad = 0
+
+    def update(self, correlation: float | None) -> None:
+        """Take the correlation of a batch; `None`, where there is none, changes nothing."""
+        if correlation is None:
+            return
+        self._num_bad = self._num_bad + 1 if correlation <= 0 else 0
+        if self._num_bad == self._patience:
+            logger.warning(
+                "For %d batches in a row, rollouts that ended with a higher belief in the right answer were not "
+                "rewarded more (`belief/outcome_corr` is at most 0, now %.2f). The gains may reward the wrong turns: "
+                "compare `answer_template` with what the model writes, and look at trajectories (`igpo view`).",
+                self._patience,
+                correlation,
+            )
 
 
 def credit_metrics(
