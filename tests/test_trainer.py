@@ -708,11 +708,26 @@ def test_warning_without_tools_or_environment(make):
         ({"importance_sampling_level": "sequence"}, "credit of its turns is lost.*got 'sequence'"),
         ({"importance_sampling_level": "word"}, "token, turn, sequence, got 'word'"),
         ({"importance_sampling_level": "turn", "loss_type": "vespo"}, "must be 'token', got 'turn'"),
+        ({"recipe": "grpo"}, "paper, preprint, got 'grpo'"),
+        ({"belief_model": "teacher"}, "policy, reference, snapshot, got 'teacher'"),
+        ({"gain_clip": 0.0}, "must be positive.*got 0.0"),
+        ({"gain_baseline": "random", "info_gain_every": 2}, "must be 1.*got 2"),
+        ({"gain_baseline": "random", "info_gain": "first_seen"}, "a rise of the belief.*'first_seen'"),
+        ({"evidence_every": 0}, "at least 1, got 0"),
     ],
 )
 def test_config_rejects(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options, **NO_MODEL)
+
+
+def test_recipes_of_the_paper(tmp_path):
+    """The two versions differ in the gain and in what it is normalised with; other values stay."""
+    paper = IGPOConfig(tmp_path, recipe="paper", gamma=0.9, bf16=False)
+    assert (paper.info_gain, paper.normalization) == ("log_prob_diff", "separate")
+    assert (paper.alias_reduction, paper.std_floor, paper.gamma, paper.info_gain_weight) == ("first", 1e-4, 0.9, 1.0)
+    preprint = IGPOConfig(tmp_path, recipe="preprint", bf16=False)
+    assert (preprint.info_gain, preprint.normalization, preprint.gamma) == ("prob_diff", "joint", 1.0)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------

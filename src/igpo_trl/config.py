@@ -1,7 +1,8 @@
 """Arguments of [`IGPOTrainer`]: those of TRL's `GRPOConfig`, and the ones that IGPO adds."""
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import GRPOConfig
@@ -22,6 +23,14 @@ _SMALLEST = {
 }
 
 
+_AUTHORS = {"info_gain_weight": 1.0, "gamma": 1.0, "alias_reduction": "first", "std_floor": 1e-4}
+#: What arXiv 2510.14967 and its reference code set, by `recipe`.
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {"info_gain": "log_prob_diff", "normalization": "separate", **_AUTHORS},
+    "preprint": {"info_gain": "prob_diff", "normalization": "joint", **_AUTHORS},
+}
+
+
 @dataclass
 class IGPOConfig(GRPOConfig):
     r"""
@@ -31,6 +40,16 @@ class IGPOConfig(GRPOConfig):
     divides by the standard deviation of the pool in the group, `"batch"` by that of the batch, `"none"` by nothing.
     Each field's help says where its default comes from; "paper" is arXiv 2510.14967.
     """
+
+    recipe: str | None = field(
+        default=None,
+        metadata={
+            "help": "Set what the paper and its reference code set: `paper`, the published version (gains in "
+            "log-probability, normalised apart from the outcomes), or `preprint`, the first version (gains in "
+            "probability, normalised together with them). Both score the first alias, and have a `std_floor` of 1e-4. "
+            "Options with another value than their default keep it."
+        },
+    )
 
     # Answers
     answer_column: str = field(
@@ -312,6 +331,13 @@ class IGPOConfig(GRPOConfig):
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
         self._check_bf16()
+        if self.recipe is not None:
+            if self.recipe not in RECIPES:
+                raise ValueError(f"`recipe` must be one of {', '.join(RECIPES)}, got {self.recipe!r}.")
+            defaults = {field.name: field.default for field in fields(self)}
+            for name, value in RECIPES[self.recipe].items():
+                if getattr(self, name) == defaults[name]:
+                    setattr(self, name, value)
         for name, low in _SMALLEST.items():
             if (number := getattr(self, name)) is not None and number < low:
                 raise ValueError(f"`{name}` must be at least {low}, got {number}.")
