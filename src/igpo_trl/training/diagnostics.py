@@ -1,7 +1,7 @@
 """What a generation batch says about the method: metrics of beliefs, gains and credit. Axes: N rollouts, K turns."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -58,26 +58,51 @@ def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float | None:
     return None if not norms.all() else (centred[0] @ centred[1] / norms.prod()).clamp(-1, 1).item()
 
 
-class CorrelationWatch:
-    """Warns once if beliefs have not agreed with outcomes for `patience` batches: gains may reward the wrong turns."""
+class Watch:
+    """
+    Warns once if a metric has been bad for many batches in a row.
 
-    def __init__(self, patience: int = 20):
+    Args:
+        is_bad (`Callable`): of the metric's value.
+        message (`str`): with places for the number of batches and the latest value.
+        patience (`int`, *optional*, defaults to `20`): that number of batches.
+    """
+
+    def __init__(self, is_bad: Callable[[float], bool], message: str, patience: int = 20):
+        self._is_bad = is_bad
+        self._message = message
         self._patience = patience
         self._num_bad = 0
 
-    def update(self, correlation: float | None) -> None:
-        """Take the correlation of a batch; `None`, where there is none, changes nothing."""
-        if correlation is None:
+    def update(self, value: float | None) -> None:
+        """Take the value of a batch; `None`, where there is none, changes nothing."""
+        if value is None:
             return
-        self._num_bad = self._num_bad + 1 if correlation <= 0 else 0
+        self._num_bad = self._num_bad + 1 if self._is_bad(value) else 0
         if self._num_bad == self._patience:
-            logger.warning(
-                "For %d batches in a row, rollouts that ended with a higher belief in the right answer were not "
-                "rewarded more (`belief/outcome_corr` is at most 0, now %.2f). The gains may reward the wrong turns: "
-                "compare `answer_template` with what the model writes, and look at trajectories (`igpo view`).",
-                self._patience,
-                correlation,
-            )
+            logger.warning(self._message, self._patience, value)
+
+
+#: Price of a turn, in units of the advantage, beyond which training warns.
+LARGE_PRICE = 0.2
+
+
+def make_watches() -> dict[str, Watch]:
+    """The metrics that a run is warned by."""
+    return {
+        "belief/outcome_corr": Watch(
+            lambda correlation: correlation <= 0,
+            "For %d batches in a row, rollouts that ended with a higher belief in the right answer were not rewarded "
+            "more (`belief/outcome_corr` is at most 0, now %.2f). The gains may reward the wrong turns: compare "
+            "`answer_template` with what the model writes, and look at trajectories (`igpo view`).",
+        ),
+        "credit/turn_price": Watch(
+            lambda price: abs(price) > LARGE_PRICE,
+            "For %d batches in a row, a further turn that changed nothing had a price far from 0 "
+            "(`credit/turn_price`, now %+.2f in units of the advantage; positive: it costs): this normalization rewards "
+            "the number of turns. `normalization='critic'` and 'returns' do not.",
+        ),
+    }
 
 
 def credit_metrics(
