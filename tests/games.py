@@ -6,13 +6,14 @@ the gradient of the success rate in the policy's logits is a sum over all turns,
 imports `igpo_trl`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 
 ANSWER, GOOD, POOR = 0, 1, 2
-Estimator = Callable[..., np.ndarray]  # (info_gain, outcome, num_turns, beliefs) of one batch -> advantages (B, K)
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ class Quality:
     How good an estimator is in a game.
 
     Attributes:
-        cosine: of the mean gradient with the exact one (bias), corrected for the noise of the mean. NaN if the exact
-            gradient is 0.
+        cosine: of the mean gradient with the exact one (bias), corrected for the noise of the mean, so that it can
+            exceed 1. NaN if the exact gradient is 0, or the mean one does not differ from 0.
         snr: norm of the mean gradient by the root of the summed variances of one batch's.
         one_batch: mean cosine of one batch's gradient with the exact one.
         credit: cosine of the advantages of turns with the true ones, over all batches.
@@ -139,31 +140,41 @@ class Quality:
     push: float
 
 
-def measure(rollouts: Rollouts, beliefs: np.ndarray, estimator: Estimator) -> Quality:
-    """Run the estimator on every batch and compare with the exact gradient."""
+def measure(
+    rollouts: Rollouts, beliefs: np.ndarray, turn_advantages: Callable[..., torch.Tensor], **options: Any
+) -> Quality:
+    """Run an estimator, `turn_advantages` with its options, on every batch; compare with the exact gradient."""
     gain = np.zeros_like(beliefs)
     gain[..., :-1] = np.diff(beliefs)
-    batches: Iterator = zip(gain, rollouts.outcome, rollouts.num_turns, beliefs, strict=True)
-    advantages = np.stack([estimator(*batch) for batch in batches])
+    batches = [torch.from_numpy(values) for values in (gain, rollouts.outcome, rollouts.num_turns, beliefs)]
+    if options["normalization"] in ("joint", "separate", "per_turn") and options.get("scale", "group") == "group":
+        batches = [values.flatten(0, 1)[None] for values in batches]  # statistics of groups: the same, all at once
+    advantages = np.concatenate(
+        [
+            turn_advantages(*batch, rollouts.num_generations, beliefs=belief, **options).numpy()
+            for *batch, belief in zip(*batches, strict=True)
+        ]
+    ).reshape(beliefs.shape)
 
     exact = rollouts.game.gradient()
     gradients = rollouts.gradients(advantages)
     mean, variance = gradients.mean(axis=0), gradients.var(axis=0, ddof=1).sum()
-    squared = max((mean**2).sum() - variance / len(gradients), 1e-300)  # unbiased, unlike that of the mean of few
-    norm = np.linalg.norm(exact)
-    if norm < 1e-12:
-        cosine = one_batch = float("nan")
-    else:
+    squared = (mean**2).sum() - variance / len(gradients)  # unbiased, unlike the norm of a mean of few
+    norm, sizes = np.linalg.norm(exact), np.linalg.norm(gradients, axis=(1, 2))
+    has_gradient, has_direction = norm > 1e-12, squared * len(gradients) > 4 * variance
+    cosine = one_batch = credit = float("nan")
+    if has_gradient:
+        one_batch = float(((gradients * exact).sum(axis=(1, 2)) / norm / np.where(sizes > 0, sizes, 1.0)).mean())
+    if has_gradient and has_direction:
         cosine = float((mean * exact).sum() / norm / squared**0.5)
-        each = np.linalg.norm(gradients, axis=(1, 2))
-        one_batch = float(((gradients * exact).sum(axis=(1, 2)) / norm / np.where(each > 0, each, 1.0)).mean())
     choice, true = rollouts.is_choice, rollouts.true_advantages()
-    product = np.linalg.norm(advantages[choice]) * np.linalg.norm(true[choice])
-    credit = float(advantages[choice] @ true[choice] / product) if norm >= 1e-12 else float("nan")
+    if has_gradient:
+        product = np.linalg.norm(advantages[choice]) * np.linalg.norm(true[choice])
+        credit = float(advantages[choice] @ true[choice] / product)
     searching = gradients[..., 1:].sum(axis=(1, 2))
     return Quality(
         cosine=cosine,
-        snr=float((squared / variance) ** 0.5),
+        snr=float((max(squared, 0.0) / variance) ** 0.5),
         one_batch=one_batch,
         credit=credit,
         push=float(searching.mean() / searching.std(ddof=1)),

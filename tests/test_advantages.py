@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_trl.advantages import NORMALIZATIONS, turn_advantages
+from igpo_trl.advantages import NORMALIZATIONS, turn_advantages, turn_price
 
 NORMALISING = ["joint", "separate", "per_turn"]  # subtract a mean first, and then add up what follows
 NAN = float("nan")
@@ -98,7 +98,7 @@ def test_equals_oracle(batch, normalization, gamma, scale, info_gain_weight, out
     assert_rows(actual, expected, atol=1e-9, rtol=1e-9)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(
     batches(),
     st.sampled_from([0.0, 0.5, 1.0]),
@@ -452,6 +452,49 @@ def test_noise_is_not_blown_up(normalization):
     assert actual.abs().max() < 0.1
     loud = run(batch, normalization=normalization, info_gain_weight=1.0, std_floor=0.0)
     assert loud.abs().max() > 0.5  # what the floor is for
+
+
+# --- the price of a turn ---------------------------------------------------------------------------------------------
+
+
+def price(batch, **options):
+    return turn_price(*batch.tensors(), batch.num_generations, **options)
+
+
+def test_turn_price_by_hand():
+    """
+    Gains (.3, .1 | .2), outcomes (1, 0). `separate`: mean .2, std sqrt(.02 / 3) = .0816497, 2.449 for every turn.
+    `per_turn`: turn 0 has mean .25 and std .05, that is 5; turn 1 one value, 0: (2.5 + 5) / 2.
+    `joint`: (.3, .1, 1 | .2, 0): mean .32, variance (.0004 + .0484 + .4624 + .0144 + .1024) / 5, std .354401, .9029.
+    """
+    batch = Batch(2, [[0.3, 0.1], [0.2]], [1.0, 0.0])
+    for normalization, expected in (("separate", 2.4495), ("per_turn", 3.75), ("joint", 0.9029)):
+        assert price(batch, normalization=normalization) == pytest.approx(expected, abs=1e-4)
+        half = price(batch, normalization=normalization, info_gain_weight=0.5)
+        assert half == pytest.approx(expected / 2, abs=1e-4)
+    assert price(batch, scale="none") == pytest.approx(0.2)
+    assert price(batch, normalization="returns") == price(batch, normalization="critic") == 0.0
+
+
+@pytest.mark.parametrize("normalization", ["joint", "separate"])
+def test_turn_price_is_what_a_further_turn_costs(normalization):
+    """Two rollouts with the same gain and outcome; one of them also takes a turn that changes nothing."""
+    batch = Batch(4, [[0.4], [0.4, 0.0], [], [0.1]], [1.0, 1.0, 0.0, 0.0])
+    first = run(batch, normalization=normalization)[:, 0]
+    assert (first[0] - first[1]).item() == pytest.approx(price(batch, normalization=normalization), abs=1e-9)
+
+
+def test_turn_price_is_a_mean_over_rollouts():
+    """Group 0 has nine turns with gains and a price of 1/3 a turn, group 1 has two and 3: each rollout counts once."""
+    batch = Batch(2, [[0.2] * 8, [-0.1], [0.4], [0.2]], [0.0] * 4)
+    single = [price(batch.rows(rows)) for rows in ([0, 1], [2, 3])]
+    assert price(batch) == pytest.approx(sum(single) / 2) and single[1] == pytest.approx(3.0)
+
+
+def test_turn_price_without_gains_or_outcomes():
+    assert price(Batch(2, [[], []], [1.0, 0.0])) == 0.0
+    assert price(Batch(2, [[0.3], [NAN]], [NAN, 1.0])) == 0.0
+    assert price(Batch(2, [[0.3], [0.3]], [1.0, 0.0])) == 0.0  # equal gains have no std to be measured in
 
 
 # --- form ------------------------------------------------------------------------------------------------------------

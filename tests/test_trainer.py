@@ -442,7 +442,15 @@ def test_options_reach_the_maths(make, monkeypatch):
     assert seen == [(2, options | weights)]
 
 
-@pytest.mark.parametrize("normalization", ["joint", "separate", "per_turn", "critic"])
+def test_gains_in_nats_do_not_outweigh_the_outcome_of_the_critic(tmp_path):
+    for normalization in ("separate", "critic"):
+        assert IGPOConfig(str(tmp_path), normalization=normalization, report_to="none").info_gain_weight == 1.0
+    options = {"normalization": "critic", "info_gain": "log_prob_diff", "report_to": "none"}
+    assert IGPOConfig(str(tmp_path), **options).info_gain_weight == 0.0
+    assert IGPOConfig(str(tmp_path), info_gain_weight=0.5, **options).info_gain_weight == 0.5
+
+
+@pytest.mark.parametrize("normalization", ["joint", "separate", "per_turn", "returns", "critic"])
 def test_every_mode_trains(make, normalization):
     trainer = make(max_steps=2, normalization=normalization)
     start = parameters_of(trainer)
@@ -664,7 +672,7 @@ def test_warning_without_tools_or_environment(make):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"normalization": "global"}, "joint, separate, per_turn, critic, got 'global'"),
+        ({"normalization": "global"}, "joint, separate, per_turn, returns, critic, got 'global'"),
         ({"alias_reduction": "min"}, "got 'min'"),
         ({"info_gain": "ratio"}, "got 'ratio'"),
         ({"belief_method": "fast"}, "got 'fast'"),

@@ -68,8 +68,9 @@ class IGPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Weight of the gains, after normalisation. `None` is 1.0 (paper), and 0.0 with "
-            "`normalization='critic'`, which needs no gain reward. With 0 in the other modes no belief is scored and "
-            "the advantages are GRPO's, unchanged."
+            "`normalization='critic'` and `info_gain='log_prob_diff'`: the critic adds gains to the outcome as they "
+            "are, and those in nats would outweigh it. With 0 in the other modes no belief is scored and the "
+            "advantages are GRPO's, unchanged."
         },
     )
     info_gain_weight_end: float | None = field(
@@ -113,15 +114,21 @@ class IGPOConfig(GRPOConfig):
         metadata={
             "help": "`joint`: gains and outcomes share mean and std in the group (paper, Eq. 6). `separate`: each has "
             "its own (the authors' training script). `per_turn`: gains are compared at the same turn index (A2TGPO, "
-            "arXiv 2605.06200). `critic`: no z-scores, but a value fitted per batch from the belief, and generalised "
-            "advantages over turns."
+            "arXiv 2605.06200). These three subtract a mean from the reward of every turn, so a turn has a price of its own "
+            "and the gradient is biased. The others are not: `returns` takes what follows a turn, less its mean over "
+            "the other rollouts of the group that have this turn; `critic` takes it less a value fitted per batch from "
+            "the belief, with generalised advantages over turns."
         },
     )
     gamma: float = field(
         default=1.0, metadata={"help": "Discount per turn (not per token) of the rewards that follow (paper)."}
     )
     gae_lambda: float = field(
-        default=0.8, metadata={"help": "Lambda of generalised advantage estimation; read with `critic` only."}
+        default=0.9,
+        metadata={
+            "help": "Lambda of generalised advantage estimation; read with `critic` only. Smaller is less noisy, and "
+            "biased where the belief does not see progress."
+        },
     )
     std_floor: float = field(
         default=1e-2,
@@ -308,7 +315,8 @@ class IGPOConfig(GRPOConfig):
             raise ValueError("`forced_answer=True` needs a `forced_answer_prompt`, got an empty one.")
         split_template(self.answer_template)
         if self.info_gain_weight is None:
-            self.info_gain_weight = 0.0 if self.normalization == "critic" else 1.0
+            in_nats = self.info_gain == "log_prob_diff"
+            self.info_gain_weight = 0.0 if self.normalization == "critic" and in_nats else 1.0
         for name in ("gamma", "gae_lambda"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
