@@ -1,7 +1,7 @@
 """Advantages by the name of their estimator, and the price of a turn."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -113,8 +113,9 @@ def turn_price(
     _check(info_gain, outcome, num_turns, num_generations, normalization, scale, None)
     if normalization not in ("joint", "separate", "per_turn"):
         return 0.0
-    options = {"num_generations": num_generations, "gain_weight": info_gain_weight, "outcome_weight": 1.0}
-    options |= {"gamma": 1.0, "gae_lambda": 1.0, "scale": _SCALES[scale], "std_floor": std_floor}
+    options: dict[str, Any] = {"num_generations": num_generations, "gain_weight": info_gain_weight}
+    options |= {"outcome_weight": 1.0, "gamma": 1.0, "gae_lambda": 1.0}
+    options |= {"scale": _SCALES[scale], "std_floor": std_floor}
     rewards = TurnRewards.of(info_gain, outcome, num_turns, None, **options)
     nothing = torch.zeros_like(rewards.gain)
     if normalization == "joint":
