@@ -114,10 +114,10 @@ class IGPOConfig(GRPOConfig):
         metadata={
             "help": "`joint`: gains and outcomes share mean and std in the group (paper, Eq. 6). `separate`: each has "
             "its own (the authors' training script). `per_turn`: gains are compared at the same turn index (A2TGPO, "
-            "arXiv 2605.06200). These three subtract a mean from the reward of every turn, so a turn has a price of its own "
-            "and the gradient is biased. The others are not: `returns` takes what follows a turn, less its mean over "
-            "the other rollouts of the group that have this turn; `critic` takes it less a value fitted per batch from "
-            "the belief, with generalised advantages over turns."
+            "arXiv 2605.06200). These three subtract a mean from the reward of every turn, so a turn has a price of "
+            "its own and the gradient is biased. The others are not: `returns` takes what follows a turn, less its "
+            "mean over the other rollouts of the group that have this turn; `critic` takes it less a value fitted per "
+            "batch from the belief, with generalised advantages over turns."
         },
     )
     gamma: float = field(

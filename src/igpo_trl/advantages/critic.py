@@ -81,7 +81,7 @@ def _leave_one_out_value(rewards: TurnRewards, returns: torch.Tensor) -> torch.T
     fit = torch.mul(weight, coefficients[:, :1], out=buffer)
     for a in (1, 2):
         fit.addcmul_(columns[a], coefficients[:, a : a + 1])
-    one_hots = torch.addmm(totals[3], coefficients, totals[:3], alpha=-1).sub_(y).add_(fit)
+    one_hots = torch.addmm(totals[3], coefficients, totals[:3], alpha=-1, out=x).sub_(y).add_(fit)
     means = sums[:, :, 5].T / length.clamp(min=1)[:, None]
     one_hots.mul_(torch.mul(weight, change, out=y).add_(without))
 
@@ -91,8 +91,7 @@ def _leave_one_out_value(rewards: TurnRewards, returns: torch.Tensor) -> torch.T
 
     by_one_hots = grouped(one_hots) @ grouped(weight).mT / length.clamp(min=1).view(-1, 1, num_generations)
     missed = grouped(means[:, 3:]).mT - grouped(coefficients) @ grouped(means[:, :3]).mT - by_one_hots
-    is_other = (length > 0).view(-1, 1, num_generations) & ~torch.eye(num_generations, dtype=torch.bool).to(
-        weight.device
-    )
+    is_other = ~torch.eye(num_generations, dtype=torch.bool, device=weight.device)
+    is_other = is_other & (length > 0).view(-1, 1, num_generations)
     level = (missed * is_other).sum(dim=2) / (is_other.sum(dim=2) + _RIDGE)
     return fit.add_(one_hots).add_(level.view(-1, 1) + offset).mul_(weight)
