@@ -48,9 +48,11 @@ class ScriptedGRPO(tiny.Scripted, GRPOTrainer):
 
 @pytest.fixture
 def make(tmp_path):
-    """Make a trainer on tiny things, see `tiny.make_trainer`."""
+    """Make a trainer on tiny things, see `tiny.make_trainer`; with z-scores, which can be followed by hand."""
 
     def make(trainer_class=ScriptedIGPO, config_class=IGPOConfig, **options):
+        if config_class is IGPOConfig:
+            options = {"normalization": "separate", **options}
         return tiny.make_trainer(trainer_class, config_class, tmp_path / trainer_class.__name__, **options)
 
     return make
@@ -474,7 +476,15 @@ def test_options_reach_the_maths(make, monkeypatch):
     assert seen == [(2, options | weights)]
 
 
-@pytest.mark.parametrize("normalization", ["joint", "separate", "per_turn", "critic"])
+def test_gains_in_nats_do_not_outweigh_the_outcome_of_the_critic(tmp_path):
+    for normalization in ("separate", "critic"):
+        assert IGPOConfig(str(tmp_path), normalization=normalization, report_to="none").info_gain_weight == 1.0
+    options = {"normalization": "critic", "info_gain": "log_prob_diff", "report_to": "none"}
+    assert IGPOConfig(str(tmp_path), **options).info_gain_weight == 0.0
+    assert IGPOConfig(str(tmp_path), info_gain_weight=0.5, **options).info_gain_weight == 0.5
+
+
+@pytest.mark.parametrize("normalization", ["joint", "separate", "per_turn", "returns", "critic"])
 def test_every_mode_trains(make, normalization):
     trainer = make(max_steps=2, normalization=normalization)
     start = parameters_of(trainer)
@@ -696,7 +706,7 @@ def test_warning_without_tools_or_environment(make):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"normalization": "global"}, "joint, separate, per_turn, critic, got 'global'"),
+        ({"normalization": "global"}, "joint, separate, per_turn, returns, critic, got 'global'"),
         ({"alias_reduction": "min"}, "got 'min'"),
         ({"info_gain": "ratio"}, "got 'ratio'"),
         ({"belief_method": "fast"}, "got 'fast'"),
@@ -719,6 +729,26 @@ def test_warning_without_tools_or_environment(make):
 def test_config_rejects(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options, **NO_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("options", "normalization", "weight", "scores"),
+    [
+        ({}, "critic", 1.0, True),
+        ({"info_gain": "log_prob_diff"}, "critic", 0.0, True),
+        ({"info_gain_every": 2}, "returns", 1.0, True),
+        ({"info_gain_tools": ["search"]}, "returns", 1.0, True),
+        ({"info_gain": "first_seen"}, "returns", 1.0, False),
+        ({"info_gain_weight": 0.0}, "separate", 0.0, False),
+        ({"info_gain_weight": 0.0, "info_gain_weight_end": 1.0}, "critic", 0.0, True),
+        ({"normalization": "separate"}, "separate", 1.0, True),
+        ({"normalization": "critic", "info_gain_weight": 0.0}, "critic", 0.0, True),
+    ],
+)
+def test_the_default_is_unbiased_and_grpo_stays_grpo(tmp_path, options, normalization, weight, scores):
+    config = IGPOConfig(tmp_path, bf16=False, **options)
+    assert (config.normalization, config.info_gain_weight) == (normalization, weight)
+    assert config.uses_beliefs == scores
 
 
 def test_recipes_of_the_paper(tmp_path):

@@ -97,8 +97,9 @@ class IGPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Weight of the gains, after normalisation. `None` is 1.0 (paper), and 0.0 with "
-            "`normalization='critic'`, which needs no gain reward. With 0 in the other modes no belief is scored and "
-            "the advantages are GRPO's, unchanged."
+            "`normalization='critic'` and gains other than `prob_diff`: the critic adds gains to the outcome as they "
+            "are, and those in nats would outweigh it. With 0 in the other modes no belief is scored and the "
+            "advantages are GRPO's, unchanged."
         },
     )
     info_gain_weight_end: float | None = field(
@@ -137,20 +138,27 @@ class IGPOConfig(GRPOConfig):
             "one ratio times every token's advantage leaves their sum only."
         },
     )
-    normalization: str = field(
-        default="separate",
+    normalization: str | None = field(
+        default=None,
         metadata={
-            "help": "`joint`: gains and outcomes share mean and std in the group (paper, Eq. 6). `separate`: each has "
-            "its own (the authors' training script). `per_turn`: gains are compared at the same turn index (A2TGPO, "
-            "arXiv 2605.06200). `critic`: no z-scores, but a value fitted per batch from the belief, and generalised "
-            "advantages over turns."
+            "help": "`critic`: what follows a turn, less a value fitted per batch from the belief, with generalised "
+            "advantages over turns. `returns`: what follows a turn, less its mean over the others of the group that "
+            "have this turn. `joint`: gains and outcomes share mean and std in the group (preprint, Eq. 6). "
+            "`separate`: each has its own (published version). `per_turn`: gains are compared at the same turn index "
+            "(A2TGPO, arXiv 2605.06200). The last three subtract a mean from the reward of every turn, so a turn has "
+            "a price of its own and the gradient is biased. `None` is `critic`; `returns` with `info_gain_every`, "
+            "`info_gain_tools` or `info_gain='first_seen'`; and GRPO with `info_gain_weight=0`."
         },
     )
     gamma: float = field(
         default=1.0, metadata={"help": "Discount per turn (not per token) of the rewards that follow (paper)."}
     )
     gae_lambda: float = field(
-        default=0.8, metadata={"help": "Lambda of generalised advantage estimation; read with `critic` only."}
+        default=0.9,
+        metadata={
+            "help": "Lambda of generalised advantage estimation; read with `critic` only. Smaller is less noisy, and "
+            "biased where the belief does not see progress."
+        },
     )
     std_floor: float = field(
         default=1e-2,
@@ -342,8 +350,13 @@ class IGPOConfig(GRPOConfig):
             if (number := getattr(self, name)) is not None and number < low:
                 raise ValueError(f"`{name}` must be at least {low}, got {number}.")
         super().__post_init__()
+        if self.normalization is None:
+            wants_grpo = self.info_gain_weight == 0 and not self.info_gain_weight_end
+            no_critic = self.info_gain_every > 1 or self.info_gain_tools is not None or self.info_gain == FIRST_SEEN
+            self.normalization = "separate" if wants_grpo else "returns" if no_critic else "critic"
         if self.info_gain_weight is None:
-            self.info_gain_weight = 0.0 if self.normalization == "critic" else 1.0
+            on_own_scale = self.normalization == "critic" and self.info_gain != "prob_diff"
+            self.info_gain_weight = 0.0 if on_own_scale else 1.0
         check_options(self)
 
     def _check_bf16(self) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from .advantages import turn_advantages
+from .advantages import turn_advantages, turn_price
 from .beliefs import CachedContexts
 from .beliefs.scorer import BeliefBatch, BeliefScorer
 from .checks import own_answers
@@ -70,6 +70,7 @@ class Step:
             the information gain of each turn; NaN where there is none.
         global_beliefs, global_gains (`torch.Tensor` of shape (N, K)), global_num_turns (N,): the same, gathered.
         global_advantages (`torch.Tensor` of shape (N, K), *optional*): what the turns are trained with.
+        turn_price (`float`): what a turn costs, whatever it finds, see [`turn_price`].
     """
 
     rows: list[dict[str, Any]]
@@ -102,6 +103,7 @@ class Step:
     global_beliefs: torch.Tensor | None = None
     global_gains: torch.Tensor | None = None
     global_advantages: torch.Tensor | None = None
+    turn_price: float = 0.0
 
     @cached_property
     def answers(self) -> list[tuple[str, ...]]:
@@ -340,14 +342,10 @@ class Step:
     def set_advantages(self, **options: Any) -> None:
         """Compute the advantages of all turns from the gathered gains and outcomes; options of [`turn_advantages`]."""
         assert self.global_gains is not None  # `gather` comes first
-        self.global_advantages = turn_advantages(
-            self.global_gains,
-            self.global_outcome.cpu(),
-            self.global_num_turns,
-            self.num_generations,
-            beliefs=self.global_beliefs,
-            **options,
-        )
+        batch = (self.global_gains, self.global_outcome.cpu(), self.global_num_turns, self.num_generations)
+        self.global_advantages = turn_advantages(*batch, beliefs=self.global_beliefs, **options)
+        names = ("normalization", "scale", "info_gain_weight", "std_floor")
+        self.turn_price = turn_price(*batch, **{name: options[name] for name in names if name in options})
 
     def token_advantages(self, like: torch.Tensor) -> torch.Tensor:
         """Advantage of every sampled token and 0 elsewhere, (B, T), as wide as the completions `like` (B, T)."""
@@ -386,6 +384,7 @@ class Step:
         if self.global_advantages is not None:
             outcome = self.global_outcome.cpu()
             metrics |= credit_metrics(outcome, self.global_advantages, self.global_num_turns, self.num_generations)
+            metrics["credit/turn_price"] = self.turn_price
         return metrics
 
     @property

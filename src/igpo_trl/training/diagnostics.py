@@ -99,8 +99,8 @@ def make_watches() -> dict[str, Watch]:
         "credit/turn_price": Watch(
             lambda price: abs(price) > LARGE_PRICE,
             "For %d batches in a row, a further turn that changed nothing had a price far from 0 "
-            "(`credit/turn_price`, now %+.2f in units of the advantage; positive: it costs): this normalization rewards "
-            "the number of turns. `normalization='critic'` and 'returns' do not.",
+            "(`credit/turn_price`, now %+.2f in units of the advantage; positive: it costs), so this `normalization` "
+            "rewards the number of turns, whatever they find. 'critic' and 'returns' do not.",
         ),
     }
 
