@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_trl.advantages import NORMALIZATIONS, turn_advantages, turn_price
+from igpo_trl.advantages import NORMALIZATIONS, explained_variance, turn_advantages, turn_price
 
 NORMALISING = ["joint", "separate", "per_turn"]  # subtract a mean first, and then add up what follows
 NAN = float("nan")
@@ -579,3 +579,31 @@ def test_no_loop_over_rollouts():
                 turn_advantages(*arguments, normalization=normalization)
             counts.append((normalization, counter.calls))
     assert counts[: len(NORMALIZATIONS)] == counts[len(NORMALIZATIONS) :]
+
+
+def test_explained_variance_of_beliefs_that_tell_and_of_those_that_do_not():
+    """Outcomes 0 or 1 in groups of 4. A belief that equals the outcome explains nearly all, a constant nothing."""
+    generator = torch.Generator().manual_seed(0)
+    outcome = torch.randint(0, 2, (64,), generator=generator).float()
+    num_turns = torch.randint(1, 6, (64,), generator=generator)
+    no_gain, beliefs = torch.zeros(64, 5), outcome[:, None].expand(64, 5)
+    batch = (no_gain, outcome, num_turns, 4)
+    assert explained_variance(*batch, beliefs=beliefs) > 0.9
+    assert -0.3 < explained_variance(*batch, beliefs=torch.full((64, 5), 0.5)) < 0.05
+    # A mean over rollouts: a rollout that is repeated turn by turn counts once, so lengths do not matter here.
+    one_turn = explained_variance(no_gain, outcome, torch.ones_like(num_turns), 4, beliefs=beliefs)
+    assert explained_variance(*batch, beliefs=beliefs) == pytest.approx(one_turn, abs=0.05)
+    assert math.isnan(explained_variance(no_gain, torch.ones(64), num_turns, 4, beliefs=beliefs))
+
+
+def test_explained_variance_by_hand():
+    """What the value misses is the advantage at λ = 1 without scaling, and every rollout weighs the same."""
+    gains = torch.tensor([[0.2, 0.1, torch.nan], [torch.nan] * 3, [0.3, torch.nan, torch.nan], [0.0, -0.1, torch.nan]])
+    outcome, num_turns = torch.tensor([1.0, 0.0, 0.5, 0.25]), torch.tensor([3, 1, 2, 3])
+    returns = [[1.3, 1.1, 1.0], [0.0], [0.8, 0.5], [0.15, 0.15, 0.25]]
+    options = {"gae_lambda": 1.0, "scale": "none", "normalization": "critic"}
+    missed = turn_advantages(gains, outcome, num_turns, 2, **options).tolist()
+    mean = sum(sum(row) / len(row) for row in returns) / 4
+    variance = sum(sum((g - mean) ** 2 for g in row) / len(row) for row in returns) / 4
+    error = sum(sum(m**2 for m in row[: len(g)]) / len(g) for row, g in zip(missed, returns, strict=True)) / 4
+    assert explained_variance(gains, outcome, num_turns, 2) == pytest.approx(1 - error / variance, abs=1e-5)

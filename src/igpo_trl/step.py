@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from .advantages import turn_advantages, turn_price
+from .advantages import turn_advantages
 from .beliefs import CachedContexts
 from .beliefs.scorer import BeliefBatch, BeliefScorer
 from .checks import own_answers
@@ -70,7 +70,7 @@ class Step:
             the information gain of each turn; NaN where there is none.
         global_beliefs, global_gains (`torch.Tensor` of shape (N, K)), global_num_turns (N,): the same, gathered.
         global_advantages (`torch.Tensor` of shape (N, K), *optional*): what the turns are trained with.
-        turn_price (`float`): what a turn costs, whatever it finds, see [`turn_price`].
+        credit (`dict`): metrics of what the turns are trained with, see [`credit_metrics`].
     """
 
     rows: list[dict[str, Any]]
@@ -103,7 +103,7 @@ class Step:
     global_beliefs: torch.Tensor | None = None
     global_gains: torch.Tensor | None = None
     global_advantages: torch.Tensor | None = None
-    turn_price: float = 0.0
+    credit: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def answers(self) -> list[tuple[str, ...]]:
@@ -344,8 +344,7 @@ class Step:
         assert self.global_gains is not None  # `gather` comes first
         batch = (self.global_gains, self.global_outcome.cpu(), self.global_num_turns, self.num_generations)
         self.global_advantages = turn_advantages(*batch, beliefs=self.global_beliefs, **options)
-        names = ("normalization", "scale", "info_gain_weight", "std_floor")
-        self.turn_price = turn_price(*batch, **{name: options[name] for name in names if name in options})
+        self.credit = credit_metrics(*batch, self.global_advantages, beliefs=self.global_beliefs, **options)
 
     def token_advantages(self, like: torch.Tensor) -> torch.Tensor:
         """Advantage of every sampled token and 0 elsewhere, (B, T), as wide as the completions `like` (B, T)."""
@@ -381,10 +380,7 @@ class Step:
             metrics |= belief_metrics(self.gains_that_count, *(values[: self.num_counted] for values in columns))
         if self.evidence_used is not None:
             metrics["evidence/used"] = gather(self.evidence_used.to(device)).nanmean().item()
-        if self.global_advantages is not None:
-            outcome = self.global_outcome.cpu()
-            metrics |= credit_metrics(outcome, self.global_advantages, self.global_num_turns, self.num_generations)
-            metrics["credit/turn_price"] = self.turn_price
+        metrics |= self.credit
         return metrics
 
     @property

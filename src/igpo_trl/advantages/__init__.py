@@ -16,7 +16,7 @@ earns, that mean more often ([`turn_price`]): their gradient is not that of the 
 A new estimator is a function from [`TurnRewards`] to advantages, and a line in `ESTIMATORS`.
 """
 
-from .by_name import ESTIMATORS, NORMALIZATIONS, Normalization, turn_advantages, turn_price
+from .by_name import ESTIMATORS, NORMALIZATIONS, Normalization, explained_variance, turn_advantages, turn_price
 from .critic import critic_advantages
 from .estimators import joint_advantages, per_turn_advantages, returns_advantages, separate_advantages
 from .turn_rewards import TurnRewards
@@ -27,6 +27,7 @@ __all__ = [
     "Normalization",
     "TurnRewards",
     "critic_advantages",
+    "explained_variance",
     "joint_advantages",
     "per_turn_advantages",
     "returns_advantages",

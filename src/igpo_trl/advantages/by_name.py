@@ -127,6 +127,53 @@ def turn_price(
     return -info_gain_weight * float(by_rollout.sum() / (count > 0).sum().clamp(min=1))
 
 
+def explained_variance(
+    info_gain: torch.Tensor,
+    outcome: torch.Tensor,
+    num_turns: torch.Tensor,
+    num_generations: int,
+    *,
+    beliefs: torch.Tensor | None = None,
+    gamma: float = 1.0,
+    info_gain_weight: float = 1.0,
+    outcome_weight: float = 1.0,
+) -> float:
+    r"""
+    Share of the variance of what follows a turn that the critic's value explains.
+
+    $1 - \mathrm{E}[(G_k - V_k)^2] / \mathrm{Var}[G_k]$ with each rollout's value from the other rollouts; means are
+    over the turns of each rollout, then over rollouts. 1 is a perfect critic, 0 one that knows no more than the mean,
+    and below 0 it knows less. NaN if all returns are equal. Arguments as in [`turn_advantages`].
+    """
+    # With λ = 1 the residuals of the value add up to what it misses.
+    missed = turn_advantages(
+        info_gain,
+        outcome,
+        num_turns,
+        num_generations,
+        normalization="critic",
+        gamma=gamma,
+        scale="none",
+        info_gain_weight=info_gain_weight,
+        outcome_weight=outcome_weight,
+        beliefs=beliefs,
+        gae_lambda=1.0,
+    )
+    options: dict[str, Any] = {
+        "num_generations": num_generations,
+        "gain_weight": info_gain_weight,
+        "outcome_weight": outcome_weight,
+    }
+    options |= {"gamma": gamma, "gae_lambda": 1.0, "scale": "none", "std_floor": 0.0}
+    rewards = TurnRewards.of(info_gain, outcome, num_turns, None, **options)
+    returns = rewards.following_(rewards.weighted(), gamma)
+    length = rewards.turn_weight.sum(dim=1, keepdim=True)
+    share = rewards.turn_weight / length.clamp(min=1) / (length > 0).sum().clamp(min=1)  # of each turn in the mean
+    returns.sub_((share * returns).sum())
+    variance = (share * returns.square()).sum()
+    return float(1 - (share * missed.double().square()).sum() / variance) if variance > 1e-12 else float("nan")
+
+
 def _check(
     info_gain: torch.Tensor,
     outcome: torch.Tensor,

@@ -2,8 +2,11 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+
+from ..advantages import Normalization, explained_variance, turn_price
 
 logger = logging.getLogger(__name__)
 
@@ -106,16 +109,22 @@ def make_watches() -> dict[str, Watch]:
 
 
 def credit_metrics(
-    outcome: torch.Tensor, advantages: torch.Tensor, num_turns: torch.Tensor, num_generations: int
+    info_gain: torch.Tensor,
+    outcome: torch.Tensor,
+    num_turns: torch.Tensor,
+    num_generations: int,
+    advantages: torch.Tensor,
+    *,
+    beliefs: torch.Tensor | None,
+    normalization: Normalization,
+    **options: Any,
 ) -> dict[str, float]:
     """
     Metrics of what the turns are trained with.
 
     Args:
-        outcome (`torch.Tensor` of shape (N,)): NaN where no reward function applies.
-        advantages (`torch.Tensor` of shape (N, K)): of turns, 0 beyond the last.
-        num_turns (`torch.Tensor` of shape (N,)): turns of each rollout.
-        num_generations (`int`): group size.
+        info_gain, outcome, num_turns, num_generations, beliefs, normalization, options: as for [`turn_advantages`].
+        advantages (`torch.Tensor` of shape (N, K)): its result.
 
     Returns:
         `dict[str, float]`: by name.
@@ -124,8 +133,21 @@ def credit_metrics(
     differs = groups.nan_to_num(-torch.inf).amax(dim=1) > groups.nan_to_num(torch.inf).amin(dim=1)
     moves = (advantages != 0).view(len(groups), -1).any(dim=1)
     is_turn = torch.arange(advantages.shape[1]) < num_turns[:, None]
-    return {
+
+    def chosen(*names: str) -> dict[str, Any]:
+        return {name: options[name] for name in names if name in options}
+
+    batch = (info_gain, outcome, num_turns, num_generations)
+    of_gains = chosen("scale", "info_gain_weight", "std_floor")
+    metrics = {
         "collapse/outcome": 1 - differs.float().mean().item(),
         "collapse/advantage": 1 - moves.float().mean().item(),
         "advantages/abs_mean": advantages[is_turn].abs().mean().item(),
+        "credit/turn_price": turn_price(*batch, normalization=normalization, **of_gains),
     }
+    if normalization == "critic":
+        explained = explained_variance(
+            *batch, beliefs=beliefs, **chosen("gamma", "info_gain_weight", "outcome_weight")
+        )
+        metrics |= {"credit/explained_variance": explained} if explained == explained else {}
+    return metrics
