@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_trl.advantages import NORMALIZATIONS, turn_advantages
+from igpo_trl.advantages import NORMALIZATIONS, explained_variance, turn_advantages, turn_price
 
-NORMALISING = [mode for mode in NORMALIZATIONS if mode != "critic"]
+NORMALISING = ["joint", "separate", "per_turn"]  # subtract a mean first, and then add up what follows
 NAN = float("nan")
 
 # Multiples of 1/64: sums of them are exact, so that equal values are equal to the oracle as well.
@@ -96,6 +96,22 @@ def test_equals_oracle(batch, normalization, gamma, scale, info_gain_weight, out
     actual = run(batch, normalization=normalization, **options)
     expected = oracles.turn_advantages(batch.gains, batch.outcomes, batch.num_generations, normalization, **options)
     assert_rows(actual, expected, atol=1e-9, rtol=1e-9)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    batches(),
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.sampled_from(["group", "none"]),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.sampled_from([0.5, 1.0]),
+    st.sampled_from([1e-2, 0.5]),
+)
+def test_returns_equal_oracle(batch, gamma, scale, info_gain_weight, outcome_weight, std_floor):
+    options = {"gamma": gamma, "scale": scale, "std_floor": std_floor}
+    options |= {"info_gain_weight": info_gain_weight, "outcome_weight": outcome_weight}
+    expected = oracles.returns_advantages(batch.gains, batch.outcomes, batch.num_generations, **options)
+    assert_rows(run(batch, normalization="returns", **options), expected, atol=1e-9, rtol=1e-9)
 
 
 @settings(deadline=None, max_examples=200)
@@ -220,6 +236,14 @@ def test_critic_beliefs_default_to_the_running_sum_of_gains():
     torch.testing.assert_close(run(batch, normalization="critic"), expected, atol=1e-12, rtol=0.0)
 
 
+@settings(deadline=None, max_examples=100)
+@given(batches(missing=False), st.floats(-5, 5), st.sampled_from([0.0, 0.5]))
+def test_returns_of_equal_outcomes_are_exactly_zero(batch, outcome, outcome_weight):
+    batch = Batch(batch.num_generations, batch.gains, [outcome] * len(batch.outcomes))
+    options = {"normalization": "returns", "info_gain_weight": 0.0, "outcome_weight": outcome_weight}
+    assert (run(batch, **options) == 0).all()
+
+
 # --- by hand ---------------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +267,16 @@ def test_per_turn_by_hand():
     """Turn 0 pool (0.1, 0.3): z = (-1, 1). Turn 1 pool (0.9): one value, 0. Outcomes equal: 0."""
     actual = run(Batch(2, [[0.1, 0.9], [0.3]], [1.0, 1.0]), normalization="per_turn")
     assert_rows(actual, [[-1.0, 0.0, 0.0], [1.0, 0.0]], atol=1e-9, rtol=0.0)
+
+
+def test_returns_by_hand():
+    """
+    Gains (.3, .1 | .2), outcomes (1, 0 | a third rollout of one turn: .5). Returns: 1.4, 1.1, 1; .2, 0; .5.
+    Turn 0: 1.4 - (.2 + .5)/2 = 1.05; .2 - (1.4 + .5)/2 = -.75; .5 - (1.4 + .2)/2 = -.3. Turn 1: 1.1 - 0; 0 - 1.1.
+    Turn 2 has nobody else, so the others' outcomes: 1 - (0 + .5)/2 = .75.
+    """
+    actual = run(Batch(3, [[0.3, 0.1], [0.2], []], [1.0, 0.0, 0.5]), normalization="returns", scale="none")
+    assert_rows(actual, [[1.05, 1.1, 0.75], [-0.75, -1.1], [-0.3]], atol=1e-12, rtol=0.0)
 
 
 def test_batch_scale_by_hand():
@@ -334,6 +368,8 @@ def test_is_zero_without_information(normalization):
     actual = run(batch, normalization=normalization)
     assert actual.isfinite().all()
     if normalization != "critic":
+        assert (actual.abs() < 1e-12).all()
+    if normalization in NORMALISING:
         assert (actual == 0).all()  # 0.1 is no dyadic number: its rounded mean must not leave a residue
 
 
@@ -418,6 +454,49 @@ def test_noise_is_not_blown_up(normalization):
     assert loud.abs().max() > 0.5  # what the floor is for
 
 
+# --- the price of a turn ---------------------------------------------------------------------------------------------
+
+
+def price(batch, **options):
+    return turn_price(*batch.tensors(), batch.num_generations, **options)
+
+
+def test_turn_price_by_hand():
+    """
+    Gains (.3, .1 | .2), outcomes (1, 0). `separate`: mean .2, std sqrt(.02 / 3) = .0816497, 2.449 for every turn.
+    `per_turn`: turn 0 has mean .25 and std .05, that is 5; turn 1 one value, 0: (2.5 + 5) / 2.
+    `joint`: (.3, .1, 1 | .2, 0): mean .32, variance (.0004 + .0484 + .4624 + .0144 + .1024) / 5, std .354401, .9029.
+    """
+    batch = Batch(2, [[0.3, 0.1], [0.2]], [1.0, 0.0])
+    for normalization, expected in (("separate", 2.4495), ("per_turn", 3.75), ("joint", 0.9029)):
+        assert price(batch, normalization=normalization) == pytest.approx(expected, abs=1e-4)
+        half = price(batch, normalization=normalization, info_gain_weight=0.5)
+        assert half == pytest.approx(expected / 2, abs=1e-4)
+    assert price(batch, scale="none") == pytest.approx(0.2)
+    assert price(batch, normalization="returns") == price(batch, normalization="critic") == 0.0
+
+
+@pytest.mark.parametrize("normalization", ["joint", "separate"])
+def test_turn_price_is_what_a_further_turn_costs(normalization):
+    """Two rollouts with the same gain and outcome; one of them also takes a turn that changes nothing."""
+    batch = Batch(4, [[0.4], [0.4, 0.0], [], [0.1]], [1.0, 1.0, 0.0, 0.0])
+    first = run(batch, normalization=normalization)[:, 0]
+    assert (first[0] - first[1]).item() == pytest.approx(price(batch, normalization=normalization), abs=1e-9)
+
+
+def test_turn_price_is_a_mean_over_rollouts():
+    """Group 0 has nine turns with gains and a price of 1/3 a turn, group 1 has two and 3: each rollout counts once."""
+    batch = Batch(2, [[0.2] * 8, [-0.1], [0.4], [0.2]], [0.0] * 4)
+    single = [price(batch.rows(rows)) for rows in ([0, 1], [2, 3])]
+    assert price(batch) == pytest.approx(sum(single) / 2) and single[1] == pytest.approx(3.0)
+
+
+def test_turn_price_without_gains_or_outcomes():
+    assert price(Batch(2, [[], []], [1.0, 0.0])) == 0.0
+    assert price(Batch(2, [[0.3], [NAN]], [NAN, 1.0])) == 0.0
+    assert price(Batch(2, [[0.3], [0.3]], [1.0, 0.0])) == 0.0  # equal gains have no std to be measured in
+
+
 # --- form ------------------------------------------------------------------------------------------------------------
 
 
@@ -465,7 +544,7 @@ def test_scale_names():
         ({"num_generations": 0}, "in groups of 0"),
         ({"num_turns": torch.tensor([1, 2, 3, 1])}, "between 1 and K = 2, got values from 1 to 3"),
         ({"num_turns": torch.tensor([0, 2, 1, 1])}, "got values from 0 to 2"),
-        ({"normalization": "global"}, "joint, separate, per_turn, critic, got 'global'"),
+        ({"normalization": "global"}, "joint, separate, per_turn, returns, critic, got 'global'"),
         ({"scale": "std"}, "got 'std'"),
     ],
 )
@@ -499,4 +578,32 @@ def test_no_loop_over_rollouts():
             with Count() as counter:
                 turn_advantages(*arguments, normalization=normalization)
             counts.append((normalization, counter.calls))
-    assert counts[:4] == counts[4:]
+    assert counts[: len(NORMALIZATIONS)] == counts[len(NORMALIZATIONS) :]
+
+
+def test_explained_variance_of_beliefs_that_tell_and_of_those_that_do_not():
+    """Outcomes 0 or 1 in groups of 4. A belief that equals the outcome explains nearly all, a constant nothing."""
+    generator = torch.Generator().manual_seed(0)
+    outcome = torch.randint(0, 2, (64,), generator=generator).float()
+    num_turns = torch.randint(1, 6, (64,), generator=generator)
+    no_gain, beliefs = torch.zeros(64, 5), outcome[:, None].expand(64, 5)
+    batch = (no_gain, outcome, num_turns, 4)
+    assert explained_variance(*batch, beliefs=beliefs) > 0.9
+    assert -0.3 < explained_variance(*batch, beliefs=torch.full((64, 5), 0.5)) < 0.05
+    # A mean over rollouts: a rollout that is repeated turn by turn counts once, so lengths do not matter here.
+    one_turn = explained_variance(no_gain, outcome, torch.ones_like(num_turns), 4, beliefs=beliefs)
+    assert explained_variance(*batch, beliefs=beliefs) == pytest.approx(one_turn, abs=0.05)
+    assert math.isnan(explained_variance(no_gain, torch.ones(64), num_turns, 4, beliefs=beliefs))
+
+
+def test_explained_variance_by_hand():
+    """What the value misses is the advantage at λ = 1 without scaling, and every rollout weighs the same."""
+    gains = torch.tensor([[0.2, 0.1, torch.nan], [torch.nan] * 3, [0.3, torch.nan, torch.nan], [0.0, -0.1, torch.nan]])
+    outcome, num_turns = torch.tensor([1.0, 0.0, 0.5, 0.25]), torch.tensor([3, 1, 2, 3])
+    returns = [[1.3, 1.1, 1.0], [0.0], [0.8, 0.5], [0.15, 0.15, 0.25]]
+    options = {"gae_lambda": 1.0, "scale": "none", "normalization": "critic"}
+    missed = turn_advantages(gains, outcome, num_turns, 2, **options).tolist()
+    mean = sum(sum(row) / len(row) for row in returns) / 4
+    variance = sum(sum((g - mean) ** 2 for g in row) / len(row) for row in returns) / 4
+    error = sum(sum(m**2 for m in row[: len(g)]) / len(g) for row, g in zip(missed, returns, strict=True)) / 4
+    assert explained_variance(gains, outcome, num_turns, 2) == pytest.approx(1 - error / variance, abs=1e-5)

@@ -13,7 +13,7 @@ import torch
 import trl.trainer.grpo_trainer
 from datasets import Dataset
 from peft import LoraConfig
-from test_beliefs import assert_beliefs, ragged_batch
+from test_beliefs import assert_beliefs, probe, ragged_batch, tokens
 from transformers import DynamicCache
 from trl import GRPOConfig, GRPOTrainer
 
@@ -22,6 +22,7 @@ import igpo_trl.rollout.loop
 import igpo_trl.step
 from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.beliefs import CachedContexts, cached_obstacle, score_beliefs, scoring
+from igpo_trl.training.counterfactuals import reads_of
 from igpo_trl.trajectory import read_jsonl
 from igpo_trl.turns import gain_spans
 
@@ -111,9 +112,15 @@ def assert_right(scored, tolerance=2e-5):
 # --- keys and values that are there ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "lora"), [("qwen3", False), ("qwen3", True), ("gpt2", False)])
-def test_the_cache_of_the_rollout_is_scored_against(tmp_path, searching, scored, trunks, family, lora):
-    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False) if lora else None
+@pytest.mark.parametrize(
+    ("family", "dropout"),
+    [("qwen3", None), ("qwen3", 0.0), ("gpt2", None), pytest.param("qwen3", 0.5, id="rollouts have no dropout")],
+)
+def test_the_cache_of_the_rollout_is_scored_against(tmp_path, searching, scored, trunks, family, dropout):
+    adapter = None
+    if dropout is not None:
+        modules = ["q_proj", "v_proj"]
+        adapter = LoraConfig(r=4, target_modules=modules, init_lora_weights=False, lora_dropout=dropout)
     trainer = make(tmp_path, family=family, peft_config=adapter, max_steps=1)
     trainer.train()
     assert len(scored) == 1
@@ -190,9 +197,9 @@ def test_learned_positions_count_padding_in_the_old_log_probs(tmp_path, searchin
 
 def test_dropout_is_off_in_the_belief_pass(tmp_path, searching, scored):
     adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.5)
-    trainer = make(tmp_path, peft_config=adapter, max_steps=2)
+    trainer = make(tmp_path, peft_config=adapter, reuse_prefixes=False, num_iterations=2, max_steps=2)
     trainer.train()
-    assert [found for *_, found in scored] == [0, 0]  # rollouts are sampled with dropout on
+    assert [found for *_, found in scored] == [0]  # the forward for the old log-probabilities has dropout
     assert_right(scored)
 
 
@@ -261,6 +268,20 @@ def test_nothing_is_scored_twice():
     assert len(ran) == once > 0
     assert_beliefs(score_beliefs(model, *batch, memo=memo), expected)
     assert len(ran) > once
+
+
+def test_the_prompt_of_a_group_is_scored_in_the_first_round_alone():
+    model, prompt = tiny.make_model("qwen3").eval(), tokens(10, 1)
+    batch = [prompt + tokens(6, 2), prompt + tokens(8, 3)], [[10, 16], [10, 18]], [[probe(3, 2)]] * 2
+    cache, *rows = left_padded(model, batch, 3)
+    memo, shapes = {}, []
+    model.get_input_embeddings().register_forward_hook(lambda _, ids, __: shapes.append(tuple(ids[0].shape)))
+    for i, expected in enumerate(oracles.beliefs(model, *batch)):
+        shapes.clear()
+        cached = CachedContexts(cache, *(values[i : i + 1] for values in rows))
+        actual = score_beliefs(model, *(part[i : i + 1] for part in batch), cached=cached, memo=memo)
+        assert_beliefs(actual, [expected])
+        assert shapes == [(1, 2 * 4), (1, 4)][i : i + 1]  # the last of a probe's five tokens predicts nothing of it
 
 
 def test_what_cannot_branch_is_not_scored_against_a_cache():
@@ -466,3 +487,66 @@ def assert_beliefs_of(trainer, expected):
 def test_a_reference_needs_an_adapter_or_a_reference_model(tmp_path):
     with pytest.raises(ValueError, match="train an adapter"):
         make(tmp_path, belief_model="reference")
+
+
+# --- if something else had been read ---------------------------------------------------------------------------------
+
+
+def test_gains_over_what_another_question_found(tmp_path, searching):
+    """The belief after each search is compared with that after an observation of the other question."""
+    trainer = make(tmp_path, gain_baseline="random", max_steps=1, info_gain="log_prob_diff")
+    trainer.train()
+    step = trainer.current_step
+    reads = reads_of(step)
+    observations = {i // 2: [ids for read in reads[i : i + 2] for ids in read.all_read] for i in (0, 2)}
+    probes = trainer._belief_scorer.begin(step.answers).probes
+    fresh = tiny.make_model()  # as before the optimizer's step
+    checked = 0
+    for i, read in enumerate(reads):
+        for k in range(len(read.observations)):
+            actual = [*read.before(k), *read.observation(k)]
+            assert actual == step.sequences[i][: len(actual)]
+            candidates = [[*read.before(k), *ids] for ids in observations[1 - i // 2]]
+            contexts = [actual, *candidates]
+            scores = oracles.beliefs(fresh, contexts, [[len(ids)] for ids in contexts], [probes[i]] * len(contexts))
+            after, *foreign = [max(values[0]) for values in scores]
+            gains = [after - value for value in foreign]
+            assert min(abs(step.gains[i, k].item() - gain) for gain in gains) < 1e-4
+            checked += 1
+    assert checked >= 4
+    assert step.baseline.isnan().any()  # no turn follows the last
+
+
+def test_how_much_the_next_turn_needs_what_was_read(tmp_path, searching):
+    trainer = make(tmp_path, evidence_every=2, max_steps=3, learning_rate=0.0)
+    steps, gather = [], trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: (gather(inputs), steps.append(trainer.current_step))[0]
+    trainer.train()
+    assert [step.evidence_used is None for step in steps] == [False, True, False]
+    encode = trainer._rollout_loop.observations.encode
+    model = trainer.model.eval()
+    by_rollout = []
+    for i, read in enumerate(reads_of(steps[0])):
+        differences = []
+        for k, names in zip(range(len(read.observations)), steps[0].tools_called[i], strict=False):
+            turn = read.next_turn(k)
+            assert turn
+            (empty,) = encode([[{"role": "tool", "name": name, "content": ""} for name in names]])
+            contexts = [[*read.before(k), *read.observation(k)], [*read.before(k), *empty]]
+            rows = [[*context, *turn] for context in contexts]
+            log_probs = [
+                model(input_ids=torch.tensor([row]))
+                .logits[0]
+                .log_softmax(-1)[:-1]
+                .gather(1, torch.tensor(row)[1:, None])
+                for row in rows
+            ]
+            with_it, without = (values[-len(turn) :].mean().item() for values in log_probs)
+            differences.append(with_it - without)
+        by_rollout.append(sum(differences) / len(differences))
+    assert steps[0].evidence_used.tolist() == pytest.approx(by_rollout, abs=1e-4)
+    logged = [row["evidence/used"] for row in trainer.state.log_history if "evidence/used" in row]
+    assert len(logged) == 2
+    # A mean over rollouts, not over turns: rollouts of many turns do not count more.
+    assert logged[0] == pytest.approx(sum(by_rollout) / len(by_rollout), abs=1e-4)
+    assert {len(read.observations) for read in reads_of(steps[0])} == {1, 3}

@@ -430,6 +430,16 @@ def test_a_budget_in_tokens(models, method, tokens_per_batch):
         assert {1: 28, 30: 13, 100: 7, 10_000: 2}[tokens_per_batch] == len(shapes)
 
 
+def test_trunks_of_different_lengths_are_not_padded_to_the_longest(models, monkeypatch):
+    monkeypatch.setattr(packing, "_ENOUGH_TOKENS", 190)
+    model, lengths = models("qwen3"), [100, 20, 95, 50, 48, 21]
+    batch = [tokens(length, seed=length) for length in lengths], [[n // 2, n] for n in lengths], [[probe(3, 2)]] * 6
+    actual = []
+    shapes, _ = forwards_of(model, lambda: actual.extend(score_beliefs(model, *batch, method="packed")))
+    assert shapes[::2] == [(2, 100), (4, 50)]  # a forward of trunks, then one of their probes; few tokens share one
+    assert_beliefs(actual, oracles.beliefs(model, *batch))
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.lists(rollouts(), min_size=1, max_size=4), st.integers(1, 80))
 def test_any_budget_equals_oracle(batch, tokens_per_batch):

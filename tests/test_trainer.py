@@ -48,9 +48,11 @@ class ScriptedGRPO(tiny.Scripted, GRPOTrainer):
 
 @pytest.fixture
 def make(tmp_path):
-    """Make a trainer on tiny things, see `tiny.make_trainer`."""
+    """Make a trainer on tiny things, see `tiny.make_trainer`; with z-scores, which can be followed by hand."""
 
     def make(trainer_class=ScriptedIGPO, config_class=IGPOConfig, **options):
+        if config_class is IGPOConfig:
+            options = {"normalization": "separate", **options}
         return tiny.make_trainer(trainer_class, config_class, tmp_path / trainer_class.__name__, **options)
 
     return make
@@ -474,7 +476,15 @@ def test_options_reach_the_maths(make, monkeypatch):
     assert seen == [(2, options | weights)]
 
 
-@pytest.mark.parametrize("normalization", ["joint", "separate", "per_turn", "critic"])
+def test_gains_in_nats_do_not_outweigh_the_outcome_of_the_critic(tmp_path):
+    for normalization in ("separate", "critic"):
+        assert IGPOConfig(str(tmp_path), normalization=normalization, report_to="none").info_gain_weight == 1.0
+    options = {"normalization": "critic", "info_gain": "log_prob_diff", "report_to": "none"}
+    assert IGPOConfig(str(tmp_path), **options).info_gain_weight == 0.0
+    assert IGPOConfig(str(tmp_path), info_gain_weight=0.5, **options).info_gain_weight == 0.5
+
+
+@pytest.mark.parametrize("normalization", ["joint", "separate", "per_turn", "returns", "critic"])
 def test_every_mode_trains(make, normalization):
     trainer = make(max_steps=2, normalization=normalization)
     start = parameters_of(trainer)
@@ -696,7 +706,7 @@ def test_warning_without_tools_or_environment(make):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"normalization": "global"}, "joint, separate, per_turn, critic, got 'global'"),
+        ({"normalization": "global"}, "joint, separate, per_turn, returns, critic, got 'global'"),
         ({"alias_reduction": "min"}, "got 'min'"),
         ({"info_gain": "ratio"}, "got 'ratio'"),
         ({"belief_method": "fast"}, "got 'fast'"),
@@ -708,11 +718,46 @@ def test_warning_without_tools_or_environment(make):
         ({"importance_sampling_level": "sequence"}, "credit of its turns is lost.*got 'sequence'"),
         ({"importance_sampling_level": "word"}, "token, turn, sequence, got 'word'"),
         ({"importance_sampling_level": "turn", "loss_type": "vespo"}, "must be 'token', got 'turn'"),
+        ({"recipe": "grpo"}, "paper, preprint, got 'grpo'"),
+        ({"belief_model": "teacher"}, "policy, reference, snapshot, got 'teacher'"),
+        ({"gain_clip": 0.0}, "must be positive.*got 0.0"),
+        ({"gain_baseline": "random", "info_gain_every": 2}, "must be 1.*got 2"),
+        ({"gain_baseline": "random", "info_gain": "first_seen"}, "a rise of the belief.*'first_seen'"),
+        ({"evidence_every": 0}, "at least 1, got 0"),
     ],
 )
 def test_config_rejects(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options, **NO_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("options", "normalization", "weight", "scores"),
+    [
+        ({}, "critic", 1.0, True),
+        ({"info_gain": "log_prob_diff"}, "critic", 0.0, True),
+        ({"info_gain_every": 2}, "returns", 1.0, True),
+        ({"info_gain_tools": ["search"]}, "returns", 1.0, True),
+        ({"info_gain": "first_seen"}, "returns", 1.0, False),
+        ({"info_gain_weight": 0.0}, "separate", 0.0, False),
+        ({"info_gain_weight": 0.0, "info_gain_weight_end": 1.0}, "critic", 0.0, True),
+        ({"normalization": "separate"}, "separate", 1.0, True),
+        ({"normalization": "critic", "info_gain_weight": 0.0}, "critic", 0.0, True),
+    ],
+)
+def test_the_default_is_unbiased_and_grpo_stays_grpo(tmp_path, options, normalization, weight, scores):
+    config = IGPOConfig(tmp_path, bf16=False, **options)
+    assert (config.normalization, config.info_gain_weight) == (normalization, weight)
+    assert config.uses_beliefs == scores
+
+
+def test_recipes_of_the_paper(tmp_path):
+    """The two versions differ in the gain and in what it is normalised with; other values stay."""
+    paper = IGPOConfig(tmp_path, recipe="paper", gamma=0.9, bf16=False)
+    assert (paper.info_gain, paper.normalization) == ("log_prob_diff", "separate")
+    assert (paper.alias_reduction, paper.std_floor, paper.gamma, paper.info_gain_weight) == ("first", 1e-4, 0.9, 1.0)
+    preprint = IGPOConfig(tmp_path, recipe="preprint", bf16=False)
+    assert (preprint.info_gain, preprint.normalization, preprint.gamma) == ("prob_diff", "joint", 1.0)
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------

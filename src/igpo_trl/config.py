@@ -1,7 +1,8 @@
 """Arguments of [`IGPOTrainer`]: those of TRL's `GRPOConfig`, and the ones that IGPO adds."""
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import GRPOConfig
@@ -22,6 +23,14 @@ _SMALLEST = {
 }
 
 
+_AUTHORS = {"info_gain_weight": 1.0, "gamma": 1.0, "alias_reduction": "first", "std_floor": 1e-4}
+#: What arXiv 2510.14967 and its reference code set, by `recipe`.
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {"info_gain": "log_prob_diff", "normalization": "separate", **_AUTHORS},
+    "preprint": {"info_gain": "prob_diff", "normalization": "joint", **_AUTHORS},
+}
+
+
 @dataclass
 class IGPOConfig(GRPOConfig):
     r"""
@@ -31,6 +40,16 @@ class IGPOConfig(GRPOConfig):
     divides by the standard deviation of the pool in the group, `"batch"` by that of the batch, `"none"` by nothing.
     Each field's help says where its default comes from; "paper" is arXiv 2510.14967.
     """
+
+    recipe: str | None = field(
+        default=None,
+        metadata={
+            "help": "Set what the paper and its reference code set: `paper`, the published version (gains in "
+            "log-probability, normalised apart from the outcomes), or `preprint`, the first version (gains in "
+            "probability, normalised together with them). Both score the first alias, and have a `std_floor` of 1e-4. "
+            "Options with another value than their default keep it."
+        },
+    )
 
     # Answers
     answer_column: str = field(
@@ -63,6 +82,14 @@ class IGPOConfig(GRPOConfig):
             "1 for the turn whose observation is the first to contain an answer, else 0; it needs no belief."
         },
     )
+    gain_baseline: str = field(
+        default="previous",
+        metadata={
+            "help": "What the belief after a turn is compared with: `previous`, the belief before the turn; or "
+            "`random`, the belief after the same turn if it had found what a search for another question of the batch "
+            "found (IG-Search, arXiv 2604.15148), which takes a forward for every turn."
+        },
+    )
     gain_clip: float | None = field(
         default=None, metadata={"help": "Largest absolute gain; what is beyond it counts as this. `None` is no limit."}
     )
@@ -70,8 +97,9 @@ class IGPOConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "Weight of the gains, after normalisation. `None` is 1.0 (paper), and 0.0 with "
-            "`normalization='critic'`, which needs no gain reward. With 0 in the other modes no belief is scored and "
-            "the advantages are GRPO's, unchanged."
+            "`normalization='critic'` and gains other than `prob_diff`: the critic adds gains to the outcome as they "
+            "are, and those in nats would outweigh it. With 0 in the other modes no belief is scored and the "
+            "advantages are GRPO's, unchanged."
         },
     )
     info_gain_weight_end: float | None = field(
@@ -110,20 +138,27 @@ class IGPOConfig(GRPOConfig):
             "one ratio times every token's advantage leaves their sum only."
         },
     )
-    normalization: str = field(
-        default="separate",
+    normalization: str | None = field(
+        default=None,
         metadata={
-            "help": "`joint`: gains and outcomes share mean and std in the group (paper, Eq. 6). `separate`: each has "
-            "its own (the authors' training script). `per_turn`: gains are compared at the same turn index (A2TGPO, "
-            "arXiv 2605.06200). `critic`: no z-scores, but a value fitted per batch from the belief, and generalised "
-            "advantages over turns."
+            "help": "`critic`: what follows a turn, less a value fitted per batch from the belief, with generalised "
+            "advantages over turns. `returns`: what follows a turn, less its mean over the others of the group that "
+            "have this turn. `joint`: gains and outcomes share mean and std in the group (preprint, Eq. 6). "
+            "`separate`: each has its own (published version). `per_turn`: gains are compared at the same turn index "
+            "(A2TGPO, arXiv 2605.06200). The last three subtract a mean from the reward of every turn, so a turn has "
+            "a price of its own and the gradient is biased. `None` is `critic`; `returns` with `info_gain_every`, "
+            "`info_gain_tools` or `info_gain='first_seen'`; and GRPO with `info_gain_weight=0`."
         },
     )
     gamma: float = field(
         default=1.0, metadata={"help": "Discount per turn (not per token) of the rewards that follow (paper)."}
     )
     gae_lambda: float = field(
-        default=0.8, metadata={"help": "Lambda of generalised advantage estimation; read with `critic` only."}
+        default=0.9,
+        metadata={
+            "help": "Lambda of generalised advantage estimation; read with `critic` only. Smaller is less noisy, and "
+            "biased where the belief does not see progress."
+        },
     )
     std_floor: float = field(
         default=1e-2,
@@ -279,6 +314,15 @@ class IGPOConfig(GRPOConfig):
         },
     )
 
+    # Diagnosis
+    evidence_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Every so many optimizer steps, log `evidence/used`: how much less likely the next turns are "
+            "without the observations that they follow. Takes two forwards for every turn. `None` never does."
+        },
+    )
+
     # Records
     save_trajectories: bool = field(
         default=False,
@@ -295,12 +339,24 @@ class IGPOConfig(GRPOConfig):
         if getattr(self, "activation_checkpointing", False) is None:
             self.activation_checkpointing = self.gradient_checkpointing
         self._check_bf16()
+        if self.recipe is not None:
+            if self.recipe not in RECIPES:
+                raise ValueError(f"`recipe` must be one of {', '.join(RECIPES)}, got {self.recipe!r}.")
+            defaults = {field.name: field.default for field in fields(self)}
+            for name, value in RECIPES[self.recipe].items():
+                if getattr(self, name) == defaults[name]:
+                    setattr(self, name, value)
         for name, low in _SMALLEST.items():
             if (number := getattr(self, name)) is not None and number < low:
                 raise ValueError(f"`{name}` must be at least {low}, got {number}.")
         super().__post_init__()
+        if self.normalization is None:
+            wants_grpo = self.info_gain_weight == 0 and not self.info_gain_weight_end
+            no_critic = self.info_gain_every > 1 or self.info_gain_tools is not None or self.info_gain == FIRST_SEEN
+            self.normalization = "separate" if wants_grpo else "returns" if no_critic else "critic"
         if self.info_gain_weight is None:
-            self.info_gain_weight = 0.0 if self.normalization == "critic" else 1.0
+            on_own_scale = self.normalization == "critic" and self.info_gain != "prob_diff"
+            self.info_gain_weight = 0.0 if on_own_scale else 1.0
         check_options(self)
 
     def _check_bf16(self) -> None:

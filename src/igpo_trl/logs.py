@@ -16,7 +16,7 @@ from .records import TURN_COLUMNS, completion_columns
 from .rollout.tool_results import MAX_NESTING, nesting, show
 from .step import Step
 from .training.costs import Costs, TimesOptimizer
-from .training.diagnostics import CorrelationWatch
+from .training.diagnostics import make_watches
 
 # Times that are logged once per batch or step, however many rollouts it has.
 PER_BATCH = ("belief/seconds", "step_time")
@@ -122,7 +122,7 @@ class LogsRollouts(Trainer):
         super().__init__(*args, **kwargs)
         self.add_callback(TimesOptimizer(self.costs))
         self._metric_weights = {"train": MetricWeights(), "eval": MetricWeights()}
-        self._correlation_watch = CorrelationWatch()
+        self._watches = make_watches()
         self._rollouts_left: float | None = None  # of the evaluation in progress
 
     @property
@@ -149,7 +149,8 @@ class LogsRollouts(Trainer):
         for name, value in of_step.items():
             metrics[name].append(value)
         if step.training:
-            self._correlation_watch.update(of_step.get("belief/outcome_corr"))
+            for name, watch in self._watches.items():
+                watch.update(of_step.get(name))
         weights = denominators(step, metrics, self.reward_func_names)
         self._metric_weights[self.mode].add(metrics, len(step.global_num_turns[: step.num_counted]), weights)
         if self.log_completions:

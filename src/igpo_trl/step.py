@@ -1,6 +1,5 @@
 """One generation batch, from its rollouts to its advantages: what the hooks of a training step hand to each other."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,10 +20,9 @@ from .rewards import LAST_TURN, exact_match, extract_answer, f1_score, last_assi
 from .rollout.kv_cache import PrefixCache
 from .rollout.loop import Rollout
 from .rollout.round_log import RoundLog
-from .training.diagnostics import belief_metrics, credit_metrics
-from .turns import FIRST_SEEN, expand_to_tokens, gain_spans, information_gain, turn_spans
-
-logger = logging.getLogger(__name__)
+from .training.counterfactuals import reads_of
+from .training.diagnostics import belief_metrics, credit_metrics, without_infinite
+from .turns import FIRST_SEEN, expand_to_tokens, first_seen_gains, gain_spans, information_gain, turn_spans
 
 SCORES = {"f1": f1_score, "exact_match": exact_match}
 
@@ -66,10 +64,13 @@ class Step:
         global_rewards (`torch.Tensor` of shape (N, reward functions)): NaN where a function does not apply.
         global_outcome (`torch.Tensor` of shape (N,)): their weighted sum; NaN where none applies.
 
+        baseline (`torch.Tensor` of shape (B, K), *optional*), evidence_used (B,): see [`foreign_beliefs`] and
+            [`evidence_used`].
         beliefs, gains (`torch.Tensor` of shape (B, K), *optional*): probability of the answer before each turn, and
             the information gain of each turn; NaN where there is none.
         global_beliefs, global_gains (`torch.Tensor` of shape (N, K)), global_num_turns (N,): the same, gathered.
         global_advantages (`torch.Tensor` of shape (N, K), *optional*): what the turns are trained with.
+        credit (`dict`): metrics of what the turns are trained with, see [`credit_metrics`].
     """
 
     rows: list[dict[str, Any]]
@@ -95,11 +96,14 @@ class Step:
     completions: Sequence[Any] = ()
     last_turns: list[str] | None = None
 
+    baseline: torch.Tensor | None = None
+    evidence_used: torch.Tensor | None = None
     beliefs: torch.Tensor | None = None
     gains: torch.Tensor | None = None
     global_beliefs: torch.Tensor | None = None
     global_gains: torch.Tensor | None = None
     global_advantages: torch.Tensor | None = None
+    credit: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def answers(self) -> list[tuple[str, ...]]:
@@ -206,13 +210,7 @@ class Step:
             `torch.Tensor` of shape (N, reward functions): the rewards, with NaN in place of infinite ones, any of
                 which would make all weights of the model NaN.
         """
-        if (infinite := global_rewards.isinf()).any():
-            logger.warning(
-                "%d infinite rewards of %s count as missing. Return a finite number, or None for no reward.",
-                int(infinite.sum()),
-                ", ".join(name for name, bad in zip(names, infinite.any(dim=0).tolist(), strict=False) if bad),
-            )
-            global_rewards = global_rewards.masked_fill(infinite, torch.nan)
+        global_rewards = without_infinite(global_rewards, names)
         if self.num_counted is not None:
             global_rewards[self.num_counted :] = torch.nan
         self.global_rewards = global_rewards
@@ -227,7 +225,7 @@ class Step:
             return
         ended = [rollout for rollout in rollouts if rollout.index in cache]
         longest = max((len(rollout.context_ids) for rollout in ended), default=0) + batch.longest_probe
-        if not ended or cache.has_long_rows or not scorer.can_use_cache(model, longest):
+        if not ended or cache.has_long_rows or not scorer.can_use_cache(model, longest, without_dropout=True):
             return
         scored = []
         for rollout in ended:
@@ -273,32 +271,31 @@ class Step:
         """Take over the log-beliefs at each rollout's `boundaries`, in nats, and turn them into gains."""
         # On the CPU: they are small, and not every accelerator has float64.
         table = torch.full(self.starts.shape, torch.nan)
-        for i, turns in enumerate(self.scored_turns):
-            table[i, turns] = log_beliefs[i]
+        scored = self.scored_turns
+        rows = [i for i, turns in enumerate(scored) for _ in turns]
+        table[rows, [turn for turns in scored for turn in turns]] = torch.cat([*log_beliefs])
         self.beliefs = table.exp()
         if self.info_gain != FIRST_SEEN:
-            spans = [self.gain_spans(*rollout) for rollout in self._turns_and_tools]
-            self.gains = information_gain(table, self.info_gain, spans=spans, clip=self.gain_clip)
+            spans, clip, before = self.all_gain_spans, self.gain_clip, self.baseline
+            self.gains = information_gain(table, self.info_gain, spans=spans, clip=clip, before=before)
 
     def set_first_seen(self, tokenizer: Any) -> None:
-        """Gains of 1 where an observation is the first of its rollout to contain an answer, 0 for other turns."""
+        """Gains from which observation of each rollout is the first to contain an answer."""
+        observations = [
+            [rollout.observation(k) for k in range(len(rollout.observations))] for rollout in reads_of(self)
+        ]
+        seen = [
+            [mentions(tokenizer.decode(ids), answers) for ids in of_rollout]
+            for of_rollout, answers in zip(observations, self.answers, strict=True)
+        ]
+        self.gains = first_seen_gains(seen, self.all_gain_spans, self.starts.shape[1])
         if self.beliefs is None:
-            self.beliefs = torch.full(self.starts.shape, torch.nan)
-        self.gains = torch.full(self.starts.shape, torch.nan)
-        for i, rollout in enumerate(self._turns_and_tools):
-            found = False
-            for first, end in self.gain_spans(*rollout):
-                seen = not found and any(
-                    mentions(tokenizer.decode(self.observation(i, k)), self.answers[i]) for k in range(first, end)
-                )
-                self.gains[i, end - 1], found = float(seen), found or seen
+            self.beliefs = torch.full_like(self.gains, torch.nan)
 
-    def observation(self, rollout: int, turn: int) -> list[int]:
-        """Token ids of what a rollout read after a turn; none after its last."""
-        start, *end = self.turn_starts[rollout][turn : turn + 2]
-        span = slice(start, end[0] if end else None)
-        is_observation = (self.turn_index[rollout, span] < 0).tolist()
-        return list(compress(self.completion_ids[rollout][span], is_observation))
+    @property
+    def all_gain_spans(self) -> list[list[tuple[int, int]]]:
+        """The spans of turns over which gains are measured, of each rollout."""
+        return [self.gain_spans(*rollout) for rollout in self._turns_and_tools]
 
     def gain_spans(self, num_turns: int, tools_called: Sequence[Any]) -> list[tuple[int, int]]:
         """The spans of turns of a rollout over which gains are measured."""
@@ -345,14 +342,9 @@ class Step:
     def set_advantages(self, **options: Any) -> None:
         """Compute the advantages of all turns from the gathered gains and outcomes; options of [`turn_advantages`]."""
         assert self.global_gains is not None  # `gather` comes first
-        self.global_advantages = turn_advantages(
-            self.global_gains,
-            self.global_outcome.cpu(),
-            self.global_num_turns,
-            self.num_generations,
-            beliefs=self.global_beliefs,
-            **options,
-        )
+        batch = (self.global_gains, self.global_outcome.cpu(), self.global_num_turns, self.num_generations)
+        self.global_advantages = turn_advantages(*batch, beliefs=self.global_beliefs, **options)
+        self.credit = credit_metrics(*batch, self.global_advantages, beliefs=self.global_beliefs, **options)
 
     def token_advantages(self, like: torch.Tensor) -> torch.Tensor:
         """Advantage of every sampled token and 0 elsewhere, (B, T), as wide as the completions `like` (B, T)."""
@@ -386,9 +378,9 @@ class Step:
         if self.global_beliefs is not None:
             columns = (self.global_beliefs, self.global_num_turns, self.global_outcome.cpu())
             metrics |= belief_metrics(self.gains_that_count, *(values[: self.num_counted] for values in columns))
-        if self.global_advantages is not None:
-            outcome = self.global_outcome.cpu()
-            metrics |= credit_metrics(outcome, self.global_advantages, self.global_num_turns, self.num_generations)
+        if self.evidence_used is not None:
+            metrics["evidence/used"] = gather(self.evidence_used.to(device)).nanmean().item()
+        metrics |= self.credit
         return metrics
 
     @property

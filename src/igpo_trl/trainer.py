@@ -39,6 +39,7 @@ from .rollout.sampling import sample_within_context
 from .rollout.turn_reader import parser_errors_as_value_errors
 from .step import Step
 from .training.costs import timed
+from .training.counterfactuals import evidence_used, foreign_beliefs
 from .training.sampled_tokens import SampledTokensModel, backbone_of, can_pack, sampled_mask_of
 from .trajectory import write_jsonl
 from .turns import FIRST_SEEN, old_log_probs_of_turn_ratios
@@ -176,17 +177,24 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         step = self.current_step = components.make_step(self, inputs)
         output = super()._generate_and_score_completions(inputs)  # calls the hooks below
 
+        optimizer_step = self.state.global_step
         if step.belief_batch is not None:
-            believes, optimizer_step = self._belief_model, self.state.global_step
+            believes = self._belief_model
             model = believes.scoring(self.model, optimizer_step) if believes is not None else nullcontext(self.model)
             with self.accelerator.autocast(), self.costs.part("beliefs"), model as believer:
+                if training and args.gain_baseline == "random":
+                    step.baseline = foreign_beliefs(step, self._belief_scorer, believer)
                 step.score_beliefs(self._belief_scorer, believer)
         if args.info_gain == FIRST_SEEN and (args.credits_turns if training else args.belief_at_eval):
             step.set_first_seen(self._tokenizer)
+        if training and self._rollout_loop and args.evidence_every and optimizer_step % args.evidence_every == 0:
+            encode = self._rollout_loop.observations.encode
+            with self.accelerator.autocast(), self.costs.part("beliefs"):
+                step.evidence_used = evidence_used(step, self._belief_scorer, self.model, encode)
         step.gather(self.accelerator)
         metrics = self._metrics[self.mode]
         if training and step.gains is not None:
-            gain_weight, outcome_weight = args.weights_at(self.state.global_step / max(1, self.state.max_steps))
+            gain_weight, outcome_weight = args.weights_at(optimizer_step / max(1, self.state.max_steps))
             step.set_advantages(
                 normalization=args.normalization,
                 gamma=args.gamma,
@@ -215,8 +223,9 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
         step.take_answers(self.environments)
         if self.args.uses_beliefs if step.training else self.args.belief_at_eval:
             step.belief_batch = self._belief_scorer.begin(step.answers)
-        share_prompts = not self.is_sharded
-        step.kv_cache = PrefixCache(changing_positions(self.model), share_prompts) if self._reuses_prefixes else None
+        if self._reuses_prefixes:
+            has_dropout = step.belief_batch is None
+            step.kv_cache = PrefixCache(changing_positions(self.model), not self.is_sharded, has_dropout)
         training = self.model.training
         try:
             with parser_errors_as_value_errors(self._tokenizer):

@@ -108,6 +108,7 @@ def information_gain(
     *,
     spans: Sequence[Sequence[tuple[int, int]]] | None = None,
     clip: float | None = None,
+    before: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""
     Information gain of every turn (IGPO, arXiv 2510.14967): how much it raised the belief in the right answer.
@@ -135,6 +136,8 @@ def information_gain(
             [`gain_spans`]): the gain of span (a, b) is the belief before turn b minus that before turn a, and stands
             at turn b - 1. By default every turn.
         clip (`float`, *optional*): largest absolute gain; what is beyond it counts as this.
+        before (`torch.Tensor` of shape (B, K), *optional*): log-beliefs to compare with, for each turn in place of
+            the belief before it; NaN where that stays. For spans of one turn.
 
     Returns:
         `torch.Tensor` of shape (B, K): gains, NaN where there is none; a rollout of one turn has none at all.
@@ -151,13 +154,37 @@ def information_gain(
             f"{None if spans is None else len(spans)} lists."
         )
     belief = GAINS[info_gain](log_beliefs)
+    start = belief if before is None else torch.where(before.isnan(), belief, GAINS[info_gain](before))
     gain = torch.full_like(belief, torch.nan)
     if spans is None:
-        gain[:, :-1] = belief[:, 1:] - belief[:, :-1]
+        gain[:, :-1] = belief[:, 1:] - start[:, :-1]
     elif places := [(i, a, b) for i, of_rollout in enumerate(spans) for a, b in of_rollout]:
         rollout, first, end = torch.tensor(places, device=belief.device).T
-        gain[rollout, end - 1] = belief[rollout, end] - belief[rollout, first]
+        gain[rollout, end - 1] = belief[rollout, end] - start[rollout, first]
     return gain if clip is None else gain.clamp(-clip, clip)
+
+
+def first_seen_gains(
+    seen: Sequence[Sequence[bool]], spans: Sequence[Sequence[tuple[int, int]]], max_turns: int
+) -> torch.Tensor:
+    """
+    Gains of 1 where an answer is read for the first time (TSPO, arXiv 2601.22776).
+
+    Args:
+        seen (list of list of `bool`): for each rollout, whether the observation after each turn contains an answer.
+        spans (list of list of `tuple[int, int]`): the spans of turns to measure, see [`gain_spans`].
+        max_turns (`int`): K.
+
+    Returns:
+        `torch.Tensor` of shape (B, K): 1 for the span with the first such observation, 0 for the others, and NaN where
+        no span ends.
+    """
+    gains = torch.full((len(seen), max_turns), torch.nan)
+    for i, (of_rollout, of_spans) in enumerate(zip(seen, spans, strict=True)):
+        first = next((k for k, has_answer in enumerate(of_rollout) if has_answer), -1)
+        for a, b in of_spans:
+            gains[i, b - 1] = float(a <= first < b)
+    return gains
 
 
 def expand_to_tokens(turn_values: torch.Tensor, turn_index: torch.Tensor) -> torch.Tensor:

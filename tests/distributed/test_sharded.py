@@ -50,7 +50,7 @@ def test_uneven_rounds_on_sharded_models(method, launch, single, tmp_path, repos
         one, ranks = single[case], [torch.load(tmp_path / f"{case}-rank{rank}.pt") for rank in range(2)]
         check_sharding(method, one, ranks)
         check_rounds(case, one, ranks)
-        check_parameters(one, ranks)
+        check_parameters(one, ranks, pads=sharded.CASES[case]["pad_to_longest"])
         assert all(result["obstacle"] is None for result in (one, *ranks))
         # One process scores its rollouts when they end; sharded models wait for the old log-probabilities.
         has_old_log_probs = case in ("old_log_probs", "accumulated")
@@ -87,10 +87,11 @@ def check_rounds(case, one, ranks):
             assert turn == pytest.approx(reference, abs=1e-4)
 
 
-def check_parameters(one, ranks):
+def check_parameters(one, ranks, pads):
     for expected, log in zip(one["logs"], ranks[0]["logs"], strict=True):
         assert log["loss"] == pytest.approx(expected["loss"], abs=1e-5)
         assert log["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert (log["perf/padding"] == 1) != pads, "the forwards of the case are of the other kind"
     moved = 0.0
     for name, expected in one["end"].items():
         first, second = (rank["end"][name] for rank in ranks)

@@ -11,22 +11,24 @@ trunk at different places. They run together in one forward, where each sees the
                                               b7   x  x  x  x  x  x          x  x
     a has limit 3, b has limit 6
 
-No branch sees c6 and c7, so the forward leaves them out. Positions are those that a branch would have in a sequence by
-itself. Masks are computed from positions and not from slots of the cache, so sliding windows are correct.
+No branch sees c6 and c7, so the forward leaves them out, as it does with what is padding in all rows. Positions are
+those that a branch would have in a sequence by itself. Masks are computed from positions and not from slots of the
+cache, so sliding windows are correct.
 
 The functions take models without a `packed_obstacle`, and return the mean log-probabilities of targets.
 """
 
-import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import DynamicCache
 
-from .models import LAYERED, base_model, layer_kinds
+from .models import LAYERED, base_model, layer_kinds, parameters_of
 from .packing import Forest, PlainBatch, Target, grow
 
 __all__ = ["Trunk", "evaluating", "run_branches", "run_rows", "run_trunk"]
@@ -39,10 +41,11 @@ class Trunk(DynamicCache):
     """
     Every key and value of the trunk in every layer, whatever the layer's window.
 
-    Once the trunk is complete, tokens that run against it see its first `reach` slots and each other, and are not
-    added to it.
+    Once the trunk is complete, tokens that run against it see the slots `seen` of the rows `rows` and each other, and
+    are not added to it.
 
     Attributes:
+        rows (`list[int]`): Rows of the cache.
         padding (`Sequence[int]`): Slots before the first token of each row.
         offset (`Sequence[int]`): Position of the first token of each row.
     """
@@ -52,9 +55,10 @@ class Trunk(DynamicCache):
         self.padding, self.offset = padding, offset
         self._last_layer = num_layers - 1
         self._stop = stop
-        self._rows: torch.Tensor | None = None
+        self._picked: torch.Tensor | None = None
+        self.rows = list(range(len(padding)))
         self.complete = False
-        self.reach = 0
+        self.seen = slice(0)
 
     @classmethod
     def of_rows(
@@ -63,27 +67,33 @@ class Trunk(DynamicCache):
         """Some rows of a cache that another forward has filled. Layers are copied only while they are used."""
         trunk = cls(len(cache.layers), padding, offset)
         trunk.layers = cache.layers
-        if list(rows) != list(range(cache.layers[0].keys.shape[0])):
-            trunk._rows = torch.tensor(rows)
+        trunk.rows = list(rows)
         trunk.complete = True
         return trunk
+
+    def see(self, rows: Sequence[int], seen: slice) -> None:
+        """Let the next tokens see these slots of these of the trunk's rows."""
+        picked, self.seen, self._picked = [self.rows[row] for row in rows], seen, None
+        if picked != list(range(self.layers[0].keys.shape[0])):
+            self._picked = torch.tensor(picked)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.complete:
             layer = self.layers[layer_idx]
-            keys, values = layer.keys[:, :, : self.reach], layer.values[:, :, : self.reach]
-            if self._rows is not None:
-                rows = self._rows.to(keys.device)
-                keys, values = keys[rows], values[rows]
-            # Under autocast, cached and new keys can differ in dtype.
-            keys, values = keys.to(key_states.dtype), values.to(value_states.dtype)
-            return torch.cat([keys, key_states], dim=-2), torch.cat([values, value_states], dim=-2)
+            return self._followed_by(layer.keys, key_states), self._followed_by(layer.values, value_states)
         keys_and_values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if self._stop and layer_idx == self._last_layer:
             raise _Complete
         return keys_and_values
+
+    def _followed_by(self, of_trunk: torch.Tensor, of_branches: torch.Tensor) -> torch.Tensor:
+        of_trunk = of_trunk[:, :, self.seen]
+        if self._picked is not None:
+            of_trunk = of_trunk.index_select(0, self._picked.to(of_trunk.device))
+        # Under autocast, cached and new keys can differ in dtype.
+        return torch.cat([of_trunk.to(of_branches.dtype), of_branches], dim=-2)
 
 
 class _Complete(Exception):
@@ -92,7 +102,7 @@ class _Complete(Exception):
 
 def run_trunk(model: nn.Module, contexts: Sequence[Sequence[int]]) -> Trunk:
     """Run contexts causally, one per row, and keep their keys and values."""
-    input_ids = _pad(contexts).to(_device(model))
+    input_ids = torch.tensor(_padded(contexts), device=_device(model))
     start = [0] * len(contexts)
     trunk = Trunk(base_model(model).config.num_hidden_layers, start, start, stop=_may_stop(model))
     try:
@@ -106,17 +116,22 @@ def run_trunk(model: nn.Module, contexts: Sequence[Sequence[int]]) -> Trunk:
 
 def run_branches(model: nn.Module, trunk: Trunk, rows: Sequence[Sequence[Target]]) -> list[float]:
     """Mean log-probability of the labels of each target in turn. `rows[i]` are the targets that leave row i."""
-    forests = [grow(targets) for targets in rows]
-    nodes = _Nodes.of(forests, trunk.padding, _device(model))
+    device = _device(model)
+    used = [row for row, targets in enumerate(rows) if targets]
+    forests = [grow(rows[row]) for row in used]
+    padding = [trunk.padding[row] for row in used]
     width = max(forest.num_predicting for forest in forests)
+    first = min(padding)
+    # No branch sees earlier or later tokens.
+    trunk.see(used, slice(first, max(pad + max(forest.limits) for pad, forest in zip(padding, forests, strict=True))))
+    nodes = _Nodes.of(forests, [pad - first for pad in padding], device)
     total = nodes.tokens.shape[1]
-    trunk.reach = int(nodes.limits.max())  # no branch sees later tokens
-    offset = torch.tensor(trunk.offset, device=nodes.begin.device) - nodes.begin
+    offset = torch.tensor([trunk.offset[row] for row in used], device=device) - nodes.begin
     with _masked_attention(base_model(model)) as kind:
         logits = model(
             input_ids=nodes.tokens,
             position_ids=nodes.positions + offset[:, None],
-            attention_mask=_masks(base_model(model).config, nodes, trunk.reach, kind),
+            attention_mask=_masks(base_model(model).config, nodes, trunk.seen.stop - first, kind),
             past_key_values=trunk,
             use_cache=True,
             **_options(model, range(total - width, total)),
@@ -130,7 +145,7 @@ def run_branches(model: nn.Module, trunk: Trunk, rows: Sequence[Sequence[Target]
 def run_rows(model: nn.Module, batch: PlainBatch) -> list[float]:
     """Mean log-probability of the labels of each target, from one right-padded row per target."""
     device = _device(model)
-    input_ids = _pad(batch.rows).to(device)
+    input_ids = torch.tensor(_padded(batch.rows), device=device)
     lengths = torch.tensor([len(row) for row in batch.rows], device=device)
     mask = (torch.arange(input_ids.shape[1], device=device) < lengths[:, None]).long()
     columns = batch.columns
@@ -164,19 +179,17 @@ class _Nodes(NamedTuple):
 
     @classmethod
     def of(cls, forests: Sequence[Forest], padding: Sequence[int], device: torch.device) -> "_Nodes":
-        def pad(name: str, value: int = 0) -> torch.Tensor:
-            return _pad([getattr(forest, name) for forest in forests], value, left=True).to(device)
-
-        begin = torch.tensor(padding, device=device)
         # With first = -1 and last = 0, only padding sees padding, and no row of the softmax is empty.
-        return cls(
-            begin,
-            pad("tokens"),
-            pad("positions") + begin[:, None],
-            pad("limits") + begin[:, None],
-            pad("first", -1),
-            pad("last"),
+        padded = torch.tensor(
+            [
+                _padded([getattr(forest, name) for forest in forests], value, left=True)
+                for name, value in (("tokens", 0), ("positions", 0), ("limits", 0), ("first", -1), ("last", 0))
+            ],
+            device=device,
         )
+        begin = torch.tensor(padding, device=device)
+        tokens, positions, limits, first, last = padded
+        return cls(begin, tokens, positions + begin[:, None], limits + begin[:, None], first, last)
 
 
 def _masks(config: Any, nodes: _Nodes, trunk_length: int, attention: str) -> Any:
@@ -230,18 +243,19 @@ def _may_stop(model: nn.Module) -> bool:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Turn dropout off, and restore the mode of every module: some may be frozen in eval mode on purpose."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 def _options(model: nn.Module, columns: Sequence[int]) -> dict[str, Any]:
     """Arguments for logits at these columns only and without those of a router, if the model accepts them."""
-    accepted = inspect.signature(type(base_model(model)).forward).parameters
+    accepted = parameters_of(type(base_model(model)).forward)
     options = {
         "logits_to_keep": torch.tensor(columns, device=_device(model)),
         "output_router_logits": False,
@@ -257,15 +271,14 @@ def _mean_log_probs(logits: torch.Tensor, index: list[int], targets: Sequence[Ta
     for rows, labels in zip(where.split(_LOGIT_ROWS), label.split(_LOGIT_ROWS), strict=True):
         chunk = logits[rows].float()
         parts.append(chunk.gather(1, labels[:, None])[:, 0] - chunk.logsumexp(dim=-1))
-    per_target = torch.cat(parts).cpu().split([len(target.labels) for target in targets])
-    return [log_probs.mean().item() for log_probs in per_target]
+    values = iter(torch.cat(parts).tolist())
+    return [math.fsum(islice(values, len(target.labels))) / len(target.labels) for target in targets]
 
 
-def _pad(rows: Sequence[Sequence[int]], value: int = 0, left: bool = False) -> torch.Tensor:
+def _padded(rows: Sequence[Sequence[int]], value: int = 0, left: bool = False) -> list[list[int]]:
     width = max(1, *(len(row) for row in rows))
     padding = [[value] * (width - len(row)) for row in rows]
-    padded = [[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, padding, strict=True)]
-    return torch.tensor(padded, dtype=torch.long)
+    return [[*pad, *row] if left else [*row, *pad] for row, pad in zip(rows, padding, strict=True)]
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -1,7 +1,10 @@
 """Which models can be scored against a KV cache, decided from their classes and configs."""
 
 import inspect
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -70,7 +73,7 @@ def packed_obstacle(model: Any, longest: int | None = None) -> str | None:
     """
     base = base_model(model)
     name = type(base).__name__
-    missing = {"position_ids", "past_key_values"} - set(inspect.signature(type(base).forward).parameters)
+    missing = {"position_ids", "past_key_values"} - parameters_of(type(base).forward)
     if missing:
         return f"{name}.forward takes no {', '.join(sorted(missing))}"
     config = base.config
@@ -136,8 +139,8 @@ class ChangingPositions(NamedTuple):
 def changing_positions(model: Any) -> ChangingPositions | None:
     """The position embeddings of a model that change with the length of the sequence, `None` for all others."""
     found = []
-    for module in base_model(model).modules():
-        kinds = getattr(module, "rope_type", None)
+    for module in _rotary(model):
+        kinds = module.rope_type
         for layer, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
             if kind == "longrope":
                 parameters = module.config.rope_parameters
@@ -150,11 +153,23 @@ def changing_positions(model: Any) -> ChangingPositions | None:
 
 def forget_lengths(model: Any) -> None:
     """Undo what longer sequences have left in `dynamic` position embeddings, which keep the longest length so far."""
-    for module in base_model(model).modules():
-        kind = getattr(module, "rope_type", None)
+    for module in _rotary(model):
+        kind = module.rope_type
         if isinstance(kind, str) and "dynamic" in kind and module.max_seq_len_cached > module.original_max_seq_len:
             module.inv_freq.copy_(module.original_inv_freq)
             module.max_seq_len_cached = module.original_max_seq_len
+
+
+# Going through all modules of a model takes as long as one of its layers takes for a few tokens, so it is done once.
+_ROTARY: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+
+
+def _rotary(model: Any) -> list[Any]:
+    """The modules that compute a model's rotary position embeddings."""
+    base = base_model(model)
+    if base not in _ROTARY:
+        _ROTARY[base] = [module for module in base.modules() if getattr(module, "rope_type", None) is not None]
+    return _ROTARY[base]
 
 
 def _rope_obstacle(base: Any, longest: int | None) -> str | None:
@@ -165,6 +180,12 @@ def _rope_obstacle(base: Any, longest: int | None) -> str | None:
         f"position embeddings of type {positions.kind!r} change for all tokens of a sequence longer than "
         f"{positions.limit}"
     )
+
+
+@lru_cache(maxsize=64)
+def parameters_of(forward: Callable[..., Any]) -> frozenset[str]:
+    """Names of the arguments of the forward of a model's class."""
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def layer_kinds(config: Any) -> set[str]:

@@ -29,6 +29,9 @@ _LOGITS = 1 << 28
 # Most nodes of a row in a forward. A further forward costs less than attention among more nodes, and needs only the
 # keys of its own contexts: over many turns, half of all keys.
 _NODES = 256
+# Trunks of clearly different lengths share a forward only until it has this many tokens: more of them would not make a
+# token cheaper, and padding costs as much as tokens.
+_ENOUGH_TOKENS = 4096
 
 
 class Target(NamedTuple):
@@ -163,12 +166,13 @@ class PackedBatch(NamedTuple):
         return 1 + len(self.chunks)
 
 
-def pack_trunks(units: Sequence[Unit], budget: ForwardBudget) -> list[PackedBatch]:
+def pack_trunks(units: Sequence[Unit], budget: ForwardBudget, *, cached: bool = False) -> list[PackedBatch]:
     """
     Batch trunks with their targets. `units` come longest first, and their targets sorted by [`in_order`].
 
-    Trunks share a batch if the budget allows it for them and for all their targets. The targets of a batch run in as
-    many forwards as the row with the most targets needs.
+    Trunks share a batch if the budget allows it for them and for all their targets, and if it needs little padding or
+    is small; `cached` trunks do not run, so their padding costs nothing. The targets of a batch run in as many
+    forwards as the row with the most targets needs.
     """
     batches: list[list[Unit]] = []
     nodes = logits = 0  # maxima over the units of the last batch
@@ -178,7 +182,8 @@ def pack_trunks(units: Sequence[Unit], budget: ForwardBudget) -> list[PackedBatc
         if batches:
             rows, length = len(batches[-1]) + 1, len(batches[-1][0].context)
             nodes, logits = max(nodes, unit_nodes), max(logits, labels)
-            if budget.allows(rows, length, 1) and budget.allows(rows, nodes, logits, length + nodes):
+            fits = cached or len(unit.context) >= 0.9 * length or (rows - 1) * length < _ENOUGH_TOKENS
+            if fits and budget.allows(rows, length, 1) and budget.allows(rows, nodes, logits, length + nodes):
                 batches[-1].append(unit)
                 continue
         batches.append([unit])

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,11 @@ class AnswerProbe:
                 f"The answer must be a non-empty span of the probe's {len(self.token_ids)} tokens, got "
                 f"[{self.answer_start}, {self.answer_end})."
             )
+
+    @cached_property
+    def key(self) -> tuple[int, ...]:
+        """What its score depends on beside the context: the tokens up to the answer's end, and where it starts."""
+        return (self.answer_start, *self.token_ids[: self.answer_end])
 
 
 def build_probes(

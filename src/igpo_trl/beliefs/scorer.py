@@ -103,19 +103,23 @@ class BeliefScorer:
         }
         return BeliefBatch([probes[aliases] for aliases in answers])
 
-    def can_use_cache(self, model: nn.Module, longest: int, *, counts_padding: bool = False) -> bool:
+    def can_use_cache(
+        self, model: nn.Module, longest: int, *, counts_padding: bool = False, without_dropout: bool = False
+    ) -> bool:
         """
         Whether beliefs may be scored against the cache of another forward of this model.
 
         Args:
-            model (`nn.Module`): what that forward is of, in the mode it runs in.
+            model (`nn.Module`): what that forward is of, in the mode it runs in unless `without_dropout`.
             longest (`int`): tokens of the longest context, with its probe.
             counts_padding (`bool`, *optional*, defaults to `False`): whether that forward counts left padding as
                 positions.
+            without_dropout (`bool`, *optional*, defaults to `False`): whether dropout is off in it whatever the mode,
+                and positions count from a row's first token.
         """
-        if not self.trusts_cache or self._settled_method == "per_turn":
+        if not self.trusts_cache or self._settled_method == "per_turn" or packed_obstacle(model, longest):
             return False
-        return packed_obstacle(model, longest) is None and cached_obstacle(model, counts_padding) is None
+        return without_dropout or cached_obstacle(model, counts_padding) is None
 
     def score_cached(
         self,

@@ -123,29 +123,32 @@ def score_beliefs(
             before it, or `"packed"` is requested for a model on which it may be wrong.
     """
     rollouts = _check(sequences, boundaries, probes)
-    results = [torch.zeros(len(rollout.boundaries), len(rollout.probes)) for rollout in rollouts]
+    results = [[[0.0] * len(rollout.probes) for _ in rollout.boundaries] for rollout in rollouts]
     memo = {} if memo is None else memo
     units = _plan(rollouts, memo, results)
     budget = ForwardBudget(tokens_per_batch, batch_size, _vocabulary(model))
     packed = _choose(model, "packed" if cached else method, _longest(units)) == "packed"
     positions = changing_positions(model)
     share = {} if positions is None else {"share": positions.share}
-    batches = pack_trunks(units, budget) if packed else pack_rows(units, budget, **share)
+    batches = pack_trunks(units, budget, cached=cached is not None) if packed else pack_rows(units, budget, **share)
     idle = 0
     if synchronize is not None:
         needed = sum(batch.num_forwards - (cached is not None) for batch in batches)
         idle = synchronize(needed) - needed
     model = uncompiled(model)
-    with evaluating(model), torch.no_grad():
-        for batch in batches:
-            forget_lengths(model)
-            for target, value in _run(model, batch, cached):
-                memo[target.key] = value
-                for rollout, boundary, probe in target.places:
-                    results[rollout][boundary, probe] = value
-        for _ in range(idle):
-            run_rows(model, _DUMMY)
-    return results
+    if batches or idle:
+        with evaluating(model), torch.no_grad():
+            for batch in batches:
+                forget_lengths(model)
+                for target, value in _run(model, batch, cached):
+                    memo[target.key] = value
+                    for rollout, boundary, probe in target.places:
+                        results[rollout][boundary][probe] = value
+            for _ in range(idle):
+                run_rows(model, _DUMMY)
+    shapes = [(len(rollout.boundaries), len(rollout.probes)) for rollout in rollouts]
+    scores = torch.tensor([value for rollout in results for values in rollout for value in values])
+    return [part.view(shape) for part, shape in zip(scores.split([n * m for n, m in shapes]), shapes, strict=True)]
 
 
 def check_beliefs(
@@ -269,7 +272,9 @@ def _log_once(level: int, message: str) -> None:
     logger.log(level, message)
 
 
-def _plan(rollouts: Sequence[_Rollout], memo: Mapping[Hashable, float], results: Sequence[torch.Tensor]) -> list[Unit]:
+def _plan(
+    rollouts: Sequence[_Rollout], memo: Mapping[Hashable, float], results: Sequence[list[list[float]]]
+) -> list[Unit]:
     """Fill in known scores. Returns one unit per rollout with something new to score, longest first."""
     seen: dict[Hashable, Target] = {}
     units = []
@@ -278,12 +283,12 @@ def _plan(rollouts: Sequence[_Rollout], memo: Mapping[Hashable, float], results:
         new = []
         for k, boundary in enumerate(boundaries):
             for m, probe in enumerate(probes):
-                key = (digests[boundary], tuple(probe.token_ids[: probe.answer_end]), probe.answer_start)
+                key = (digests[boundary], probe.key)
                 if key in memo:
-                    results[i][k, m] = memo[key]
+                    results[i][k][m] = memo[key]
                     continue
                 if key not in seen:
-                    seen[key] = _target(sequence, boundary, probe)._replace(key=key)
+                    seen[key] = _target(sequence, boundary, probe, key)
                     new.append(seen[key])
                 seen[key].places.append((i, k, m))
         if new:
@@ -301,14 +306,14 @@ def _digests(sequence: Sequence[int], boundaries: Sequence[int]) -> dict[int, by
     return digests
 
 
-def _target(sequence: Sequence[int], limit: int, probe: AnswerProbe) -> Target:
+def _target(sequence: Sequence[int], limit: int, probe: AnswerProbe, key: Hashable = None) -> Target:
     """The tokens to run for a probe. The last answer token is not among them, because it predicts nothing of it."""
     labels = list(probe.token_ids[probe.answer_start : probe.answer_end])
     tokens = list(probe.token_ids[: probe.answer_end - 1])
     if probe.answer_start == 0:  # the context's last token predicts it, and runs again
         limit -= 1
         tokens.insert(0, sequence[limit])
-    return Target(limit, tokens, labels, [])
+    return Target(limit, tokens, labels, [], key)
 
 
 def _longest(units: Sequence[Unit]) -> int:

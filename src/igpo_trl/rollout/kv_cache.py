@@ -18,12 +18,13 @@ new tokens runs some cached tokens again (b7) where it would otherwise run paddi
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..beliefs.branching import evaluating
 from ..beliefs.models import ChangingPositions
 
 
@@ -60,9 +61,14 @@ class PrefixCache:
             longer batch. What was cached with others than those that the next turn starts with is run again.
         share_prompts (`bool`, *optional*, defaults to `True`): run equal contexts of the first turn, which are the
             prompt of a group, once. Not for sharded models, because ranks would make different numbers of forwards.
+        has_dropout (`bool`, *optional*, defaults to `True`): whether a model in training mode samples with dropout, as
+            in TRL. Beliefs cannot be scored against such keys and values.
     """
 
-    def __init__(self, positions: ChangingPositions | None = None, share_prompts: bool = True) -> None:
+    def __init__(
+        self, positions: ChangingPositions | None = None, share_prompts: bool = True, has_dropout: bool = True
+    ) -> None:
+        self.has_dropout = has_dropout
         self._share_prompts = share_prompts and positions is None
         self._positions = positions
         self._longest = (0, 0)  # longest context of the cached rows, before and after the last turn
@@ -124,7 +130,11 @@ class PrefixCache:
     def cached_row(self, rollout: int, tokens: Sequence[int]) -> tuple[int, int, int]:
         """A rollout's row of the cache, its left padding, and the number of leading `tokens` that are cached."""
         row = self._row_of[rollout]
-        return row, int(self._padding[row]), self._shared(rollout, torch.tensor(tokens))
+        cached = self._tokens[row].tolist()
+        # Nearly always all of them are, and lists are compared faster than they become tensors.
+        same = cached == list(tokens[: len(cached)])
+        length = len(cached) if same else self._shared(rollout, torch.tensor(tokens))
+        return row, int(self._padding[row]), length
 
     @property
     def has_long_rows(self) -> bool:
@@ -210,7 +220,8 @@ def replaced_generate(
         options["generation_config"] = config
         if cache is None or len(rollouts) != len(input_ids):
             return generate(input_ids=input_ids, attention_mask=attention_mask, **options)
-        return cache.generate(generate, model, input_ids, attention_mask, rollouts, **options)
+        with nullcontext() if cache.has_dropout else evaluating(model):
+            return cache.generate(generate, model, input_ids, attention_mask, rollouts, **options)
 
     model.generate = generate_with_cache
     try:

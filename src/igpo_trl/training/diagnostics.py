@@ -1,10 +1,25 @@
 """What a generation batch says about the method: metrics of beliefs, gains and credit. Axes: N rollouts, K turns."""
 
 import logging
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
+from ..advantages import Normalization, explained_variance, turn_price
+
 logger = logging.getLogger(__name__)
+
+
+def without_infinite(rewards: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    """Rewards (N, functions) with NaN, as for a missing one, in place of infinite ones; warns of their functions."""
+    if (infinite := rewards.isinf()).any():
+        logger.warning(
+            "%d infinite rewards of %s count as missing. Return a finite number, or None for no reward.",
+            int(infinite.sum()),
+            ", ".join(name for name, bad in zip(names, infinite.any(dim=0).tolist(), strict=False) if bad),
+        )
+    return rewards.masked_fill(infinite, torch.nan)
 
 
 def belief_metrics(
@@ -46,39 +61,70 @@ def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float | None:
     return None if not norms.all() else (centred[0] @ centred[1] / norms.prod()).clamp(-1, 1).item()
 
 
-class CorrelationWatch:
-    """Warns once if beliefs have not agreed with outcomes for `patience` batches: gains may reward the wrong turns."""
+class Watch:
+    """
+    Warns once if a metric has been bad for many batches in a row.
 
-    def __init__(self, patience: int = 20):
+    Args:
+        is_bad (`Callable`): of the metric's value.
+        message (`str`): with places for the number of batches and the latest value.
+        patience (`int`, *optional*, defaults to `20`): that number of batches.
+    """
+
+    def __init__(self, is_bad: Callable[[float], bool], message: str, patience: int = 20):
+        self._is_bad = is_bad
+        self._message = message
         self._patience = patience
         self._num_bad = 0
 
-    def update(self, correlation: float | None) -> None:
-        """Take the correlation of a batch; `None`, where there is none, changes nothing."""
-        if correlation is None:
+    def update(self, value: float | None) -> None:
+        """Take the value of a batch; `None`, where there is none, changes nothing."""
+        if value is None:
             return
-        self._num_bad = self._num_bad + 1 if correlation <= 0 else 0
+        self._num_bad = self._num_bad + 1 if self._is_bad(value) else 0
         if self._num_bad == self._patience:
-            logger.warning(
-                "For %d batches in a row, rollouts that ended with a higher belief in the right answer were not "
-                "rewarded more (`belief/outcome_corr` is at most 0, now %.2f). The gains may reward the wrong turns: "
-                "compare `answer_template` with what the model writes, and look at trajectories (`igpo view`).",
-                self._patience,
-                correlation,
-            )
+            logger.warning(self._message, self._patience, value)
+
+
+#: Price of a turn, in units of the advantage, beyond which training warns.
+LARGE_PRICE = 0.2
+
+
+def make_watches() -> dict[str, Watch]:
+    """The metrics that a run is warned by."""
+    return {
+        "belief/outcome_corr": Watch(
+            lambda correlation: correlation <= 0,
+            "For %d batches in a row, rollouts that ended with a higher belief in the right answer were not rewarded "
+            "more (`belief/outcome_corr` is at most 0, now %.2f). The gains may reward the wrong turns: compare "
+            "`answer_template` with what the model writes, and look at trajectories (`igpo view`).",
+        ),
+        "credit/turn_price": Watch(
+            lambda price: abs(price) > LARGE_PRICE,
+            "For %d batches in a row, a further turn that changed nothing had a price far from 0 "
+            "(`credit/turn_price`, now %+.2f in units of the advantage; positive: it costs), so this `normalization` "
+            "rewards the number of turns, whatever they find. 'critic' and 'returns' do not.",
+        ),
+    }
 
 
 def credit_metrics(
-    outcome: torch.Tensor, advantages: torch.Tensor, num_turns: torch.Tensor, num_generations: int
+    info_gain: torch.Tensor,
+    outcome: torch.Tensor,
+    num_turns: torch.Tensor,
+    num_generations: int,
+    advantages: torch.Tensor,
+    *,
+    beliefs: torch.Tensor | None,
+    normalization: Normalization,
+    **options: Any,
 ) -> dict[str, float]:
     """
     Metrics of what the turns are trained with.
 
     Args:
-        outcome (`torch.Tensor` of shape (N,)): NaN where no reward function applies.
-        advantages (`torch.Tensor` of shape (N, K)): of turns, 0 beyond the last.
-        num_turns (`torch.Tensor` of shape (N,)): turns of each rollout.
-        num_generations (`int`): group size.
+        info_gain, outcome, num_turns, num_generations, beliefs, normalization, options: as for [`turn_advantages`].
+        advantages (`torch.Tensor` of shape (N, K)): its result.
 
     Returns:
         `dict[str, float]`: by name.
@@ -87,8 +133,21 @@ def credit_metrics(
     differs = groups.nan_to_num(-torch.inf).amax(dim=1) > groups.nan_to_num(torch.inf).amin(dim=1)
     moves = (advantages != 0).view(len(groups), -1).any(dim=1)
     is_turn = torch.arange(advantages.shape[1]) < num_turns[:, None]
-    return {
+
+    def chosen(*names: str) -> dict[str, Any]:
+        return {name: options[name] for name in names if name in options}
+
+    batch = (info_gain, outcome, num_turns, num_generations)
+    of_gains = chosen("scale", "info_gain_weight", "std_floor")
+    metrics = {
         "collapse/outcome": 1 - differs.float().mean().item(),
         "collapse/advantage": 1 - moves.float().mean().item(),
         "advantages/abs_mean": advantages[is_turn].abs().mean().item(),
+        "credit/turn_price": turn_price(*batch, normalization=normalization, **of_gains),
     }
+    if normalization == "critic":
+        explained = explained_variance(
+            *batch, beliefs=beliefs, **chosen("gamma", "info_gain_weight", "outcome_weight")
+        )
+        metrics |= {"credit/explained_variance": explained} if explained == explained else {}
+    return metrics

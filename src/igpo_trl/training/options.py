@@ -13,6 +13,7 @@ _CHOICES = {
     "alias_reduction": ("max", "mean", "first"),
     "info_gain": (*GAINS, FIRST_SEEN),
     "normalization": NORMALIZATIONS,
+    "gain_baseline": ("previous", "random"),
     "belief_model": ("policy", "reference", "snapshot"),
     "belief_method": ("auto", "packed", "per_turn"),
     "on_malformed_tool_call": ("observe", "end"),
@@ -28,7 +29,7 @@ def check_options(config: Any) -> None:
     for name in (
         "belief_tokens_per_batch", "max_answer_tokens", "max_turns", "max_turn_length", "forced_answer_length",
         "max_concurrent_tool_calls", "info_gain_every", "tool_failure_patience",
-        "belief_snapshot_steps",
+        "belief_snapshot_steps", "evidence_every",
     ):  # fmt: skip
         if (value := getattr(config, name)) is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
@@ -53,6 +54,11 @@ def check_options(config: Any) -> None:
             "`normalization='critic'` reads the belief before every turn, so `info_gain_every` must be 1 and "
             f"`info_gain_tools` None, got {config.info_gain_every} and {config.info_gain_tools!r}."
         )
+    if config.gain_baseline == "random" and (config.info_gain_every > 1 or config.info_gain == FIRST_SEEN):
+        raise ValueError(
+            "`gain_baseline='random'` compares beliefs after single turns, so `info_gain_every` must be 1 and "
+            f"`info_gain` a rise of the belief, got {config.info_gain_every} and {config.info_gain!r}."
+        )
     if config.std_floor < 0:
         raise ValueError(f"`std_floor` must not be negative, got {config.std_floor}.")
     if config.credits_turns and config.importance_sampling_level == "sequence":
@@ -63,12 +69,12 @@ def check_options(config: Any) -> None:
         )
     if config.importance_sampling_level == "turn" and config.loss_type == "vespo":
         raise ValueError(
-            "`loss_type='vespo'` computes weights of sequences itconfig, so `importance_sampling_level` must be "
+            "`loss_type='vespo'` computes weights of sequences itself, so `importance_sampling_level` must be "
             "'token', got 'turn'. Leave it at 'token', or choose another `loss_type`."
         )
     if config.multi_objective_aggregation != "sum_then_normalize" and config.credits_turns:
         raise ValueError(
-            "IGPO normalises the summed outcome itconfig, so `multi_objective_aggregation` must be "
+            "IGPO normalises the summed outcome itself, so `multi_objective_aggregation` must be "
             f"'sum_then_normalize', got {config.multi_objective_aggregation!r}. Weight the reward functions with "
             "`reward_weights` instead."
         )
