@@ -131,33 +131,76 @@ def _population_std(values: Sequence[float]) -> float:
     return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
 
 
+def returns_advantages(
+    gains: Sequence[Sequence[float]],
+    outcomes: Sequence[float],
+    num_generations: int,
+    gamma: float = 1.0,
+    scale: str = "batch",
+    info_gain_weight: float = 1.0,
+    outcome_weight: float = 1.0,
+    std_floor: float = 1e-2,
+) -> list[list[float]]:
+    """
+    What follows a turn, less its mean over the others of the group that have this turn; where none has, less the mean
+    of the others' outcomes. Divided by the root mean square over all turns. Arguments as in `turn_advantages`.
+    """
+    returns: list[list[float]] = []
+    for row, outcome in zip(gains, outcomes, strict=True):
+        rewards = [0.0 if math.isnan(gain) else info_gain_weight * gain for gain in row] + [outcome_weight * outcome]
+        returns.append(
+            [sum(gamma ** (j - k) * rewards[j] for j in range(k, len(rewards))) for k in range(len(rewards))]
+        )
+    result = [[0.0] * len(row) for row in returns]
+    for i, row in enumerate(returns):
+        first = i - i % num_generations
+        others = [j for j in range(first, first + num_generations) if j != i and not math.isnan(outcomes[j])]
+        if math.isnan(outcomes[i]) or not others:
+            continue
+        for k, value in enumerate(row):
+            same = [returns[j][k] for j in others if len(returns[j]) > k] or [returns[j][-1] for j in others]
+            result[i][k] = value - sum(same) / len(same)
+    flat = [a for row, outcome in zip(result, outcomes, strict=True) for a in row if not math.isnan(outcome)]
+    if scale == "none" or not flat:
+        return result
+    divisor = max(math.sqrt(sum(a * a for a in flat) / len(flat)), std_floor, 1e-300)
+    return [[a / divisor for a in row] for row in result]
+
+
 def critic_advantages(
     beliefs: Sequence[Sequence[float]],
     outcomes: Sequence[float],
     num_generations: int,
     info_gain_weight: float,
-    gae_lambda: float = 0.8,
+    gae_lambda: float = 0.9,
     scale: bool = True,
 ) -> list[list[float]]:
     """
     The belief as critic, for γ = 1 and gains in probability: `beliefs[i]` has the belief before each turn 0 … S.
 
-    The value of rollout i is a ridge fit, without rollout i, of G_k = R + w (b_S - b_k) on [1, standardised b_k,
-    one-hot k] with a penalty of 4 on all but the intercept, plus the mean residual of each other rollout of the group,
-    summed and divided by their number + 4. Then GAE with δ_k = w (b_{k+1} - b_k) + V_{k+1} - V_k and δ_S = R - V_S,
-    divided by the root mean square over all turns.
+    The value of rollout i is a ridge fit, without rollout i, of G_k = R + w (b_S - b_k) on [1, standardised b_k, the
+    square of that, standardised, one-hot k] with a penalty of 4 on all but the intercept, plus the mean residual of
+    each other rollout of the group, summed and divided by their number + 4. Then GAE with
+    δ_k = w (b_{k+1} - b_k) + V_{k+1} - V_k and δ_S = R - V_S, divided by the root mean square over all turns.
     """
     w = info_gain_weight
     max_turns = max(len(row) for row in beliefs)
     scored = [i for i, r in enumerate(outcomes) if not math.isnan(r)]
     read = np.array([belief for i in scored for belief in beliefs[i]])
     mean, std = read.mean(), max(float(read.std()), 1e-6)
-    features = {
-        i: np.array([[1.0, (b - mean) / std] + [float(k == j) for j in range(max_turns)] for k, b in enumerate(row)])
-        for i, row in enumerate(beliefs)
-    }
+    squares = ((read - mean) / std) ** 2
+    mean_square, std_square = squares.mean(), max(float(squares.std()), 1e-6)
+    features = {}
+    for i, row in enumerate(beliefs):
+        standardised = [(b - mean) / std for b in row]
+        features[i] = np.array(
+            [
+                [1.0, x, (x * x - mean_square) / std_square, *(float(k == j) for j in range(max_turns))]
+                for k, x in enumerate(standardised)
+            ]
+        )
     targets = {i: np.array([outcomes[i] + w * (row[-1] - b) for b in row]) for i, row in enumerate(beliefs)}
-    penalty = np.diag([0.0] + [2.0] * (max_turns + 1))  # squared, and as so many further rows with target 0
+    penalty = np.diag([0.0] + [2.0] * (max_turns + 2))  # squared, and as so many further rows with target 0
     values = {}
     for i in scored:
         others = [j for j in scored if j != i]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from igpo_trl.advantages import NORMALIZATIONS, turn_advantages
 
-NORMALISING = [mode for mode in NORMALIZATIONS if mode != "critic"]
+NORMALISING = ["joint", "separate", "per_turn"]  # subtract a mean first, and then add up what follows
 NAN = float("nan")
 
 # Multiples of 1/64: sums of them are exact, so that equal values are equal to the oracle as well.
@@ -96,6 +96,22 @@ def test_equals_oracle(batch, normalization, gamma, scale, info_gain_weight, out
     actual = run(batch, normalization=normalization, **options)
     expected = oracles.turn_advantages(batch.gains, batch.outcomes, batch.num_generations, normalization, **options)
     assert_rows(actual, expected, atol=1e-9, rtol=1e-9)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    batches(),
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.sampled_from(["group", "none"]),
+    st.sampled_from([0.0, 0.3, 1.0]),
+    st.sampled_from([0.5, 1.0]),
+    st.sampled_from([1e-2, 0.5]),
+)
+def test_returns_equal_oracle(batch, gamma, scale, info_gain_weight, outcome_weight, std_floor):
+    options = {"gamma": gamma, "scale": scale, "std_floor": std_floor}
+    options |= {"info_gain_weight": info_gain_weight, "outcome_weight": outcome_weight}
+    expected = oracles.returns_advantages(batch.gains, batch.outcomes, batch.num_generations, **options)
+    assert_rows(run(batch, normalization="returns", **options), expected, atol=1e-9, rtol=1e-9)
 
 
 @settings(deadline=None, max_examples=200)
@@ -220,6 +236,14 @@ def test_critic_beliefs_default_to_the_running_sum_of_gains():
     torch.testing.assert_close(run(batch, normalization="critic"), expected, atol=1e-12, rtol=0.0)
 
 
+@settings(deadline=None, max_examples=100)
+@given(batches(missing=False), st.floats(-5, 5), st.sampled_from([0.0, 0.5]))
+def test_returns_of_equal_outcomes_are_exactly_zero(batch, outcome, outcome_weight):
+    batch = Batch(batch.num_generations, batch.gains, [outcome] * len(batch.outcomes))
+    options = {"normalization": "returns", "info_gain_weight": 0.0, "outcome_weight": outcome_weight}
+    assert (run(batch, **options) == 0).all()
+
+
 # --- by hand ---------------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +267,16 @@ def test_per_turn_by_hand():
     """Turn 0 pool (0.1, 0.3): z = (-1, 1). Turn 1 pool (0.9): one value, 0. Outcomes equal: 0."""
     actual = run(Batch(2, [[0.1, 0.9], [0.3]], [1.0, 1.0]), normalization="per_turn")
     assert_rows(actual, [[-1.0, 0.0, 0.0], [1.0, 0.0]], atol=1e-9, rtol=0.0)
+
+
+def test_returns_by_hand():
+    """
+    Gains (.3, .1 | .2), outcomes (1, 0 | a third rollout of one turn: .5). Returns: 1.4, 1.1, 1; .2, 0; .5.
+    Turn 0: 1.4 - (.2 + .5)/2 = 1.05; .2 - (1.4 + .5)/2 = -.75; .5 - (1.4 + .2)/2 = -.3. Turn 1: 1.1 - 0; 0 - 1.1.
+    Turn 2 has nobody else, so the others' outcomes: 1 - (0 + .5)/2 = .75.
+    """
+    actual = run(Batch(3, [[0.3, 0.1], [0.2], []], [1.0, 0.0, 0.5]), normalization="returns", scale="none")
+    assert_rows(actual, [[1.05, 1.1, 0.75], [-0.75, -1.1], [-0.3]], atol=1e-12, rtol=0.0)
 
 
 def test_batch_scale_by_hand():
@@ -334,6 +368,8 @@ def test_is_zero_without_information(normalization):
     actual = run(batch, normalization=normalization)
     assert actual.isfinite().all()
     if normalization != "critic":
+        assert (actual.abs() < 1e-12).all()
+    if normalization in NORMALISING:
         assert (actual == 0).all()  # 0.1 is no dyadic number: its rounded mean must not leave a residue
 
 
@@ -465,7 +501,7 @@ def test_scale_names():
         ({"num_generations": 0}, "in groups of 0"),
         ({"num_turns": torch.tensor([1, 2, 3, 1])}, "between 1 and K = 2, got values from 1 to 3"),
         ({"num_turns": torch.tensor([0, 2, 1, 1])}, "got values from 0 to 2"),
-        ({"normalization": "global"}, "joint, separate, per_turn, critic, got 'global'"),
+        ({"normalization": "global"}, "joint, separate, per_turn, returns, critic, got 'global'"),
         ({"scale": "std"}, "got 'std'"),
     ],
 )
@@ -499,4 +535,4 @@ def test_no_loop_over_rollouts():
             with Count() as counter:
                 turn_advantages(*arguments, normalization=normalization)
             counts.append((normalization, counter.calls))
-    assert counts[:4] == counts[4:]
+    assert counts[: len(NORMALIZATIONS)] == counts[len(NORMALIZATIONS) :]
