@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from igpo_trl.files import read_json_lines
 
-METHODS = ("grpo_batch", "igpo_critic_gain", "igpo_critic", "igpo_returns", "igpo_separate")
+METHODS = ("grpo_batch", "igpo_critic", "igpo_critic_no_gain", "igpo_returns", "igpo_separate")
 BASELINE = "grpo_batch"
 MEASURES = {
     "area": "area under greedy EM",

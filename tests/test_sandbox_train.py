@@ -230,7 +230,7 @@ def test_runs_that_the_file_has_are_not_repeated(learning, tmp_path):
 
 def test_a_run_measures_what_the_tables_show(learning, policy, monkeypatch):
     monkeypatch.setattr("igpo_trl.sandbox.warm_start.warm_start", lambda config: policy)
-    row = learning.run_one(learning.Run("strangers", 2, 1, 1e-3, 0, "igpo_critic_gain"), test_questions=4)
+    row = learning.run_one(learning.Run("strangers", 2, 1, 1e-3, 0, "igpo_critic"), test_questions=4)
     assert set(learning.MEASURES) - {"half"} <= set(row)
     assert list(row["curve"]) == [0, 1]
     assert set(row["greedy_em_by_hops"]) <= {2, 3, 4}

@@ -29,9 +29,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "grpo": {"igpo": False, "scale_rewards": "group"},
     "grpo_batch": {"igpo": False, "scale_rewards": "batch"},
     "igpo_separate": {"igpo": True, "normalization": "separate"},
-    "igpo_returns": {"igpo": True, "normalization": "returns", "info_gain_weight": 1.0},
-    "igpo_critic": {"igpo": True, "normalization": "critic", "info_gain_weight": 0.0, "gae_lambda": 0.9},
-    "igpo_critic_gain": {"igpo": True, "normalization": "critic", "info_gain_weight": 1.0, "gae_lambda": 0.9},
+    "igpo_returns": {"igpo": True, "normalization": "returns"},
+    "igpo_critic": {"igpo": True, "normalization": "critic", "info_gain_weight": 1.0, "gae_lambda": 0.9},
+    "igpo_critic_no_gain": {"igpo": True, "normalization": "critic", "info_gain_weight": 0.0, "gae_lambda": 0.9},
 }
 LABELS = {
     "grpo": "GRPO",
@@ -39,7 +39,7 @@ LABELS = {
     "igpo_separate": "IGPO separate",
     "igpo_returns": "IGPO returns",
     "igpo_critic": "IGPO critic",
-    "igpo_critic_gain": "IGPO critic with gains",
+    "igpo_critic_no_gain": "IGPO critic, weight 0",
 }
 
 # A turn is a call of 6 tokens or an answer of 5; a whole rollout is 4 calls, 4 passages of 12 and an answer.
