@@ -75,7 +75,7 @@ def run_one(run: Run, test_questions: int = 256) -> dict[str, Any]:
     block, kind = 10_000 + 10 * run.seed, run.kind
     model = warm_start(WarmStartConfig(kind=kind))
     budget = Budget(run.steps, run.groups, learning_rate=run.learning_rate, eval_every=max(1, run.steps // POINTS))
-    seeds = {"seed": run.seed, "data_seed": block + TRAIN}
+    seeds: dict[str, Any] = {"seed": run.seed, "data_seed": block + TRAIN}
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(run.method, model, Path(folder), budget=budget, kind=kind, **seeds)
         training = train_with_curve(trainer, run.method, budget, block + CURVE, " ".join(map(str, run)), kind)

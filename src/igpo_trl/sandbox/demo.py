@@ -27,7 +27,7 @@ _TRAIN, _CURVE, _TEST = 1_000_001, 1_000_002, 1_000_003
 class DemoPlan:
     """What a demo runs."""
 
-    # Methods and KL weights. The weights are those that `benchmarks/learning.py` selected on its tuning seeds.
+    # Methods and KL weights
     methods: tuple[tuple[str, float], ...] = (("grpo", 0.0), ("grpo_batch", 0.1), ("igpo_critic", 0.0))
     budget: Budget = Budget()  # of each method
     warm: WarmStartConfig = WarmStartConfig()  # its seed is replaced by the demo's
@@ -98,7 +98,7 @@ def _run(output_dir: Path, seed: int, plan: DemoPlan, console: Console) -> dict[
         )
         rollouts = folder / "trajectories" / "rank0.jsonl"
         rollouts.unlink(missing_ok=True)
-        seeds = {"seed": seed, "data_seed": seed + _TRAIN}
+        seeds: dict[str, Any] = {"seed": seed, "data_seed": seed + _TRAIN}
         trainer = make_trainer(method, model, folder, beta=beta, budget=budget, save_trajectories=True, **seeds)
         if not table:
             table.append(("Warm start", None, *_evaluate(trainer, questions, seed, output_dir / "warm_start", files)))
