@@ -154,7 +154,7 @@ def test_mistake_11_injected_tokens_are_not_trained_on(make):
 
 def test_mistake_13_a_belief_that_was_not_scored_is_no_number(make):
     # Rollouts of one turn are not scored. As log-prob 0 they would have belief 1 and enter the means and the pool.
-    trainer = make(num_generations=4)
+    trainer = make(num_generations=4, normalization="separate")
     trainer.scripts = [[SEARCH, RIGHT], [RIGHT], [WRONG], [WRONG]]
     trainer.train()
     records = trainer.records()
@@ -168,7 +168,7 @@ def test_mistake_13_a_belief_that_was_not_scored_is_no_number(make):
 
 
 def test_mistake_16_each_context_is_scored_once(make, spy):
-    trainer = make(max_steps=2, num_iterations=2)  # one generation batch, used twice
+    trainer = make(max_steps=2, num_iterations=2, normalization="separate")  # one generation batch, used twice
     trainer.scripts = [[SEARCH, RIGHT], [SEARCH, SEARCH, SEARCH, WRONG], [RIGHT], ["?"]]
     trainer.train()
     ((_, boundaries, probes),) = spy

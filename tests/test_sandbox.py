@@ -21,6 +21,7 @@ from igpo_trl.sandbox.warm_start import (
 )
 from igpo_trl.sandbox.world import (
     FAMILY_RELATIONS,
+    KINDS,
     MAX_SEARCHES,
     RELATIONS,
     SearchEnvironment,
@@ -57,9 +58,25 @@ def test_world_has_families_and_half_of_the_relations_stay_inside():
             assert (surnames[target] == surnames[person]) == (name in FAMILY_RELATIONS)
 
 
-def test_an_oracle_reaches_the_answer_through_the_tool():
+def test_among_strangers_a_middle_hop_says_nothing_about_the_answer():
+    """Neither does a name: that two people of a chain share a surname is as likely as for any two people."""
+    worlds = [World(0, index, "strangers") for index in range(2000)]
+    assert sorted({world.question.hops for world in worlds}) == [2, 3, 4]
+    middle, relation_of_same = [], []
+    for world in worlds:
+        assert sorted(np.unique([name.split()[1] for name in world.names], return_counts=True)[1]) == [4] * 6
+        *_, before, answer = world.question.path
+        middle.append(world.names[before].split()[1] == world.names[answer].split()[1])
+        relation_of_same.append(world.question.relations[-1] < len(FAMILY_RELATIONS))
+    of_family_relations = np.array(middle)[np.array(relation_of_same)]
+    for shared in (middle, of_family_relations):
+        assert np.mean(shared) == pytest.approx(3 / 23, abs=4 * (3 / 23 * 20 / 23 / len(shared)) ** 0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_oracle_reaches_the_answer_through_the_tool(kind):
     hops_seen = set()
-    for row in make_dataset(5, 200):
+    for row in make_dataset(5, 200, kind=kind):
         environment = SearchEnvironment()
         environment.reset(**row)
         question = row["prompt"][0]["content"]
@@ -72,7 +89,7 @@ def test_an_oracle_reaches_the_answer_through_the_tool():
             name = environment.search(f"{name} {relation}").removesuffix(".").split(" is ")[1]
         assert [name] == row["answers"]
         hops_seen.add(row["hops"])
-    assert hops_seen == {2, 3}
+    assert hops_seen == set(KINDS[kind].hops)
 
 
 @pytest.mark.parametrize("query", ["", "mother", "Nobody Here mother", "Ada Brown", "Ada Brown mother father"])
@@ -160,7 +177,8 @@ def test_labels_of_trajectories_and_of_reading(tokenizer):
 def test_cache_entry_depends_on_every_field_and_on_the_code(monkeypatch, tmp_path):
     entries = {cache_entry(WarmStartConfig())}
     for field in dataclasses.fields(WarmStartConfig):
-        entries.add(cache_entry(dataclasses.replace(WarmStartConfig(), **{field.name: field.default + 1})))
+        other = "strangers" if field.name == "kind" else field.default + 1
+        entries.add(cache_entry(dataclasses.replace(WarmStartConfig(), **{field.name: other})))
     assert len(entries) == 1 + len(dataclasses.fields(WarmStartConfig))
     other = tmp_path / "model.py"
     other.write_text("# another tokenizer\n")

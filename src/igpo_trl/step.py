@@ -376,8 +376,11 @@ class Step:
         if self.belief_batch is not None:
             metrics["belief/seconds"] = self.belief_batch.seconds
         if self.global_beliefs is not None:
-            columns = (self.global_beliefs, self.global_num_turns, self.global_outcome.cpu())
-            metrics |= belief_metrics(self.gains_that_count, *(values[: self.num_counted] for values in columns))
+            counted = slice(self.num_counted)
+            # A rank correlation of an evaluation is no mean of those of its batches.
+            outcome = self.global_outcome[counted].cpu() if self.training else None
+            batch = (self.global_beliefs[counted], self.global_num_turns[counted])
+            metrics |= belief_metrics(self.gains_that_count, *batch, outcome)
         if self.evidence_used is not None:
             metrics["evidence/used"] = gather(self.evidence_used.to(device)).nanmean().item()
         metrics |= self.credit

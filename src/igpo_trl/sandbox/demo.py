@@ -17,7 +17,7 @@ from ..trajectory import write_jsonl
 from .evaluate import Scores, roll_out
 from .train import LABELS, Budget, TrainingRun, make_trainer, train_with_curve
 from .warm_start import WarmStartConfig, cache_entry, warm_start
-from .world import HOPS, make_dataset
+from .world import KINDS, make_dataset
 
 # Streams of worlds, relative to the seed. The warm start uses stream `seed`.
 _TRAIN, _CURVE, _TEST = 1_000_001, 1_000_002, 1_000_003
@@ -27,7 +27,7 @@ _TRAIN, _CURVE, _TEST = 1_000_001, 1_000_002, 1_000_003
 class DemoPlan:
     """What a demo runs."""
 
-    # Methods and KL weights. The weights are those that `benchmarks/learning.py` selected on its tuning seeds.
+    # Methods and KL weights
     methods: tuple[tuple[str, float], ...] = (("grpo", 0.0), ("grpo_batch", 0.1), ("igpo_critic", 0.0))
     budget: Budget = Budget()  # of each method
     warm: WarmStartConfig = WarmStartConfig()  # its seed is replaced by the demo's
@@ -98,7 +98,7 @@ def _run(output_dir: Path, seed: int, plan: DemoPlan, console: Console) -> dict[
         )
         rollouts = folder / "trajectories" / "rank0.jsonl"
         rollouts.unlink(missing_ok=True)
-        seeds = {"seed": seed, "data_seed": seed + _TRAIN}
+        seeds: dict[str, Any] = {"seed": seed, "data_seed": seed + _TRAIN}
         trainer = make_trainer(method, model, folder, beta=beta, budget=budget, save_trajectories=True, **seeds)
         if not table:
             table.append(("Warm start", None, *_evaluate(trainer, questions, seed, output_dir / "warm_start", files)))
@@ -127,11 +127,12 @@ def _evaluate(
 
 
 def _table(rows: list[tuple[str, TrainingRun | None, Scores, Scores]], plan: DemoPlan) -> Table:
+    all_hops = KINDS[plan.warm.kind].hops
     title = f"{plan.test_questions} held-out questions in new worlds"
     table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=0, caption_justify="left")
     for name in ("policy", ""):
         table.add_column(name, no_wrap=True)
-    for name in ("EM", "F1", *(f"{hops} hops" for hops in HOPS), "searches", "area", "collapse", "time"):
+    for name in ("EM", "F1", *(f"{hops} hops" for hops in all_hops), "searches", "area", "collapse", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for label, run, greedy, sampled in rows:
         training = ["", "", ""]
@@ -139,7 +140,7 @@ def _table(rows: list[tuple[str, TrainingRun | None, Scores, Scores]], plan: Dem
             collapsed = sum(run.collapse) / len(run.collapse)
             training = [f"{run.area:.2f}", f"{collapsed:.0%}", f"{run.seconds:.0f} s"]
         for name, scores, rest in (("greedy", greedy, training), ("sampled", sampled, ["", "", ""])):
-            by_hops = [f"{scores.em_by_hops.get(hops, float('nan')):.2f}" for hops in HOPS]
+            by_hops = [f"{scores.em_by_hops.get(hops, float('nan')):.2f}" for hops in all_hops]
             cells = [f"{scores.em:.2f}", f"{scores.f1:.2f}", *by_hops, f"{scores.searches:.1f}", *rest]
             table.add_row(label if name == "greedy" else "", name, *cells)
     table.caption = (

@@ -22,20 +22,24 @@ from ..trainer import IGPOTrainer
 from ..trajectory import write_jsonl
 from .evaluate import Scores, roll_out, to_trajectories
 from .model import ANSWER_TEMPLATE, make_tokenizer
-from .world import MAX_SEARCHES, SearchEnvironment, make_dataset
+from .world import DEFAULT_KIND, MAX_SEARCHES, SearchEnvironment, make_dataset
 
 #: What each method changes, apart from the KL weight: options of `GRPOConfig`, or of `IGPOConfig` if `igpo` is true.
 METHODS: dict[str, dict[str, Any]] = {
     "grpo": {"igpo": False, "scale_rewards": "group"},
     "grpo_batch": {"igpo": False, "scale_rewards": "batch"},
     "igpo_separate": {"igpo": True, "normalization": "separate"},
-    "igpo_critic": {"igpo": True, "normalization": "critic"},
+    "igpo_returns": {"igpo": True, "normalization": "returns"},
+    "igpo_critic": {"igpo": True, "normalization": "critic", "info_gain_weight": 1.0, "gae_lambda": 0.9},
+    "igpo_critic_no_gain": {"igpo": True, "normalization": "critic", "info_gain_weight": 0.0, "gae_lambda": 0.9},
 }
 LABELS = {
     "grpo": "GRPO",
     "grpo_batch": "GRPO batch std",
     "igpo_separate": "IGPO separate",
+    "igpo_returns": "IGPO returns",
     "igpo_critic": "IGPO critic",
+    "igpo_critic_no_gain": "IGPO critic, weight 0",
 }
 
 # A turn is a call of 6 tokens or an answer of 5; a whole rollout is 4 calls, 4 passages of 12 and an answer.
@@ -132,15 +136,16 @@ def make_trainer(
     budget: Budget | None = None,
     seed: int = 0,
     data_seed: int = 1,
+    kind: str = DEFAULT_KIND,
     save_trajectories: bool = False,
     **options: Any,
 ) -> GRPOTrainer:
     """
     Makes the trainer of a method, with the arguments that a user would pass.
 
-    `beta` is the weight of the KL term to the warm-started model, `data_seed` the stream of the training worlds, and
-    `options` are further ones of the method's configuration. With `save_trajectories`, every training rollout is
-    written to `output_dir/trajectories`. Nothing else is written.
+    `beta` is the weight of the KL term to the warm-started model, `data_seed` the stream of the training worlds and
+    `kind` their kind; `options` are further ones of the method's configuration. With `save_trajectories`, every
+    training rollout is written to `output_dir/trajectories`. Nothing else is written.
     """
     budget = budget or Budget()
     options = METHODS[method] | options
@@ -156,7 +161,7 @@ def make_trainer(
             model=AutoModelForCausalLM.from_pretrained(model_path),
             reward_funcs=make_answer_reward(format_penalty=0.0),
             args=args,
-            train_dataset=make_dataset(data_seed, budget.steps * budget.questions),
+            train_dataset=make_dataset(data_seed, budget.steps * budget.questions, kind=kind),
             processing_class=make_tokenizer(),
             environment_factory=SearchEnvironment,
         )
@@ -171,7 +176,7 @@ def _training_options(budget: Budget) -> dict[str, Any]:
     batch = budget.questions * budget.rollouts
     return {
         "per_device_train_batch_size": batch,
-        "per_device_eval_batch_size": batch,
+        "per_device_eval_batch_size": max(batch, budget.curve_questions),
         "num_generations": budget.rollouts,
         "num_generations_eval": 1,
         "max_steps": budget.steps,
@@ -191,10 +196,15 @@ def _training_options(budget: Budget) -> dict[str, Any]:
 
 
 def train_with_curve(
-    trainer: GRPOTrainer, method: str, budget: Budget, curve_seed: int, description: str = ""
+    trainer: GRPOTrainer,
+    method: str,
+    budget: Budget,
+    curve_seed: int,
+    description: str = "",
+    kind: str = DEFAULT_KIND,
 ) -> TrainingRun:
     """Trains, and measures a learning curve of greedy scores on held-out questions of the stream `curve_seed`."""
-    questions = list(make_dataset(curve_seed, budget.curve_questions))
+    questions = list(make_dataset(curve_seed, budget.curve_questions, kind=kind))
     run = TrainingRun(method, trainer.args.beta)
     with tqdm(total=budget.steps, desc=description or LABELS[method], unit="step") as bar:
         trainer.add_callback(_Measure(trainer, run, questions, budget.eval_every, bar))

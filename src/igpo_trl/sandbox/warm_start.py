@@ -25,7 +25,7 @@ from ..files import cache_dir, replace_when_complete
 from . import model as model_module
 from . import world as world_module
 from .model import make_model, make_tokenizer
-from .world import MAX_SEARCHES, RELATIONS, World
+from .world import DEFAULT_KIND, MAX_SEARCHES, RELATIONS, World
 
 IGNORE = -100
 """Label of a token without loss."""
@@ -38,6 +38,7 @@ class WarmStartConfig:
     """Everything besides the code that determines the warm-started weights."""
 
     seed: int = 0
+    kind: str = DEFAULT_KIND  # of the worlds
     demonstrations: int = 24_000  # half trajectories and half reading
     epochs: int = 5
     batch_size: int = 32
@@ -84,7 +85,7 @@ def make_examples(config: WarmStartConfig, tokenizer: PreTrainedTokenizerFast) -
     conversations, reading = [], np.arange(config.demonstrations) % 2 == 1
     for index in range(config.demonstrations):
         share = 1 - config.relevant_reads if reading[index] else config.random_queries
-        conversations.append(demonstration(World(config.seed, index), rng, share))
+        conversations.append(demonstration(World(config.seed, index, config.kind), rng, share))
     rendered = tokenizer.apply_chat_template(conversations, tokenize=False)
     encoded = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     header = tokenizer.convert_tokens_to_ids("<|im_start|>assistant\n")

@@ -1,9 +1,8 @@
 """
 A synthetic world of multi-hop questions: every question has its own graph, and every search returns one fact of it.
 
-Each world has 24 people in 6 families of 4. A family shares its surname, and 4 of the 8 relations stay inside the
-family, so a middle hop already narrows down the answer. Every world shuffles the names, so no fact can be memorised. A
-question is the composition of 2 or 3 relations.
+Each world has 24 people with 8 relations, and shuffles their names, so no fact can be memorised. A question is the
+composition of 2 to 4 relations. There are two kinds of worlds, see [`KINDS`].
 """
 
 import zlib
@@ -22,10 +21,23 @@ FAMILY_SIZE = 4
 FAMILY_RELATIONS = ("mother", "father", "sister", "brother")
 OTHER_RELATIONS = ("friend", "teacher", "doctor", "rival")
 RELATIONS = FAMILY_RELATIONS + OTHER_RELATIONS
-HOPS = (2, 3)
 MAX_SEARCHES = 4
 
 _RELATION_INDEX = {name: i for i, name in enumerate(RELATIONS)}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the worlds of a kind have in common."""
+
+    families: bool  # whether people come in families, and half of the relations stay inside
+    hops: tuple[int, ...]  # numbers of hops of the questions, drawn from uniformly
+
+
+#: Families share their surname, so a middle hop already narrows down the answer. Strangers have any surname and any
+#: relation: only the last fact of the chain says anything about the answer.
+KINDS = {"families": Kind(families=True, hops=(2, 3)), "strangers": Kind(families=False, hops=(2, 3, 4))}
+DEFAULT_KIND = "families"
 
 
 @dataclass(frozen=True)
@@ -46,24 +58,29 @@ class Question:
 class World:
     """The graph of one question: number `index` of the stream `seed`. Training and tests use different streams."""
 
-    def __init__(self, seed: int, index: int) -> None:
-        self.seed, self.index = seed, index
+    def __init__(self, seed: int, index: int, kind: str = DEFAULT_KIND) -> None:
+        self.seed, self.index, self.kind = seed, index, KINDS[kind]
         rng = np.random.default_rng((seed, index))
         people, families = len(GIVEN_NAMES), len(SURNAMES)
         given = rng.permutation(people)
         surname = np.repeat(rng.permutation(families), FAMILY_SIZE)
+        if not self.kind.families:
+            surname = rng.permutation(surname)
         self.names = [f"{GIVEN_NAMES[g]} {SURNAMES[s]}" for g, s in zip(given, surname, strict=True)]
         self._person = {name: i for i, name in enumerate(self.names)}
         person = np.arange(people)[:, None]
-        first_of_family, place = person - person % FAMILY_SIZE, person % FAMILY_SIZE
-        inside = (place + rng.integers(1, FAMILY_SIZE, (people, len(FAMILY_RELATIONS)))) % FAMILY_SIZE
-        outside = rng.integers(FAMILY_SIZE, people, (people, len(OTHER_RELATIONS)))
         # (people, relations)
-        self._target = np.hstack([first_of_family + inside, (first_of_family + outside) % people])
+        if self.kind.families:
+            first_of_family, place = person - person % FAMILY_SIZE, person % FAMILY_SIZE
+            inside = (place + rng.integers(1, FAMILY_SIZE, (people, len(FAMILY_RELATIONS)))) % FAMILY_SIZE
+            outside = rng.integers(FAMILY_SIZE, people, (people, len(OTHER_RELATIONS)))
+            self._target = np.hstack([first_of_family + inside, (first_of_family + outside) % people])
+        else:
+            self._target = (person + rng.integers(1, people, (people, len(RELATIONS)))) % people
         self.question = self._draw_question(rng)
 
     def _draw_question(self, rng: np.random.Generator) -> Question:
-        hops = HOPS[rng.integers(len(HOPS))]
+        hops = self.kind.hops[rng.integers(len(self.kind.hops))]
         while True:
             relations = tuple(int(r) for r in rng.permutation(len(RELATIONS))[:hops])
             path = [int(rng.integers(len(self.names)))]
@@ -101,11 +118,11 @@ class World:
         return self.fact(*facts[draw % len(facts)])
 
 
-def make_dataset(seed: int, count: int, start: int = 0) -> Dataset:
-    """Questions of the worlds `(seed, start)` to `(seed, start + count - 1)`."""
+def make_dataset(seed: int, count: int, start: int = 0, kind: str = DEFAULT_KIND) -> Dataset:
+    """Questions of the worlds `(seed, start)` to `(seed, start + count - 1)` of a kind."""
     rows = []
     for index in range(start, start + count):
-        question = World(seed, index).question
+        question = World(seed, index, kind).question
         rows.append(
             {
                 "prompt": [{"role": "user", "content": question.text}],
@@ -114,6 +131,7 @@ def make_dataset(seed: int, count: int, start: int = 0) -> Dataset:
                 "id": f"sandbox-{seed}-{index}",
                 "world_seed": seed,
                 "world_index": index,
+                "world_kind": kind,
             }
         )
     return Dataset.from_list(rows)
@@ -127,7 +145,7 @@ class SearchEnvironment:
 
     def reset(self, **row: Any) -> None:
         """Switches to the world of a row of `make_dataset`."""
-        self._world = World(row["world_seed"], row["world_index"])
+        self._world = World(row["world_seed"], row["world_index"], row["world_kind"])
 
     def search(self, query: str) -> str:
         """Look up one fact about a person.
@@ -139,5 +157,5 @@ class SearchEnvironment:
             One sentence.
         """
         if self._world is None:
-            raise RuntimeError("SearchEnvironment.search was called before reset(world_seed=..., world_index=...)")
+            raise RuntimeError("SearchEnvironment.search was called before reset(...)")
         return self._world.search(query)

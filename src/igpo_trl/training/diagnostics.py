@@ -23,7 +23,7 @@ def without_infinite(rewards: torch.Tensor, names: Sequence[str]) -> torch.Tenso
 
 
 def belief_metrics(
-    gains: torch.Tensor, beliefs: torch.Tensor, num_turns: torch.Tensor, outcome: torch.Tensor
+    gains: torch.Tensor, beliefs: torch.Tensor, num_turns: torch.Tensor, outcome: torch.Tensor | None = None
 ) -> dict[str, float]:
     """
     Metrics of gains and beliefs.
@@ -32,7 +32,7 @@ def belief_metrics(
         gains (`torch.Tensor` of any shape): all gains.
         beliefs (`torch.Tensor` of shape (N, K)): probability of the answer before each turn, NaN where it is unknown.
         num_turns (`torch.Tensor` of shape (N,)): turns of each rollout.
-        outcome (`torch.Tensor` of shape (N,)): NaN where no reward function applies.
+        outcome (`torch.Tensor` of shape (N,), *optional*): to correlate with; NaN where no reward function applies.
 
     Returns:
         `dict[str, float]`: by name; only those for which there is something.
@@ -46,7 +46,7 @@ def belief_metrics(
         last = beliefs.gather(1, (num_turns - 1)[:, None])[:, 0]
         metrics["belief/prompt"] = beliefs[:, 0].nanmean().item()
         metrics["belief/final"] = last.nanmean().item()
-        if (correlation := rank_correlation(last, outcome)) is not None:
+        if outcome is not None and (correlation := rank_correlation(last, outcome)) is not None:
             metrics["belief/outcome_corr"] = correlation
     return metrics
 
