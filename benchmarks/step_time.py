@@ -464,10 +464,11 @@ def whole_step(args: argparse.Namespace, model: Any, rollouts: Sequence[Rollout]
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
+LONG = Rollout(300, (90,) * 9, ((WIDEST - 9 * 90) // 8,) * 8)
+
+
 def peak_memory(name: str, args: argparse.Namespace) -> None:
     """Print the bytes that one training step of a long rollout needs above weights and gradients."""
-    observed = (WIDEST - 9 * 90) // 8
-    rollout = Rollout(300, (90,) * 9, (observed,) * 8)
     args.microbatch, vocab_size = 2, SHAPES["qwen2.5-0.5b"][1][0]
     trainer = make_trainer(name, args, make_model(args, "qwen2.5-0.5b"), 2)
     trainer.current_gradient_accumulation_steps = 1
@@ -483,7 +484,7 @@ def peak_memory(name: str, args: argparse.Namespace) -> None:
 
     batch = make_batch([Rollout(20, (4,), ())], vocab_size, args.device, name == OURS)
     step()  # the gradients stay
-    batch = make_batch([rollout], vocab_size, args.device, name == OURS)
+    batch = make_batch([LONG], vocab_size, args.device, name == OURS)
     gc.collect()
     if args.device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -515,8 +516,8 @@ def memory(args: argparse.Namespace) -> None:
         result = subprocess.run(command, check=True, capture_output=True, text=True)
         peaks[name] = int(result.stdout.splitlines()[-1]) / 2**20
     print(
-        f"\nPeak memory of one rollout of {300 + WIDEST} tokens above weights and gradients, qwen2.5-0.5b "
-        f"{f'with {layers} layers' if layers else ''}, {args.dtype}, gradient checkpointing:\n"
+        f"\nPeak memory of one rollout of {LONG.prompt + len(LONG.mask)} tokens above weights and gradients, "
+        f"qwen2.5-0.5b{f' with {layers} layers' if layers else ''}, {args.dtype}, gradient checkpointing:\n"
         + ", ".join(f"{name} {value:.0f} MiB" for name, value in peaks.items())
     )
     Targets.add("peak memory: ours : TRL", peaks[OURS] / peaks[TRL], at_most=0.5)
@@ -525,18 +526,16 @@ def memory(args: argparse.Namespace) -> None:
 # ----------------------------------------------------------------------------------------------- sandbox and recording
 
 IGPO = "igpo_separate"
+UNWEIGHTED = {"info_gain_weight": 0.0, "pad_to_longest": False}  # GRPO without padding, as IGPO is trained
+OLD_LOG_PROBS = {"reuse_prefixes": False, "num_iterations": 2}
 # Method of the sandbox, its options, and whether beliefs are scored against separate forwards.
 CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "GRPO, TRL's loop": ("grpo", {}, False),
-    "GRPO, our loop": (IGPO, {"info_gain_weight": 0.0}, False),
+    "GRPO, our loop": (IGPO, UNWEIGHTED, False),
     "IGPO, rollout's cache": (IGPO, {}, False),
     "IGPO, separate forwards": (IGPO, {}, True),
-    "GRPO, our loop, old log-probs": (
-        IGPO,
-        {"info_gain_weight": 0.0, "reuse_prefixes": False, "num_iterations": 2},
-        False,
-    ),
-    "IGPO, forward of old log-probs": (IGPO, {"reuse_prefixes": False, "num_iterations": 2}, False),
+    "GRPO, our loop, old log-probs": (IGPO, UNWEIGHTED | OLD_LOG_PROBS, False),
+    "IGPO, forward of old log-probs": (IGPO, OLD_LOG_PROBS, False),
 }
 COMPARED = {
     "IGPO, rollout's cache": "GRPO, our loop",
