@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ..adapters import base_of_adapter, is_adapter
+from ..training.adapters import base_of_adapter, is_adapter
 from ..data import load_questions
 from ..data.questions import order_by_hash
 from ..files import looks_like_path
