@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from ..training.adapters import base_of_adapter, is_adapter
 from ..data import load_questions
 from ..data.questions import order_by_hash
 from ..files import looks_like_path
 from ..rewards import Variant
+from ..training.adapters import base_of_adapter, is_adapter
 
 Row = dict[str, Any]
 
