@@ -127,7 +127,7 @@ def warm_start(
         made.save(out / TRACES_FILE)
     report["traces"] = made.summary
     logger.info("%s.", made.summary)
-    thinks = "<think>" in str(made.records[0]["messages"][-1]["content"])
+    thinks = _mean("<think>" in str(record["messages"][-1]["content"]) for record in made.records) > 0.5
     options = _rollout_options(prompt, k, max_words, max_turns, thinks)
     sources = {"questions": data, "eval_questions": eval_data, "index": index}
     (out / OPTIONS_FILE).write_text(_options_text(out, options, sources), encoding="utf-8")
