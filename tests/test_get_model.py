@@ -155,8 +155,6 @@ def test_the_real_model_answers_a_question(tmp_path):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert prepare_for_tools(tokenizer) is None and tokenizer.eos_token_id == model.generation_config.eos_token_id == 2
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
     assert tokenizer.decode(output) == "The capital of France is Paris.<|im_end|>"

@@ -209,7 +209,7 @@ def test_traces_of_your_own(tmp_path):
     for bad, problem in (
         ({"prompt": "Where?"}, "expected `messages`"),
         ({"messages": ["Where?"]}, "expected `messages`"),
-        ({"messages": [turn]}, "expected a user's message"),
+        ({"messages": [turn]}, "expected a message of the user"),
         ({"messages": [turn, {"role": "user", "content": "Where?"}]}, "an assistant's at the end"),
     ):
         with pytest.raises(ValueError, match=rf"b.jsonl:2: {problem}|b.jsonl:2: .*{problem}"):

@@ -1,5 +1,6 @@
 """`warm_start`: traces, training, and what changed on held-out questions."""
 
+import gc
 import json
 import logging
 import os
@@ -279,6 +280,7 @@ def _evaluate(
     )
     folder = out / "evaluation" / name
     roll_out(settings, folder)
+    gc.collect()  # the trainer and its model, which refer to each other
     rollouts = load_trajectories(folder)
     metrics = score_run(rollouts).sets[AVERAGE].metrics
     shown = ("f1", "em", "answered", "searches", "in_evidence", "belief_start", "belief_end")

@@ -242,7 +242,7 @@ def read_traces(path: str | Path) -> Traces:
             raise ValueError(f"{where}: expected `messages`, a list of messages with `role` and `content`.")
         roles = [message["role"] for message in messages]
         if "user" not in roles or roles[-1] != "assistant":
-            raise ValueError(f"{where}: expected a user's message, and an assistant's at the end, got {roles}.")
+            raise ValueError(f"{where}: expected a message of the user, and an assistant's at the end, got {roles}.")
         records.append(record)
     if not records:
         raise ValueError(f"{path} holds no traces.")
