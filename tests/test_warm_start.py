@@ -4,12 +4,15 @@ import json
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from test_tiny_model import world, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig
 from typer.testing import CliRunner
 
 from igpo_trl import IGPOConfig, IGPOTrainer
@@ -20,7 +23,7 @@ from igpo_trl.evaluation import has_answer
 from igpo_trl.search import BM25Index, SearchTool
 from igpo_trl.warm_start import make_traces, read_traces, warm_start
 from igpo_trl.warm_start.encoding import IGNORE, TraceEncoder
-from igpo_trl.warm_start.fitting import Clock
+from igpo_trl.warm_start.fitting import Clock, WarmStartTrainer
 from igpo_trl.warm_start.templates import prepare_tokenizer
 from igpo_trl.warm_start.traces import STYLES
 
@@ -242,9 +245,8 @@ OPTIONS = {"eval_questions": 2, "max_words": 40, "k": 1, "max_turns": 2, "lora_r
 
 
 def run(files, out, **options):
-    return warm_start(
-        str(files / "model"), out, data=files / "questions.jsonl", index=files / "index", **OPTIONS | options
-    )
+    options = {"data": files / "questions.jsonl", "index": files / "index"} | OPTIONS | options
+    return warm_start(str(files / "model"), out, **options)
 
 
 def test_a_run_saves_a_model_that_loads_and_reports_both_sides(files, tmp_path):
@@ -304,6 +306,41 @@ def test_an_interrupted_run_resumes_at_its_checkpoint(files, tmp_path, monkeypat
     assert (tmp_path / "model.safetensors").exists() and "after" not in report
 
 
+def test_the_loss_of_a_cpu_is_trls_without_the_tokens_that_have_no_label(files, tool, tmp_path):
+    tokenizer = tiny.make_tokenizer()
+    encoder = TraceEncoder(tokenizer, [tool])
+    examples = [encoder.encode(record["messages"]) for record in make_traces(rows(files), tool, 2).records]
+    trainer = WarmStartTrainer(
+        model=tiny.make_model("qwen2", max_position_embeddings=4096),
+        args=SFTConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            max_length=None,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_list(examples),
+        processing_class=tokenizer,
+        callbacks=[Clock(None)],
+    )
+    (batch,) = trainer.get_train_dataloader()
+    number = (batch["labels"] != IGNORE).sum()
+    assert len({len(example["labels"]) for example in examples}) == 2  # one of them is padded
+    own, gradients, heads = [], [], []
+    trainer.model.lm_head.register_forward_hook(lambda head, inputs, output: heads.append(output.shape[1]))
+    for compute in (trainer.compute_loss, super(WarmStartTrainer, trainer).compute_loss):
+        loss = compute(trainer.model, dict(batch), num_items_in_batch=number)
+        loss.backward()
+        own.append(loss.item())
+        gradients.append(trainer.model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+        trainer.model.zero_grad()
+    assert own[0] == pytest.approx(own[1], rel=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+    assert heads and heads[0] < batch["labels"].shape[1] / 2
+
+
 def test_minutes_end_training_and_count_from_before():
     clock = Clock(1.0, spent=59.0)
     assert 0.98 < clock.progress < 1 and Clock(None, spent=1e9).progress == 0
@@ -311,9 +348,14 @@ def test_minutes_end_training_and_count_from_before():
     assert restored.seconds >= 59.0
 
 
-def test_minutes_bring_the_learning_rate_down(files, tmp_path):
-    report = run(files, tmp_path, minutes=1e-6, epochs=100, eval_questions=0, batch_size=1)
-    assert report["training"]["steps"] == 1
+def test_minutes_bring_the_learning_rate_down(files, tmp_path, monkeypatch):
+    """Whatever the number of epochs: here a second of the clock passes at every step."""
+    ticks = SimpleNamespace(monotonic=iter(range(10_000)).__next__)
+    monkeypatch.setattr("igpo_trl.warm_start.fitting.time", ticks)
+    report = run(files, tmp_path, minutes=0.5, epochs=1000, eval_questions=0, batch_size=1)
+    log = json.loads(next(tmp_path.glob("training/checkpoint-*/trainer_state.json")).read_text())["log_history"]
+    rates = [entry["learning_rate"] / OPTIONS["learning_rate"] for entry in log if "learning_rate" in entry]
+    assert 5 <= report["training"]["steps"] <= 30 and max(rates) > 0.5 and rates[-1] < 0.25, rates
 
 
 def test_the_command_takes_own_traces_and_all_weights(files, tmp_path):
@@ -335,6 +377,26 @@ def test_questions_of_another_corpus_give_an_error_that_says_so(files, tmp_path)
     path = write(tmp_path / "q.jsonl", [question, question | {"question": "When?"}])
     with pytest.raises(ValueError, match="no question gave a trace: 0 traces .* Is this the index"):
         warm_start(str(files / "model"), tmp_path / "out", data=path, index=files / "index", eval_questions=0)
+
+
+def test_mistakes_are_told_before_anything_is_written(files, tmp_path, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(tiny.make_model(), LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+    for model, problem in (
+        (tmp_path / "nowhere", "no such directory: .*nowhere. Expected a model"),
+        (tmp_path / "adapter", "is an adapter. Merge it into its base model"),
+    ):
+        with pytest.raises((FileNotFoundError, ValueError), match=problem):
+            warm_start(str(model), tmp_path / "out", data=files / "questions.jsonl", index=files / "index")
+    with pytest.raises(FileNotFoundError, match="no index in"):
+        run(files, tmp_path / "out", index=tmp_path / "adapter")
+    with pytest.raises(ValueError, match="`batch_size` must be a multiple of `micro_batch_size`, got 4 and 3"):
+        run(files, tmp_path / "out", micro_batch_size=3)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="a warm start runs in one process"):
+        run(files, tmp_path / "out")
+    assert not any((tmp_path / "out").glob("*"))
 
 
 def test_the_options_of_the_run_are_a_configuration_of_training(files, tmp_path):

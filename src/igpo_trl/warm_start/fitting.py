@@ -1,5 +1,6 @@
 """Training on traces with TRL's `SFTTrainer`: LoRA or all weights, for some epochs, steps or minutes."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -14,6 +16,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from ..checkpoints import last_whole_checkpoint
+from .encoding import IGNORE
 
 _WARMUP = 0.05
 """Share of training in which the learning rate rises."""
@@ -56,9 +59,7 @@ def fit(
         The model, with its adapter still apart, and `steps`, the final `loss` and `seconds`.
     """
     on_cpu = not torch.accelerator.is_available()
-    micro = micro_batch_size or (1 if on_cpu else min(4, batch_size))
-    if batch_size % micro:
-        raise ValueError(f"`batch_size` must be a multiple of `micro_batch_size`, got {batch_size} and {micro}.")
+    micro = micro_batch_size or (1 if on_cpu else math.gcd(4, batch_size))
     bf16 = computes_in_bfloat16()
     # Weights that stay as they are need no more digits than they are saved with; those that are trained do.
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if bf16 and lora_r else torch.float32)
@@ -135,7 +136,10 @@ class Clock(TrainerCallback, ExportableState):
 
 
 class WarmStartTrainer(SFTTrainer):
-    """`SFTTrainer` with a learning rate that falls to zero over the steps or the time, whichever ends first."""
+    """
+    `SFTTrainer` with a learning rate that rises over the first twentieth and then falls to zero, over the steps or the
+    time, whichever ends first; and with an output head that a CPU, too, runs at the tokens with labels alone.
+    """
 
     @property
     def clock(self) -> Clock:
@@ -145,8 +149,20 @@ class WarmStartTrainer(SFTTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         def factor(step: int) -> float:
             progress = max(step / num_training_steps, self.clock.progress)
-            rise = (step + 1) / (1 + _WARMUP * num_training_steps)
-            return max(0.0, min(rise, (1 - progress) / (1 - _WARMUP)))
+            return max(0.0, min(progress / _WARMUP + 0.02, (1 - progress) / (1 - _WARMUP)))
 
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not self.args.use_cpu or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"][:, 1:]
+        kept = (labels != IGNORE).any(dim=0).nonzero().flatten()  # a tenth of a trace
+        others = {name: value for name, value in inputs.items() if name != "labels"}
+        logits = model(**others, use_cache=False, logits_to_keep=kept).logits
+        targets = labels[:, kept].flatten()
+        loss = cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
+        return loss / ((targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch)

@@ -19,8 +19,9 @@ from ..data.questions import order_by_hash
 from ..evaluation import EvaluationSettings, load_trajectories, roll_out, score_run
 from ..evaluation.run import differing_settings, write_json
 from ..evaluation.scores import AVERAGE
-from ..files import check_writable
+from ..files import check_writable, looks_like_path
 from ..search import SearchTool, open_search
+from ..training.adapters import is_adapter
 from .encoding import TraceEncoder
 from .fitting import computes_in_bfloat16, fit
 from .templates import prepare_tokenizer
@@ -106,18 +107,14 @@ def warm_start(
         FileNotFoundError, ValueError: A file does not exist or is malformed, or no question gave a trace.
     """
     settings = json.loads(json.dumps({key: value for key, value in locals().items() if key != "out"}, default=str))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("a warm start runs in one process, got several. Start it without a launcher.")
-    if data is None and traces_file is None:
-        raise ValueError("give questions (`data`) to make traces from, or traces of your own (`traces_file`).")
     out = Path(out)
     report = _open(out, settings)
     if "complete" in report:
         logger.info("%s is complete: nothing is left to do.", out)
         return report
+    _check(settings)
     tokenizer = AutoTokenizer.from_pretrained(model)
     report["chat_template"] = "Qwen2.5's" if prepare_tokenizer(tokenizer) else "its own"
-    tokenizer.save_pretrained(out)
     prompt = resolve_system_prompt(system_prompt)
     questions, held_out = _questions(data, eval_data, eval_questions, prompt)
     tool = SearchTool(open_search(index), k=k, max_words=max_words)
@@ -125,7 +122,10 @@ def warm_start(
         made = read_traces(traces_file)
     else:
         made = _make_traces(questions, tool, traces, thoughts, seed)
-        made.save(out / TRACES_FILE)
+    check_writable(out, "the model's directory")
+    write_json(out / REPORT_FILE, report)
+    made.save(out / TRACES_FILE)
+    tokenizer.save_pretrained(out)
     report["traces"] = made.summary
     logger.info("%s.", made.summary)
     thinks = _mean("<think>" in str(record["messages"][-1]["content"]) for record in made.records) > 0.5
@@ -141,7 +141,9 @@ def warm_start(
     if "training" not in report:
         encoder = TraceEncoder(tokenizer, [tool])
         examples = [encoder.encode(record["messages"]) for record in made.records]
-        logger.info("Training on %d traces of %d tokens.", len(examples), _mean(len(e["labels"]) for e in examples))
+        mean = _mean(len(example["labels"]) for example in examples)
+        limit = "" if minutes is None else f", for at most {minutes:g} minutes"
+        logger.info("Training on %d traces of %d tokens%s.", len(examples), mean, limit)
         trained, training = fit(
             model,
             tokenizer,
@@ -175,12 +177,11 @@ def warm_start(
 
 def _open(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The report of a run that is resumed, or a new one."""
-    check_writable(out, "the model's directory")
     file = out / REPORT_FILE
     if not file.is_file():
-        if any(out.iterdir()):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FileExistsError(f"{out} is not empty and is not a warm start. Choose another directory.")
-        write_json(file, {"settings": settings})
+        return {"settings": settings}
     report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if changes := differing_settings(report["settings"], settings):
         told = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changes.items())
@@ -189,6 +190,21 @@ def _open(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
             "another directory."
         )
     return report
+
+
+def _check(settings: dict[str, Any]) -> None:
+    """Raises errors that would otherwise occur late, or not be understood."""
+    model, batch, micro = (settings[name] for name in ("model", "batch_size", "micro_batch_size"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a warm start runs in one process, got several. Start it without a launcher.")
+    if settings["data"] is None and settings["traces_file"] is None:
+        raise ValueError("give questions (`data`) to make traces from, or traces of your own (`traces_file`).")
+    if micro is not None and batch % micro:
+        raise ValueError(f"`batch_size` must be a multiple of `micro_batch_size`, got {batch} and {micro}.")
+    if looks_like_path(model) and not Path(model).is_dir():
+        raise FileNotFoundError(f"no such directory: {model}. Expected a model, or its name on the hub.")
+    if is_adapter(model):
+        raise ValueError(f"{model} is an adapter. Merge it into its base model first (`merge_and_unload` of PEFT).")
 
 
 def _questions(
