@@ -26,8 +26,8 @@ from typing import NamedTuple
 # and 512 MB in bfloat16.
 _MASK_ELEMENTS = 1 << 26
 _LOGITS = 1 << 28
-# Most nodes of a row in a forward. On a CPU a further forward costs less than attention among more nodes, and needs only
-# the keys of its own contexts: over many turns, half of all keys. On a GPU, starting its kernels costs more than both.
+# Most nodes of a row in a forward. On a CPU a further forward costs less than attention among more nodes, and needs
+# only the keys of its own contexts: over many turns, half of all keys. On a GPU, starting its kernels costs more.
 _NODES = 256
 _NODES_ON_GPU = 8192
 # Trunks of clearly different lengths share a forward only until it has this many tokens: more of them would not make a
