@@ -139,7 +139,8 @@ def find_source(text: str, split: str | None = None) -> Source:
     hint = f" Did you mean {close[0]}?" if close else ""
     raise FileNotFoundError(
         f"no such file of questions, and no data set of that name: {text}.{hint} Expected a file "
-        f"({', '.join(FILE_ENDINGS)}), one of {', '.join([*QUESTION_SETS, WORLD])}, or owner/name of a data set on the hub."
+        f"({', '.join(FILE_ENDINGS)}), one of {', '.join([*QUESTION_SETS, WORLD])}, or owner/name of a data set on "
+        "the hub."
     )
 
 

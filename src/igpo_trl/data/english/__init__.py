@@ -1,6 +1,6 @@
 """
-A world in English: encyclopedia passages about people, places, works and organisations that do not exist, and questions
-of one to four hops about them.
+A world in English: encyclopedia passages about people, places, works and organisations that do not exist, and
+questions of one to four hops about them.
 
 Nobody can know the answers, so every point is earned by searching; and every question can be answered, with the facts
 that its passages state.
@@ -9,7 +9,7 @@ that its passages state.
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def make_world(
         corpus += [{"id": ids[entity], "title": entity.name, "text": text} for entity, text in texts.items()]
         made = Questions(world, texts, ids, Draw("questions", seed, part)).make(number, hops)
         questions[split] = [
-            {"id": f"world_{seed}_{split}_{index}", "dataset": "world"} | question
+            {"id": f"{WORLD}_{seed}_{split}_{index}", "dataset": WORLD} | question
             for index, question in enumerate(made)
         ]
     return EnglishWorld(Draw("corpus", seed).shuffled(corpus), questions)

@@ -71,7 +71,7 @@ _WORKS = {
     "painter": ("painting", "art"),
 }
 _TITLES = (
-    *("The {noun} of {word}", "A {noun} for {word}", "{word} and the {noun}", "The {adjective} {noun} of {word}"),
+    *("The {noun} of {word}", "{a_noun} for {word}", "{word} and the {noun}", "The {adjective} {noun} of {word}"),
     *("{word}", "{word}, or the {adjective} {noun}", "The {adjective} {word}", "The Last {noun} of {word}"),
     *("The Road to {word}", "A Winter in {word}", "Farewell to {word}", "The House at {word}", "Letters from {word}"),
 )
@@ -173,8 +173,13 @@ class World:
             # A work in four has the same maker and a similar name as the one before.
             if not word or draw.chance(0.75):
                 word, maker = self._words.new("other"), draw.pick(makers)
-            pattern = draw.pick(_TITLES)
-            title = pattern.format(word=word, noun=draw.pick(_NOUNS), adjective=draw.pick(_ADJECTIVES))
+            pattern, noun = draw.pick(_TITLES), draw.pick(_NOUNS)
+            title = pattern.format(
+                word=word,
+                noun=noun,
+                a_noun=f"A{'n' if noun[0] in 'IO' else ''} {noun}",
+                adjective=draw.pick(_ADJECTIVES),
+            )
             if title in taken:
                 continue
             taken.add(title)

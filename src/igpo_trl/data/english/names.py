@@ -57,10 +57,11 @@ _ENDINGS = {
 }
 # What the parts above give, and what has a meaning or a bearer.
 _KNOWN = frozenset(
-    "adela adelina alan amelia bernard brian carina cecilia celia corina corsica costa damian darian davina delia dora "
-    "doris dorina drina fiona flora florian gloria jamaica janina jared jessa joris karina katrina lima lorina lucas "
-    "mara marian marina marius melissa mina mormor nadia nina nora nova petra romania rosa rosina sabina salina samoa "
-    "sara sierra silesia sina tamara tania tasmania teresa tina tora verona vera zara".split()
+    "adela adelina alan amelia bernard brian carina cecilia celia corina corsica costa damian darian davina "
+    "delia dora doris dorina drina fiona flora florian gloria jamaica janina jared jessa joris karina katrina "
+    "lima lorina lucas mara marian marina marius melissa mina mormor nadia nina nora nova petra romania rosa "
+    "rosina sabina salina samoa sara sierra silesia sina tamara tania tasmania teresa tina tora verona vera "
+    "zara".split()
 )
 _RUDE = re.compile("Cu[mn]|Pis|Sem|Sod|Pen|Hom|Hel|Dam|Coc|Tur|anus|nazi")
 
@@ -101,7 +102,7 @@ def full_names(draw: Draw, words: Words, number: int) -> Iterator[tuple[str, str
     """
     given = {gender: [words.new(gender) for _ in range(max(4, round(number**0.7 / 2)))] for gender in GENDERS}
     surnames = [words.new("surname") for _ in range(max(6, number // 4))]
-    taken = set()
+    taken = set[tuple[str, str, str]]()
     while len(taken) < number:
         gender = draw.pick(GENDERS)
         name = draw.pick(given[gender]), draw.pick(surnames), gender

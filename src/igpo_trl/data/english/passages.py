@@ -16,7 +16,7 @@ _INTRODUCTIONS: dict[str, Templates] = {
     "person": (
         "{name} was {a_sort} born in {birthplace} in {birth_year}.",
         "{name} was {a_sort} who was born in {birth_year} in the town of {birthplace}.",
-        "{name} ({birth_year}–{death_year}) was {a_sort} from the town of {birthplace}.",
+        "{name} ({birth_year}–{death_year}), {a_sort}, was born in {birthplace}.",
         "Born in {birthplace} in {birth_year}, {name} became {a_sort}.",
         "{name} ({birth_year}–{death_year}) was {a_sort}.",
         "{name}, {a_sort}, was born in {birth_year}.",
@@ -64,7 +64,11 @@ _STAFF = ("{It} employs {size} people.", "{It} has {size} employees.", "Its staf
 #: sentence has said a part is followed by one of the shorter groups below it.
 _SENTENCES: dict[str, tuple[Templates, ...]] = {
     "person": (
-        ("{He} was born in {birthplace}.", "{He} came from the town of {birthplace}."),
+        (
+            "{He} was born in {birthplace}.",
+            "{He} was born in the town of {birthplace}.",
+            "{His} birthplace was {birthplace}.",
+        ),
         (
             "{He} died in {death_place} in {death_year}.",
             "{He} died in {death_year} in the town of {death_place}.",
@@ -125,7 +129,7 @@ _SENTENCES: dict[str, tuple[Templates, ...]] = {
         (
             "{It} has {population} inhabitants.",
             "{Its} population is {population}.",
-            "It is home to {population} people.",
+            "{It} has a population of {population}.",
         ),
         ("{It} received its charter in {charter}.", "{Its} charter dates from {charter}."),
         ("{Its} longest-serving mayor was {mayor}.", "{Mayor} was its longest-serving mayor."),
@@ -295,6 +299,7 @@ _SHORT = {"publishing house": "house", "engineering firm": "firm", "research ins
 _SHORT |= {"travel book": "book", "book of poems": "book"}
 _FIELD = re.compile(r"{(\w+)}")
 RELATIONS = frozenset(
-    "birthplace birth_year death_year death_place teacher employer spouse maker house year setting length seat founded "
-    "founder director size region river population charter mayor area capital peak governor source lake".split()
+    "birthplace birth_year death_year death_place teacher employer spouse maker house year setting length seat "
+    "founded founder director size region river population charter mayor area capital peak governor source "
+    "lake".split()
 )

@@ -1,4 +1,4 @@
-"""How questions speak of relations: the value described by the entity, the question for it, and a claim to be judged."""
+"""How questions speak of relations: the value described by its entity, the question for it, and a claim about it."""
 
 from typing import NamedTuple
 
@@ -58,7 +58,7 @@ _BOOK = {
 _STAGE = {
     "house": Phrases(
         ("the theatre where {x} was first performed", "the theatre that first performed {x}"),
-        ("At which theatre was {x} first performed?", "Where was {x} first performed?"),
+        ("At which theatre was {x} first performed?", "Which theatre first performed {x}?"),
         ("Was {x} first performed at {v}?",),
     ),
     "year": Phrases((), ("In what year was {x} first performed?", "When was {x} first performed?")),
@@ -146,7 +146,7 @@ PHRASES: dict[str, dict[str, Phrases]] = {
         "region": Phrases(
             ("the region of {x}", "the region in which {x} lies"),
             ("In which region is {x}?", "In which region does {x} lie?", "To which region does {x} belong?"),
-            ("Is {x} in {v}?", "Does {x} lie in the region of {v}?"),
+            ("Does {x} lie in {v}?", "Does {x} belong to the region of {v}?"),
         ),
         "river": Phrases(
             ("the river that flows through {x}", "the river on which {x} lies"),

@@ -95,7 +95,8 @@ class Questions:
             options = [
                 relation
                 for relation, of in path[-1].facts.items()
-                if (*relations[-1:], relation) not in _ODD and (isinstance(of, Entity) or (last and not verdict))
+                if relation not in relations and (*relations[-1:], relation) not in _ODD
+                if isinstance(of, Entity) or (last and not verdict)
                 if not (last and verdict) or phrases_of(path[-1], relation).claims
             ]
             if not options:
@@ -107,23 +108,23 @@ class Questions:
         said = _plain(value, relations[-1])
         if any(f" {said} " in _spaced(self._texts[entity]) for entity in path[:-1]):
             return None  # fewer searches would do
-        described = self._describe(path[0], relations[:-1])
         phrases = phrases_of(path[-1], relations[-1])
         steps = [self._step(entity, relation) for entity, relation in zip(path, relations, strict=True)]
         if verdict:
             assert isinstance(value, Entity)
             claimed = value if verdict == "yes" else self._other(value, path)
-            text = _capital(_fill(draw.pick(phrases.claims), path[-1], described, reference(claimed)))
+            described = self._describe(path[0], relations[:-1], at_the_end=False)
+            text = _fill(draw.pick(phrases.claims), path[-1], described, reference(claimed))
             return self._question(text, [verdict], "yes_no", steps)
         options = list(phrases.questions)
         if hops > 2:  # a long description is easier to read at the end
             options = [text for text in options if text.endswith("{x}?")] or options
-        text = _fill(draw.pick(options), path[-1], described)
+        template = draw.pick(options)
+        text = _fill(template, path[-1], self._describe(path[0], relations[:-1], template.endswith("{x}?")))
         if f" {said} " in _spaced(text):
             return None
-        return self._question(
-            text, _answers(value, relations[-1], phrases.unit), "bridge" if hops > 1 else "lookup", steps
-        )
+        answers = _answers(value, relations[-1], phrases.unit)
+        return self._question(text, answers, "bridge" if hops > 1 else "lookup", steps)
 
     def _compare(self, hops: int) -> Question | None:
         draw = self._draw
@@ -163,31 +164,40 @@ class Questions:
         return self._question(draw.pick(texts).format(a=one, b=other), ["yes" if same else "no"], "yes_no", steps)
 
     def _ends(self, pair: Sequence[Entity], hops: int) -> list[tuple[str, list[Question]]] | None:
-        """How a question names two entities, and the steps to each: all but two hops are spent on descriptions."""
-        bridged = self._draw.shuffled([True] * (hops - 2) + [False] * (4 - hops))
+        """
+        How a question names two entities, and the steps to each: all but two hops are spent on descriptions.
+
+        A name comes before a description, because "the teacher of A and B" could be either.
+        """
         ends: list[tuple[str, list[Question]]] = []
-        for entity, by_description in zip(pair, bridged, strict=True):
+        used = list(pair)
+        for entity, by_description in zip(pair, (hops > 3, hops > 2), strict=True):
             if not by_description:
-                ends.append((self._describe(entity, []), []))
+                ends.append((self._describe(entity, [], at_the_end=False), []))
                 continue
-            ways = [way for way in self._leading_to[entity] if way[0] not in pair]
+            ways = [way for way in self._leading_to[entity] if way[0] not in used]
             if not ways:
                 return None
             start, relation = self._draw.pick(ways)
-            ends.append((self._describe(start, [relation]), [self._step(start, relation)]))
+            used.append(start)
+            ends.append((self._describe(start, [relation], at_the_end=False), [self._step(start, relation)]))
         return ends
 
-    def _describe(self, start: Entity, relations: Sequence[str]) -> str:
-        """The entity that a chain leads to, in the words of a question."""
+    def _describe(self, start: Entity, relations: Sequence[str], at_the_end: bool) -> str:
+        """
+        The entity that a chain leads to, in the words of a question.
+
+        A clause ("the town where A was born") would run into what follows: it stands only `at_the_end`.
+        """
         draw, entity = self._draw, start
         text = reference(start)
-        if start.kind == "work" and draw.chance(0.5):
+        if start.kind == "work" and start.sort != "painting" and draw.chance(0.5):
             text = f"the {start.sort} {start.name}"
         elif start.kind in ("town", "region") and draw.chance(0.3):
             text = f"the {start.kind} of {start.name}"
         for depth, relation in enumerate(relations):
             options = phrases_of(entity, relation).nouns
-            if depth:
+            if depth or not at_the_end:
                 options = tuple(noun for noun in options if noun.endswith("{x}"))
             text = _fill(draw.pick(options), entity, text)
             value = entity.facts[relation]
@@ -237,10 +247,6 @@ def _allot(number: int, weights: Sequence[float]) -> list[int]:
 
 def _fill(template: str, entity: Entity, x: str, v: str = "") -> str:
     return template.format(x=x, v=v, spouse="husband" if entity.gender == "female" else "wife")
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 def _spaced(text: str) -> str:
