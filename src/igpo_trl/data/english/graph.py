@@ -111,18 +111,19 @@ class World:
         self.regions = [Entity("region", word("region"), "region") for _ in range(regions)]
         self.rivers = [Entity("river", f"River {word('other')}", "river", article=True) for _ in range(rivers)]
         self.towns = [Entity("town", name, "town") for name in town_names(draw, self._words, towns)]
+        towns_of: dict[Entity, list[Entity]] = {}
         for town in self.towns:
-            town.facts |= {"region": draw.pick(self.regions), "river": draw.pick(self.rivers)}
+            region = draw.pick(self.regions)
+            towns_of.setdefault(region, []).append(town)
+            town.facts |= {"region": region, "river": draw.pick(self.rivers)}
             town.facts |= {"charter": draw.between(1140, 1760), "population": draw.between(1_100, 89_000)}
         for region in self.regions:
-            inside = [town for town in self.towns if town.facts["region"] is region]
-            if inside:
+            if inside := towns_of.get(region):
                 region.facts["capital"] = draw.pick(inside)
             region.facts |= {"peak": f"Mount {word('other')}", "area": draw.between(1_200, 38_000)}
         for river in self.rivers:
-            away = [town for town in self.towns if town.facts["river"] is not river]
             river.facts |= {"length": draw.between(60, 940), "lake": f"Lake {word('other')}"}
-            river.facts["source"] = draw.pick(away)
+            river.facts["source"] = draw.pick(self.towns)
 
     def _add_people(self, number: int) -> None:
         draw, people = self._draw, []

@@ -1,6 +1,7 @@
 """Passages: what the graph says about an entity, as a few sentences of an encyclopedia."""
 
 import re
+from functools import cache
 
 from .graph import DOCTORS, Entity
 from .names import Draw
@@ -11,7 +12,10 @@ _FEWEST_WORDS, _MOST_WORDS = 40, 70
 
 Templates = tuple[str, ...]
 
-#: First sentences by kind. Those whose facts an entity does not have are not used for it.
+_PUBLISHED = ("{name} is {a_sort} by {maker}, published in {year}.",)
+_PERFORMED = ("{name} is {a_sort} by {maker}, first performed in {year}.",)
+
+#: First sentences by kind or sort. Those whose facts an entity does not have are not used for it.
 _INTRODUCTIONS: dict[str, Templates] = {
     "person": (
         "{name} was {a_sort} born in {birthplace} in {birth_year}.",
@@ -20,8 +24,19 @@ _INTRODUCTIONS: dict[str, Templates] = {
         "Born in {birthplace} in {birth_year}, {name} became {a_sort}.",
         "{name} ({birth_year}–{death_year}) was {a_sort}.",
         "{name}, {a_sort}, was born in {birth_year}.",
+        "{name} was {a_sort}. {He} was born in {birthplace} in {birth_year}.",
     ),
-    "work": ("{name} is {a_sort} by {maker}.", "{name}, {a_sort}, is the work of {maker}."),
+    "work": (
+        "{name} is {a_sort} by {maker}.",
+        "{name}, {a_sort}, is the work of {maker}.",
+        "{name} is {a_sort}.",
+    ),
+    "novel": _PUBLISHED,
+    "book of poems": _PUBLISHED,
+    "travel book": _PUBLISHED,
+    "play": _PERFORMED,
+    "opera": _PERFORMED,
+    "painting": ("{name} is {a_sort} by {maker}, completed in {year}.",),
     "organisation": (
         "{Name} is {a_sort} in {seat}.",
         "{Name} is {a_sort} based in the town of {seat}.",
@@ -46,18 +61,27 @@ _INTRODUCTIONS: dict[str, Templates] = {
     ),
 }
 
-_BOOK_HOUSE = (
-    "{It} was published by {house} in {year}.",
-    "{It} first appeared in {year} and was published by {house}.",
-    "{House} published it in {year}.",
+_BOOK: tuple[Templates, ...] = (
+    ("{It} was written by {maker}.", "{Its} author is {maker}.", "{Maker} wrote it."),
+    (
+        "{It} was published by {house} in {year}.",
+        "{It} first appeared in {year} and was published by {house}.",
+        "{House} published it in {year}.",
+    ),
+    ("{It} was published by {house}.", "{Its} publisher was {house}."),
+    ("{It} was published in {year}.", "{It} first appeared in {year}."),
+    ("The first edition has {length} pages.", "{It} is {length} pages long."),
 )
-_STAGE_HOUSE = (
-    "{It} was first performed at {house} in {year}.",
-    "The first performance took place in {year} at {house}.",
-    "{It} opened in {year} at {house}.",
+_STAGE: tuple[Templates, ...] = (
+    (
+        "{It} was first performed at {house} in {year}.",
+        "The first performance took place in {year} at {house}.",
+        "In {year} {it} was first performed at {house}.",
+    ),
+    ("The first performance took place at {house}.", "{House} was the first theatre to perform it."),
+    ("{It} was first performed in {year}.", "The first performance took place in {year}."),
 )
 _STORY = ("{It} is set in {setting}.", "The story takes place in {setting}.", "The action is set in {setting}.")
-_PAGES = ("The first edition has {length} pages.", "{It} is {length} pages long.")
 _STAFF = ("{It} employs {size} people.", "{It} has {size} employees.", "Its staff numbers {size}.")
 
 #: By kind or sort, the sentences after the first: for each group of facts, its phrasings. A group of which the first
@@ -89,22 +113,20 @@ _SENTENCES: dict[str, tuple[Templates, ...]] = {
         ),
         ("{He} married {spouse}.", "{He} was married to {spouse}.", "{His} {partner} was {spouse}."),
     ),
-    "novel": (_BOOK_HOUSE, ("{It} was published in {year}.",), _STORY, _PAGES),
-    "travel book": (
-        _BOOK_HOUSE,
-        ("{It} was published in {year}.",),
-        ("{It} describes the town of {setting}.", "{It} tells of a year in {setting}."),
-        _PAGES,
-    ),
+    "novel": (*_BOOK, _STORY),
+    "travel book": (*_BOOK, ("{It} describes the town of {setting}.", "{It} tells of a year in {setting}.")),
     "book of poems": (
-        _BOOK_HOUSE,
-        ("{It} was published in {year}.",),
+        *_BOOK,
         ("Most of the poems are about {setting}.", "The poems describe the town of {setting}."),
-        _PAGES,
     ),
-    "play": (_STAGE_HOUSE, ("{It} was first performed in {year}.",), _STORY),
-    "opera": (_STAGE_HOUSE, ("{It} was first performed in {year}.",), _STORY),
+    "play": (*_STAGE, _STORY, ("{It} was written by {maker}.", "{Its} author is {maker}.", "{Maker} wrote it.")),
+    "opera": (
+        *_STAGE,
+        _STORY,
+        ("{It} was composed by {maker}.", "{Its} composer is {maker}.", "{Maker} composed it."),
+    ),
     "painting": (
+        ("{It} was painted by {maker}.", "{Its} painter was {maker}.", "{Maker} painted it."),
         ("{It} was completed in {year}.", "The painter finished it in {year}.", "{It} dates from {year}."),
         ("{It} hangs in {house}.", "Today {it} hangs in {house}.", "{It} belongs to {house}."),
         ("{It} shows a street in {setting}.", "{It} shows the market square of {setting}."),
@@ -159,6 +181,12 @@ _FILLERS: dict[str, Templates] = {
         "{He} was fond of long walks and of chess.",
         "{His} early years were spent in modest circumstances.",
         "{He} declined every honour that was offered to {him}.",
+        "A portrait of {him} has survived.",
+        "{He} travelled widely and wrote about it in letters.",
+        "In old age {he} gave away most of {his} books.",
+        "{He} spoke several languages and taught {his} neighbours to read.",
+        "There is no full account of {his} life.",
+        "{His} house has been turned into a small inn.",
     ),
     "book": (
         "Critics praised its humour and its plain style.",
@@ -166,6 +194,8 @@ _FILLERS: dict[str, Templates] = {
         "{It} was long out of print.",
         "{It} was written in a single summer.",
         "A new edition with notes is in preparation.",
+        "The manuscript is lost.",
+        "Schoolchildren used to learn parts of it by heart.",
     ),
     "stage": (
         "Critics praised its humour and its pace.",
@@ -188,6 +218,8 @@ _FILLERS: dict[str, Templates] = {
         "{It} is supported by a circle of friends.",
         "A history of it has been written but never printed.",
         "{Its} courtyard is planted with lime trees.",
+        "Its rooms can be visited on Sundays.",
+        "Its name is that of an old farm on the same site.",
     ),
     "town": (
         "A market is held there every Friday.",
@@ -197,6 +229,8 @@ _FILLERS: dict[str, Templates] = {
         "Visitors come for the narrow lanes and the covered bridge.",
         "The railway station lies a little outside the centre.",
         "Much of the surrounding land is used for orchards.",
+        "The old bridge is the subject of several songs.",
+        "Two fairs a year draw crowds from the villages nearby.",
     ),
     "region": (
         "Much of {it} is covered by forest.",
@@ -242,18 +276,20 @@ def write_passage(entity: Entity, draw: Draw) -> str:
 
     The facts for which there is no room are removed from the entity, so that nobody is asked for them.
     """
-    missing = set(entity.facts)
-    first = draw.pick([text for text in _INTRODUCTIONS[entity.kind] if _relations(text) <= missing])
+    missing, fields = set(entity.facts), _fields(entity, draw)
+    introductions = _INTRODUCTIONS[entity.kind] + _INTRODUCTIONS.get(entity.sort, ())
+    first = draw.pick([text for text in introductions if _relations(text) <= missing])
     missing -= _relations(first)
     chosen = []
-    for group in (*_SENTENCES.get(entity.kind, ()), *_SENTENCES.get(entity.sort, ())):
+    groups = _SENTENCES.get(entity.kind, ())
+    for group in groups if entity.sort == entity.kind else (*groups, *_SENTENCES.get(entity.sort, ())):
         if options := [text for text in group if _relations(text) <= missing]:
             chosen.append(draw.pick(options))
             missing -= _relations(chosen[-1])
     fillers = _FILLERS[_FILLER_KEYS.get(entity.sort, entity.kind)]
     sentences, count, unclear = list[str](), 0, False
     for template in (first, *draw.shuffled(chosen), *draw.shuffled(fillers)):
-        sentence = template.format(**_fields(entity, draw, unclear))
+        sentence = template.format_map(fields | _subject(entity, draw, unclear))
         length = count + len(sentence.split())
         if template in fillers:
             if length > _MOST_WORDS or (count >= _FEWEST_WORDS and draw.chance(0.6)):
@@ -268,33 +304,40 @@ def write_passage(entity: Entity, draw: Draw) -> str:
     return " ".join(sentences)
 
 
-def _relations(template: str) -> set[str]:
-    return {name.lower() for name in _FIELD.findall(template)} & RELATIONS
+@cache
+def _relations(template: str) -> frozenset[str]:
+    return RELATIONS.intersection(name.lower() for name in _FIELD.findall(template))
 
 
-def _fields(entity: Entity, draw: Draw, by_name: bool) -> dict[str, str]:
-    """
-    What a template can name. With `by_name`, "he" or "she" would be taken for the person of the sentence before.
-    """
+def _fields(entity: Entity, draw: Draw) -> dict[str, str]:
+    """What a template can name, in the middle of a sentence and at its beginning."""
     values = {relation: reference(value, relation) for relation, value in entity.facts.items()}
     values["name"] = reference(entity)
     if entity.kind == "person":
-        pronouns = ("She", "her", "her") if entity.gender == "female" else ("He", "his", "him")
-        surname = entity.name.split()[-1]
-        values |= {"he": surname if by_name else pronouns[0].lower(), "his": pronouns[1], "him": pronouns[2]}
-        values["partner"] = "husband" if entity.gender == "female" else "wife"
+        values |= _WOMAN if entity.gender == "female" else _MAN
         if entity.sort in DOCTORS and draw.chance(0.5):
             values["name"] = f"Dr. {entity.name}"
     else:
         values |= {"it": "it", "its": "its"}
     values |= {name[0].upper() + name[1:]: value[0].upper() + value[1:] for name, value in values.items()}
-    if entity.kind == "person" and draw.chance(0.3):
-        values["He"] = surname
-    elif entity.kind != "person" and draw.chance(0.3):
-        values["It"] = f"The {_SHORT.get(entity.sort, entity.sort)}"
     return values | {"a_sort": with_article(entity.sort)}
 
 
+def _subject(entity: Entity, draw: Draw, unclear: bool) -> dict[str, str]:
+    """
+    Other words for the subject of a sentence, now and then. After a sentence about another person, pronouns are
+    `unclear`.
+    """
+    if entity.kind == "person":
+        surname = entity.name.split()[-1]
+        if unclear:
+            return {"He": surname, "he": surname, "His": f"{surname}'s"}
+        return {"He": surname} if draw.chance(0.3) else {}
+    return {"It": f"The {_SHORT.get(entity.sort, entity.sort)}"} if draw.chance(0.3) else {}
+
+
+_WOMAN = {"he": "she", "his": "her", "him": "her", "partner": "husband"}
+_MAN = {"he": "he", "his": "his", "him": "him", "partner": "wife"}
 _SHORT = {"publishing house": "house", "engineering firm": "firm", "research institute": "institute"}
 _SHORT |= {"travel book": "book", "book of poems": "book"}
 _FIELD = re.compile(r"{(\w+)}")
