@@ -48,7 +48,7 @@ _LINKS = "l n r v m d".split()
 _ENDINGS = {
     "female": "a ina essa ela issa ane ima aya ora ith eth una".split(),
     "male": "an or im eon ard us ek io ain ulf emar ic".split(),
-    "surname": "ack ane arde asko aval ebrand eck ell endry ero esk ett igan ing ink ique isko ock olt omer oy "
+    "surname": "ack ane arde asko aval ebrand eck ell endry ero esk ett inger ink ique isko ock olt omer oy "
     "undy uvier wain worrell".split(),
     "town": "avale ebeck ecombe edell efield ehaven emarsh emouth eport ester estow ewold igate inholm inster "
     "iswick obrook ocastle oford omere oness orough osted".split(),
@@ -57,10 +57,11 @@ _ENDINGS = {
 }
 # What the parts above give, and what has a meaning or a bearer.
 _KNOWN = frozenset(
-    "adela adelina alan amelia bernard brian carina cecilia celia corina corsica costa damian darian davina "
-    "delia dora doris dorina drina fiona flora florian gloria jamaica janina jared jessa joris karina katrina "
-    "lima lorina lucas mara marian marina marius melissa mina mormor nadia nina nora nova petra romania rosa "
-    "rosina sabina salina samoa sara sierra silesia sina tamara tania tasmania teresa tina tora verona vera "
+    "adela adelina alan amelia bernard bevan brian carina carissa cecilia celia corina corsica costa damian "
+    "darian darrell davida davina delia doma dora dorina doris drina fiona flora florian forester gena gloria "
+    "hadith jalan jamaica janina jared jessa joris karina katrina lima lorina lucas mara marian marina marissa "
+    "marius melissa milan mina nadia nina nora nova para parra petra romania rosa rosina sabina salina samoa "
+    "sara sena sierra silesia simeon sina sonic tamara tania tasmania teresa tina tora valor vera verona vila "
     "zara".split()
 )
 _RUDE = re.compile("Cu[mn]|Pis|Sem|Sod|Pen|Hom|Hel|Dam|Coc|Tur|anus|nazi")

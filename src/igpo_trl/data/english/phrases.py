@@ -171,7 +171,7 @@ PHRASES: dict[str, dict[str, Phrases]] = {
             ("Is {v} the capital of {x}?",),
         ),
         "area": _count(
-            "square kilometres", "What is the area of {x} in square kilometres?",
+            "square kilometres", "What is the area of {x}?",
             "How many square kilometres does {x} cover?",
         ),
         "peak": Phrases((), ("What is the highest mountain of {x}?", "Which mountain is the highest in {x}?")),
@@ -182,7 +182,7 @@ PHRASES: dict[str, dict[str, Phrases]] = {
         ),
     },
     "river": {
-        "length": _count("kilometres", "How many kilometres long is {x}?", "What is the length of {x} in kilometres?"),
+        "length": _count("kilometres", "How many kilometres long is {x}?", "What is the length of {x}?"),
         "source": Phrases(
             ("the town near the source of {x}",),
             ("Near which town does {x} rise?", "Which town lies near the source of {x}?"),
