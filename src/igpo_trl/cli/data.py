@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _SOURCE_HELP = (
-    "A file, a set by name (nq, triviaqa, popqa, hotpotqa, 2wiki, musique, bamboogle; name:split), or owner/name."
+    "A file, a set by name (nq, triviaqa, popqa, hotpotqa, 2wiki, musique, bamboogle, world; name:split), or "
+    "owner/name."
 )
 _Split = Annotated[str | None, typer.Option(help="Split of data sets that name none; files have none.")]
 _Limit = Annotated[int | None, typer.Option(min=1, help="Number of questions to read from each source.")]

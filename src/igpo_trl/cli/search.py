@@ -28,7 +28,8 @@ def index(
     corpus: Annotated[
         list[Path],
         typer.Option(
-            help="Passages: .jsonl, .json, .tsv, .csv (or .gz of these), .parquet. Repeat for several files."
+            help="Passages: .jsonl, .json, .tsv, .csv (or .gz of these), .parquet, or world for the made-up world of "
+            "igpo world. Repeat for several files."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory for the index; an existing index is replaced.")],
@@ -78,7 +79,9 @@ def index(
     started = time.perf_counter()
     with one_line_errors():
         from .. import search as library
+        from ..data.english import find_corpus
 
+        corpus = list(map(find_corpus, corpus))
         classes = {Kind.BM25: "BM25Index", Kind.DENSE: "DenseIndex", Kind.HYBRID: "HybridIndex"}
         built = getattr(library, classes[kind]).build(corpus, **options)
     seconds, size = time.perf_counter() - started, sum(p.stat().st_size for p in out.rglob("*") if p.is_file())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..files import FILE_ENDINGS
+from .english import SPLITS, WORLD, world_file
 from .layouts import UNUSED_COLUMNS
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def find_sources(source: str | Path | Sequence[str | Path], split: str | None = 
     parts = [part.strip() for part in parts if part.strip()]
     if not parts:
         raise ValueError(
-            f"no source of questions in {source!r}: expected a file, or one of {', '.join(QUESTION_SETS)}."
+            f"no source of questions in {source!r}: expected a file, or one of {', '.join([*QUESTION_SETS, WORLD])}."
         )
     return [find_source(part, split) for part in parts]
 
@@ -110,8 +111,8 @@ def canonical_name(name: str) -> str:
 
 def find_source(text: str, split: str | None = None) -> Source:
     """
-    Resolves a source: one of the seven sets, an existing file or folder (`./nq` for a folder with the name of a set),
-    or a data set on the hub. `name:split` names a split.
+    Resolves a source: one of the seven sets or `world`, an existing file or folder (`./nq` for a folder with the name
+    of a set), or a data set on the hub. `name:split` names a split.
 
     `split` is that of a data set if `text` names none. Files have no splits.
     """
@@ -119,6 +120,12 @@ def find_source(text: str, split: str | None = None) -> Source:
     key = _OTHER_NAMES.get(name.lower(), name.lower())
     if known := QUESTION_SETS.get(key) or ORIGINAL_SETS.get(key):
         return Source(known.repository, False, known.config, known.dataset, own_split or split or known.split)
+    if key == WORLD:
+        if (part := own_split or split or "test") not in SPLITS:
+            raise ValueError(
+                f"{text}: there is no split {part}. Name one of {', '.join(SPLITS)}, as in {WORLD}:train."
+            )
+        return Source(str(world_file(part)), is_file=True)
     if os.path.exists(text):
         return _local(Path(text), split)
     if own_split and os.path.isdir(name):
@@ -128,11 +135,12 @@ def find_source(text: str, split: str | None = None) -> Source:
         raise FileNotFoundError(f"no such file: {text}. Expected questions in one of {', '.join(FILE_ENDINGS)}.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?", name):
         return _on_the_hub(name, split)
-    close = difflib.get_close_matches(name.lower(), [*QUESTION_SETS, *_OTHER_NAMES], n=1)
+    close = difflib.get_close_matches(name.lower(), [*QUESTION_SETS, WORLD, *_OTHER_NAMES], n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     raise FileNotFoundError(
         f"no such file of questions, and no data set of that name: {text}.{hint} Expected a file "
-        f"({', '.join(FILE_ENDINGS)}), one of {', '.join(QUESTION_SETS)}, or owner/name of a data set on the hub."
+        f"({', '.join(FILE_ENDINGS)}), one of {', '.join([*QUESTION_SETS, WORLD])}, or owner/name of a data set on "
+        "the hub."
     )
 
 
