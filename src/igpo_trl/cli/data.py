@@ -1,12 +1,18 @@
-"""`igpo data`: look at questions and check them."""
+"""`igpo data`: look at questions and check them, alone and against a corpus."""
 
+import enum
+import json
+import sys
 from collections import Counter
+from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .errors import one_line_errors
+from .search import index_of_corpus
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -17,7 +23,9 @@ _SOURCE_HELP = (
 _Split = Annotated[str | None, typer.Option(help="Split of data sets that name none; files have none.")]
 _Limit = Annotated[int | None, typer.Option(min=1, help="Number of questions to read from each source.")]
 
-commands = typer.Typer(help="Look at questions and check them.", no_args_is_help=True)
+Kept = enum.StrEnum("Kept", ["ANSWERABLE", "UNANSWERABLE"])
+
+commands = typer.Typer(help="Look at questions and check them, alone and against a corpus.", no_args_is_help=True)
 
 
 @commands.command()
@@ -86,6 +94,65 @@ def check(
         console.print("[green]No findings.[/green]")
     elif strict:
         raise typer.Exit(1)
+
+
+@commands.command()
+def audit(
+    questions: Annotated[list[str], typer.Argument(metavar="QUESTIONS...", help=_SOURCE_HELP)],
+    index: Annotated[
+        str | None, typer.Option(help="Directory of an index, or http:// address of a search server.")
+    ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Passages, instead of an index: they are indexed in the cache.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", "--k", help="Passages per search.", min=1)] = 10,
+    keep: Annotated[
+        tuple[Kept, Path] | None,
+        typer.Option(metavar="answerable|unanswerable OUT", help="Write these questions to OUT, with all columns."),
+    ] = None,
+    split: _Split = None,
+    limit: _Limit = None,
+    examples: Annotated[int, typer.Option(min=0, help="Unanswerable questions to print.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all unanswerable questions.")] = False,
+) -> None:
+    """Find out which questions a corpus can answer: whether it has their titles and answers, and searches find them."""
+    from rich.console import Console
+    from tqdm.auto import tqdm
+
+    from ..data.questions import write_questions
+    from ..data.sets import find_sources
+    from ..evaluation.audit import audit_questions, share_of
+
+    if (index is None) == (corpus is None):
+        raise typer.BadParameter("give the passages: either --index (an index of them) or --corpus (a file of them).")
+    rows = _load(questions, split, limit)
+    with one_line_errors():
+        searchable = index_of_corpus(corpus) if corpus is not None else index
+        track = partial(tqdm, unit="", leave=False, disable=not sys.stderr.isatty())
+        result = audit_questions(searchable, rows, k, track=track)
+    if keep is not None:
+        kept, out = keep
+        ids = {question.id for question in result.unanswerable}
+        if kept == Kept.ANSWERABLE:
+            ids = {question.id for question in result.questions} - ids
+        if result.passages is None:
+            raise typer.BadParameter("a search server does not show its corpus. Give an index or --corpus.")
+        with one_line_errors():
+            if not ids:
+                raise ValueError(f"none of the {len(rows)} questions is {kept}, so {out} was not written.")
+            write_questions(out, find_sources(questions if len(questions) > 1 else questions[0], split), ids, limit)
+    if as_json:
+        return typer.echo(json.dumps(result.to_dict(), ensure_ascii=False))
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(result.table().render(console.width))
+    for question in result.unanswerable[:examples]:
+        about = f"{question.question}  {question.answers[0]}\n    {question.reason}"
+        console.print(f"{question.id}: {about}", markup=False, highlight=False)
+    judged = share_of(result.questions, "answerable")["of"]
+    if result.passages is not None and judged < len(rows):
+        typer.echo(f"{len(rows) - judged} yes-no questions without titles cannot be judged.")
+    if keep is not None:
+        typer.echo(f"Wrote {len(ids):,} of {len(rows):,} questions to {out}.")
 
 
 def _load(sources: list[str], split: str | None, limit: int | None) -> "Dataset":

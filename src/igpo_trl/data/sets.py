@@ -155,10 +155,10 @@ def _on_the_hub(name: str, split: str | None) -> Source:
     return Source(repository, False, config, dataset, split)
 
 
-def read_dataset(source: Source) -> tuple[str, Iterator[dict[str, Any]]]:
+def read_dataset(source: Source, all_columns: bool = False) -> tuple[str, Iterator[dict[str, Any]]]:
     """
-    Loads a split with `datasets`, from a folder or the hub: its name, and its rows without the passages that come with
-    the questions.
+    Loads a split with `datasets`, from a folder or the hub: its name, and its rows, by default without the passages
+    that come with the questions.
     """
     loaded = _load(source)
     if isinstance(loaded, dict):
@@ -171,7 +171,7 @@ def read_dataset(source: Source) -> tuple[str, Iterator[dict[str, Any]]]:
         dataset = loaded[split]
     else:
         split, dataset = source.split or str(loaded.split or "train"), loaded
-    unused = [column for column in dataset.column_names if column in UNUSED_COLUMNS]
+    unused = [column for column in dataset.column_names if column in UNUSED_COLUMNS and not all_columns]
     return split, iter(dataset.remove_columns(unused).with_format(None))
 
 
