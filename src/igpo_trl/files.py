@@ -251,7 +251,7 @@ def write_json_lines(path: str | Path) -> Iterator[Callable[[dict[str, Any]], An
         open(temporary, "wb") as file,
         gzip.GzipFile("", "wb", 6, file, 0) if str(path).endswith(".gz") else nullcontext(file) as stream,
         # A lone surrogate, which UTF-8 cannot encode, becomes its escape, which JSON can read.
-        io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", newline="\n") as lines,  # type: ignore
+        io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", newline="\n") as lines,
     ):
         yield lambda record: lines.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
 

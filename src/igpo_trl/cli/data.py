@@ -97,6 +97,43 @@ def check(
 
 
 @commands.command()
+def corpus(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...", help="hotpotqa, 2wiki, musique, or a file or data set whose questions have contexts."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The corpus, .jsonl or .jsonl.gz; an existing file is replaced.")],
+    questions: Annotated[
+        Path | None, typer.Option(help="Also write the questions, with the ids of their supporting passages.")
+    ] = None,
+    split: _Split = None,
+    limit: _Limit = None,
+) -> None:
+    """Build a corpus from the paragraphs that come with questions, each distinct paragraph once."""
+    from tqdm.auto import tqdm
+
+    from ..data import build_corpus
+
+    for name, path in (("--out", out), ("--questions", questions)):
+        if path is not None and not path.name.endswith((".jsonl", ".jsonl.gz")):
+            raise typer.BadParameter(f"got {path}, expected a file that ends in .jsonl or .jsonl.gz", param_hint=name)
+    with one_line_errors():
+        track = partial(tqdm, unit=" questions", leave=False, disable=not sys.stderr.isatty())
+        counts = build_corpus(_one_or_all(sources), out, questions, split=split, limit=limit, track=track)
+    for count in counts:
+        typer.echo(
+            f"{count.source}: {count.questions:,} questions with {count.paragraphs:,} paragraphs, "
+            f"{count.passages:,} of them new."
+        )
+    typer.echo(f"Wrote {sum(count.passages for count in counts):,} passages to {out}.")
+    if questions is not None:
+        typer.echo(f"Wrote {sum(count.questions for count in counts):,} questions to {questions}.")
+    typer.echo(f"Index them with: igpo index --corpus {out} --out DIR")
+
+
+@commands.command()
 def audit(
     questions: Annotated[list[str], typer.Argument(metavar="QUESTIONS...", help=_SOURCE_HELP)],
     index: Annotated[
@@ -115,19 +152,18 @@ def audit(
     examples: Annotated[int, typer.Option(min=0, help="Unanswerable questions to print.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all unanswerable questions.")] = False,
 ) -> None:
-    """Find out which questions a corpus can answer: whether it has their titles and answers, and searches find them."""
+    """Find out which questions a corpus can answer: whether it has their titles and answers, and search finds them."""
     from rich.console import Console
     from tqdm.auto import tqdm
 
     from ..data.questions import write_questions
-    from ..data.sets import find_sources
     from ..evaluation.audit import audit_questions, share_of
 
     if (index is None) == (corpus is None):
         raise typer.BadParameter("give the passages: either --index (an index of them) or --corpus (a file of them).")
     rows = _load(questions, split, limit)
     with one_line_errors():
-        searchable = index_of_corpus(corpus) if corpus is not None else index
+        searchable = index if index is not None else index_of_corpus(str(corpus))
         track = partial(tqdm, unit="", leave=False, disable=not sys.stderr.isatty())
         result = audit_questions(searchable, rows, k, track=track)
     if keep is not None:
@@ -140,7 +176,7 @@ def audit(
         with one_line_errors():
             if not ids:
                 raise ValueError(f"none of the {len(rows)} questions is {kept}, so {out} was not written.")
-            write_questions(out, find_sources(questions if len(questions) > 1 else questions[0], split), ids, limit)
+            write_questions(out, _one_or_all(questions), ids, split=split, limit=limit)
     if as_json:
         return typer.echo(json.dumps(result.to_dict(), ensure_ascii=False))
     console = Console() if sys.stdout.isatty() else Console(width=200)
@@ -159,7 +195,12 @@ def _load(sources: list[str], split: str | None, limit: int | None) -> "Dataset"
     from ..data import load_questions
 
     with one_line_errors(OSError, ValueError, param_hint="SOURCE"):
-        return load_questions(sources if len(sources) > 1 else sources[0], None, split=split, limit=limit)
+        return load_questions(_one_or_all(sources), None, split=split, limit=limit)
+
+
+def _one_or_all(sources: list[str]) -> str | list[str]:
+    """One source may be several with commas between them."""
+    return sources if len(sources) > 1 else sources[0]
 
 
 def _tokenizer(name: str | None) -> Any:

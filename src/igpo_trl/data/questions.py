@@ -5,7 +5,7 @@ import logging
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..files import read_records, write_json_lines
 from .cells import as_text, is_missing
@@ -98,19 +98,37 @@ def read_questions(
     prefixes: dict[str, Path] = {}  # of made-up ids, with their files
     for source in sources:
         number_before = len(ids)
-        for where, row, record in islice(_read(source, system_prompt, prefixes, all_columns), limit):
+        for raw in islice(read_records_of(source, prefixes, all_columns), limit):
+            row = read_question(raw, system_prompt)
             if row["id"] in ids:
-                raise ValueError(f"{where}: the id {row['id']!r} is that of an earlier question. Ids must be unique.")
+                problem = f"the id {row['id']!r} is that of an earlier question. Ids must be unique."
+                raise ValueError(f"{raw.where}: {problem}")
             ids.add(row["id"])
-            yield row, record
+            yield row, raw.record
         if len(ids) == number_before:
             raise ValueError(f"{source} holds no questions.")
 
 
-def _read(
-    source: Source, system_prompt: str | None, prefixes: dict[str, Path], all_columns: bool
-) -> Iterator[tuple[str, dict[str, Any], Record]]:
-    """Yields the rows of a source in the schema, each with its location for error messages, and its record."""
+class RawRecord(NamedTuple):
+    """A record of a source, where it stands, its set (if known), and a name and an id where it has none itself."""
+
+    record: Record
+    where: str
+    dataset: str | None
+    default_name: str
+    default_id: str
+
+
+def read_records_of(source: Source, prefixes: dict[str, Path], all_columns: bool = False) -> Iterator[RawRecord]:
+    """
+    Reads the records of a source one by one, without those that are marked as not answerable.
+
+    Args:
+        source (`Source`): As of [`find_sources`].
+        prefixes (`dict`): Of made-up ids, with their files; shared by all sources that are read together.
+        all_columns (`bool`, *optional*, defaults to `False`): Whether to read the passages that come with the
+            questions.
+    """
     is_table = source.is_file and source.location.removesuffix(".gz").endswith((".csv", ".tsv"))
     if source.is_file:
         name, id_prefix = _file_names(Path(source.location).resolve(), prefixes)
@@ -124,20 +142,28 @@ def _read(
         id_prefix = f"{name}_{split}_"
         records = ((str(source), record) for record in rows)
     unanswerable = 0
-    for number, (where, raw) in enumerate(records):
-        if raw.get("answerable") is False:  # half of the full version of MuSiQue
+    for number, (where, record) in enumerate(records):
+        if record.get("answerable") is False:  # half of the full version of MuSiQue
             unanswerable += 1
             continue
         where = f"{where} (row {number})"
         try:
-            raw = parse_cells(raw) if is_table else raw
-            record = read_record(raw, source.dataset, canonical_name(name))
-            row = _to_row(record, name, f"{id_prefix}{number}", system_prompt)
-        except (ValueError, TypeError, AttributeError, LookupError) as error:
-            raise ValueError(f"{where}: {error}" if isinstance(error, ValueError) else f"{where}: {raw!r}") from error
-        yield where, row, raw
+            record = parse_cells(record) if is_table else record
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        yield RawRecord(record, where, source.dataset, name, f"{id_prefix}{number}")
     if unanswerable:
         logger.warning("%s: left out %d questions that are marked as not answerable.", source, unanswerable)
+
+
+def read_question(raw: RawRecord, system_prompt: str | None = None) -> dict[str, Any]:
+    """The row of [`load_questions`] for a record. Raises a `ValueError` that names the record if there is none."""
+    try:
+        record = read_record(raw.record, raw.dataset, canonical_name(raw.default_name))
+        return _to_row(record, raw.default_name, raw.default_id, system_prompt)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        problem = error if isinstance(error, ValueError) else repr(raw.record)
+        raise ValueError(f"{raw.where}: {problem}") from error
 
 
 def _file_names(path: Path, prefixes: dict[str, Path]) -> tuple[str, str]:
@@ -190,7 +216,12 @@ def _to_row(record: Record, name: str, default_id: str, system_prompt: str | Non
 
 
 def write_questions(
-    path: str | Path, sources: Sequence[Source], ids: Collection[str], limit: int | None = None
+    path: str | Path,
+    source: str | Path | Sequence[str | Path],
+    ids: Collection[str],
+    *,
+    split: str | None = None,
+    limit: int | None = None,
 ) -> None:
     """
     Writes the questions with the given ids to a JSON Lines file that [`load_questions`] reads, see
@@ -198,12 +229,11 @@ def write_questions(
 
     Args:
         path (`str` or `Path`): The file.
-        sources (sequence of `Source`): As of [`find_sources`].
+        source, split, limit: As for [`load_questions`].
         ids (collection of `str`): Ids as of [`load_questions`].
-        limit (`int`, *optional*): Number of questions to read from each source.
     """
     with write_json_lines(path) as write:
-        for row, record in read_questions(sources, limit=limit, all_columns=True):
+        for row, record in read_questions(find_sources(source, split), limit=limit, all_columns=True):
             if row["id"] in ids:
                 write(to_record(row, record))
 

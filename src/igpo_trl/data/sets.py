@@ -52,6 +52,13 @@ ORIGINAL_SETS: dict[str, QuestionSet] = {
 }
 """The same sets as published on the hub by their authors or others, by repository in lower case."""
 
+CONTEXT_SETS: dict[str, str] = {
+    "hotpotqa": "hotpotqa/hotpot_qa",
+    "2wiki": "framolfese/2WikiMultihopQA",
+    "musique": "dgslibisey/MuSiQue",
+}
+"""The sets whose questions come with paragraphs, among them the supporting ones, by short name: where these are."""
+
 _OTHER_NAMES = {
     "tq": "triviaqa",
     "trivia_qa": "triviaqa",
@@ -76,7 +83,9 @@ class Source(NamedTuple):
         return f"{self.location} ({details})" if details else self.location
 
 
-def find_sources(source: str | Path | Sequence[str | Path], split: str | None = None) -> list[Source]:
+def find_sources(
+    source: str | Path | Sequence[str | Path], split: str | None = None, *, with_contexts: bool = False
+) -> list[Source]:
     """
     Resolves one or several sources of [`load_questions`]. Nothing is read, so a wrong name is reported before anything
     else is done.
@@ -84,10 +93,12 @@ def find_sources(source: str | Path | Sequence[str | Path], split: str | None = 
     Args:
         source (`str`, `Path` or sequence of these): A source, or several as a list or separated by commas.
         split (`str`, *optional*): Split of the data sets for which `source` names none.
+        with_contexts (`bool`, *optional*, defaults to `False`): Whether the paragraphs that come with the questions
+            are wanted, see [`find_context_source`].
 
     Raises:
         FileNotFoundError: A file does not exist, or a source is neither a file nor a name on the hub.
-        ValueError: There is no source, or the format of a file is unknown.
+        ValueError: There is no source, the format of a file is unknown, or a set has no paragraphs.
     """
     if isinstance(source, str | Path):
         text = str(source)
@@ -99,7 +110,8 @@ def find_sources(source: str | Path | Sequence[str | Path], split: str | None = 
         raise ValueError(
             f"no source of questions in {source!r}: expected a file, or one of {', '.join(QUESTION_SETS)}."
         )
-    return [find_source(part, split) for part in parts]
+    find = find_context_source if with_contexts else find_source
+    return [find(part, split) for part in parts]
 
 
 def canonical_name(name: str) -> str:
@@ -134,6 +146,28 @@ def find_source(text: str, split: str | None = None) -> Source:
         f"no such file of questions, and no data set of that name: {text}.{hint} Expected a file "
         f"({', '.join(FILE_ENDINGS)}), one of {', '.join(QUESTION_SETS)}, or owner/name of a data set on the hub."
     )
+
+
+def find_context_source(text: str, split: str | None = None) -> Source:
+    """
+    As [`find_source`], for the paragraphs that come with the questions: the short name of a set stands for the
+    repository that has them.
+
+    Raises:
+        ValueError: The set is published without paragraphs.
+    """
+    name, _, own_split = text.partition(":")
+    known = QUESTION_SETS.get(_OTHER_NAMES.get(name.lower(), name.lower()))
+    if known is None:
+        return find_source(text, split)
+    if known.dataset not in CONTEXT_SETS:
+        raise ValueError(
+            f"{known.dataset} is published without passages. Sets with passages: {', '.join(CONTEXT_SETS)}. For other "
+            "questions index a Wikipedia dump, see docs/search.md."
+        )
+    # These repositories call the split `validation` that has the name `dev` elsewhere.
+    split = re.sub(r"^dev\b", "validation", own_split or split or "")
+    return find_source(CONTEXT_SETS[known.dataset], split or None)
 
 
 def _local(path: Path, split: str | None) -> Source:

@@ -187,7 +187,8 @@ def audit_questions(
     in_corpus = nothing if passages is None else _look_up(passages, rows, track)
     found = nothing if k is None else _search(searchable, rows, k, track)
     about = (
-        {"question": row["prompt"][-1]["content"]} | {name: row[name] for name in ("id", "dataset", "hops", "answers")}
+        {"question": row["prompt"][-1]["content"], "answers": row["answers"], "hops": row.get("hops")}
+        | {name: str(row.get(name, "")) for name in ("id", "dataset")}
         for row in rows
     )
     audits = [QuestionAudit(**one, **held, **hits) for one, held, hits in zip(about, in_corpus, found, strict=True)]

@@ -59,7 +59,7 @@ def has_answer(texts: Iterable[str], answers: Sequence[str]) -> bool:
 
 class AnswerFinder:
     """
-    Finds many answers in one text after another, as [`has_answer`] does, in a time that hardly depends on their number.
+    Finds many answers in one text after another, as [`has_answer`] does; their number hardly affects the time.
 
     Args:
         answers (iterable of `str`): Answers and aliases of all questions.
