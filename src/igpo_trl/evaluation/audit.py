@@ -178,7 +178,7 @@ def audit_questions(
     Raises:
         ValueError: There are no questions.
     """
-    rows = list(questions)
+    rows = [{"supporting_titles": [], **row} for row in questions]
     if not rows:
         raise ValueError("there are no questions to audit.")
     searchable = open_search(index)
