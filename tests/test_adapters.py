@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from igpo_trl import IGPOConfig, IGPOTrainer
-from igpo_trl.adapters import base_of_adapter
+from igpo_trl.training.adapters import base_of_adapter
 from igpo_trl.evaluation.settings import EvaluationSettings
 
 SCRIPTS = [[tiny.call("Paris"), tiny.answer("Paris")], [tiny.answer("Rome")]]

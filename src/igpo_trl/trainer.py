@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from . import components
-from .adapters import check_adapter, is_adapter, load_trainable
+from .training.adapters import check_adapter, is_adapter, load_trainable
 from .beliefs.models import changing_positions
 from .beliefs.scorer import KVCapture
 from .checkpoints import OneRun, checkpoint_to_resume

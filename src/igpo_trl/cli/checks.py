@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import ModelConfig
 
-from ..adapters import check_adapter, is_adapter
+from ..training.adapters import check_adapter, is_adapter
 from ..checkpoints import find_checkpoints, is_cut_off
 from ..config import IGPOConfig
 from ..data import find_sources, resolve_system_prompt
