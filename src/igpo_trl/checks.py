@@ -69,7 +69,7 @@ def check_before_loading(
     uses_tools = bool(tools or environments)
     check_processing_class(processing_class, uses_tools)
     if not environments:  # otherwise the tools are known only once there is an environment
-        check_tool_names(args.info_gain_tools, tools)
+        check_tool_names(args, tools)
     if uses_tools and args.max_tool_response_tokens is not None:
         ObservationEncoder(processing_class, max_tokens=args.max_tool_response_tokens)  # raises if that is too few
     owned = any(map(own_answers, environments))
@@ -164,14 +164,15 @@ def own_answers(environment: Any) -> bool:
     return declared if own is missing else not inspect.isroutine(own)
 
 
-def check_tool_names(wanted: Sequence[str] | None, tools: Iterable[Callable[..., Any]] | None) -> None:
-    """Raise `ValueError` if `info_gain_tools` names a tool that the trainer does not have."""
+def check_tool_names(args: Any, tools: Iterable[Callable[..., Any]] | None) -> None:
+    """Raise `ValueError` if `info_gain_tools` or `stop_tools` names a tool that the trainer does not have."""
     names = {tool.__name__ for tool in tools or ()}
-    if unknown := set(wanted or ()) - names:
-        raise ValueError(
-            f"`info_gain_tools` names {', '.join(sorted(unknown))}, got the tools "
-            f"{', '.join(sorted(names)) or 'none'}. Give names of this trainer's tools."
-        )
+    for option in ("info_gain_tools", "stop_tools"):
+        if unknown := set(getattr(args, option) or ()) - names:
+            raise ValueError(
+                f"`{option}` names {', '.join(sorted(unknown))}, got the tools {', '.join(sorted(names)) or 'none'}. "
+                "Give names of this trainer's tools."
+            )
 
 
 def check_sampling(args: Any) -> None:
