@@ -257,7 +257,8 @@ def test_rollouts_that_a_stop_tool_ends(files, tmp_path, monkeypatch, run):
     (trajectory,) = load_trajectories(tmp_path / "run")
     assert '"name": "final_answer"' in trajectory.prompt  # the policy knows of it
     assert (trajectory.info["prediction"], trajectory.info["searches"], len(trajectory.turns)) == ("Oslo", 1, 2)
-    assert json.loads((tmp_path / "run/results.json").read_text())["sets"]["rivers"]["metrics"]["answered"]["mean"] == 1
+    scores = json.loads((tmp_path / "run/results.json").read_text())["sets"]["rivers"]
+    assert scores["metrics"]["answered"]["mean"] == 1.0
 
 
 def test_a_failing_search_service_ends_the_run(files, tmp_path, monkeypatch, run):

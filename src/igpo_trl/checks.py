@@ -204,7 +204,8 @@ def check_room(
 
     The estimate is prompt + rounds · (turn + result) + turn. Prompts are rendered (a sample of the data set); a turn
     counts as 100 tokens, or `max_turn_length` if that is less; a result as the longest `max_words` of a tool, or
-    `max_tool_response_tokens` if that is less. Without a limit of the turns, one round is asked for.
+    `max_tool_response_tokens` if that is less or no tool says how long its results are. Without a limit of the turns,
+    one round is asked for.
 
     Raises:
         `ValueError`: if a prompt alone fills the context. If the estimate alone does not fit, a `UserWarning` says
@@ -222,12 +223,13 @@ def check_room(
             "tools' descriptions, or use a model with a longer context."
         )
     words = max((options_of(tool).max_words or 0 for tool in tools), default=0)
-    if not words:
+    if not words and args.max_tool_response_tokens is None:
         return
     text = " ".join(str(prompt if isinstance(prompt, str) else prompt[-1].get("content", "")) for prompt in prompts)
     tokens_per_word = len(processing_class.encode(text)) / max(1, len(text.split()))
     turn = min(100, args.max_turn_length or sys.maxsize)
-    result = min(round(words * max(1.3, tokens_per_word)), args.max_tool_response_tokens or sys.maxsize)
+    result = round(words * max(1.3, tokens_per_word)) or sys.maxsize
+    result = min(result, args.max_tool_response_tokens or sys.maxsize)
     limits = [args.max_turns and args.max_turns - 1, args.max_tool_calling_iterations]
     rounds = min((limit for limit in limits if limit is not None), default=1)
     needed = rounds * (turn + result) + turn
