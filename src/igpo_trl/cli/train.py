@@ -25,6 +25,7 @@ from ..config import IGPOConfig
 from ..data import check_questions, hold_out, load_questions
 from ..evaluation import check_answerable, check_retrieval
 from ..search import Searchable, SearchTool, open_search
+from ..tools import make_stop_tools
 from ..trainer import IGPOTrainer
 from .arguments import ScriptArguments as ScriptArguments
 from .arguments import TrainParser, UsageError
@@ -135,7 +136,10 @@ def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConf
         args=training,
         train_dataset=train_dataset,
         eval_dataset=None if eval_dataset is None else split_by_set(eval_dataset),
-        tools=[SearchTool(index, script.search_k, script.search_max_words, many_queries=script.search_many_queries)],
+        tools=[
+            SearchTool(index, script.search_k, script.search_max_words, many_queries=script.search_many_queries),
+            *make_stop_tools(training.stop_tools),
+        ],
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )

@@ -9,11 +9,12 @@ from typing import Any
 
 import yaml
 
-from ..training.adapters import base_of_adapter, is_adapter
 from ..data import load_questions
 from ..data.questions import order_by_hash
 from ..files import looks_like_path
 from ..rewards import Variant
+from ..tools import make_stop_tools
+from ..training.adapters import base_of_adapter, is_adapter
 
 Row = dict[str, Any]
 
@@ -21,7 +22,7 @@ Row = dict[str, Any]
 _ROLLOUT_FIELDS = {
     *("max_turns", "max_turn_length", "max_completion_length", "max_tool_calling_iterations"),
     *("max_tool_response_tokens", "forced_answer", "forced_answer_prompt", "forced_answer_length"),
-    *("on_malformed_tool_call", "max_concurrent_tool_calls", "tool_timeout", "reuse_prefixes"),
+    *("on_malformed_tool_call", "stop_tools", "max_concurrent_tool_calls", "tool_timeout", "reuse_prefixes"),
     *("chat_template_kwargs", "generation_kwargs", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("answer_template", "alias_reduction", "max_answer_tokens", "belief_method", "belief_tokens_per_batch"),
 }
@@ -95,6 +96,7 @@ class EvaluationSettings:
         if self.num_samples > 1 and self.temperature == 0:
             raise ValueError(f"{self.num_samples} samples at temperature 0 are all the same. Give a temperature.")
         pair_sources(self.sources, self.indexes)
+        make_stop_tools(self.rollout.get("stop_tools"))
         for path in (self.model, self.adapter):
             if path and looks_like_path(path) and not Path(path).is_dir():
                 raise FileNotFoundError(f"no such directory: {path}. Expected a model, or its name on the hub.")
