@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from . import data, evaluate, search
+from . import ask, data, evaluate, search
 from .errors import Commands, one_line_errors
 
 app = typer.Typer(
@@ -129,7 +129,7 @@ def view(
         console.print(f"\nSaved {save}")
 
 
-for command in (search.index, search.search, search.serve):
+for command in (search.index, search.search, search.serve, ask.ask):
     app.command()(command)
 app.add_typer(data.commands, name="data")
 app.add_typer(evaluate.commands, name="eval")

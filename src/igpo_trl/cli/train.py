@@ -25,6 +25,7 @@ from ..checkpoints import checkpoint_to_resume
 from ..config import IGPOConfig
 from ..data import check_questions, hold_out, load_questions
 from ..evaluation import check_retrieval
+from ..evaluation.settings import save_options
 from ..files import cache_dir
 from ..search import BM25Index, Searchable, SearchTool, open_search
 from ..tools import make_stop_tools
@@ -126,6 +127,8 @@ def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConf
     if PartialState().is_main_process:
         check_retrieval(index, train_dataset, script.search_k)
 
+    if PartialState().is_main_process:
+        save_options(str(training.output_dir), str(training.output_dir), script, training, model)
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
