@@ -135,7 +135,7 @@ def test_mistakes_are_one_line(ask, tmp_path, monkeypatch, words, says):
 def test_the_options_that_a_model_was_trained_with(tmp_path, ask):
     script = ScriptArguments("nq", system_prompt="no_think", search_k=2, search_max_words=40)
     training = IGPOConfig(str(tmp_path), max_turns=3, max_completion_length=900, use_cpu=True, bf16=False)
-    save_options(tmp_path, "a/model", script, training)
+    save_options(tmp_path, script, training)
     for name in ("checkpoint-5", "other"):
         (tmp_path / name).mkdir()
     file = tmp_path / "igpo.yaml"

@@ -128,7 +128,7 @@ def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConf
         check_retrieval(index, train_dataset, script.search_k)
 
     if PartialState().is_main_process:
-        save_options(str(training.output_dir), str(training.output_dir), script, training, model)
+        save_options(str(training.output_dir), script, training, model)
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,

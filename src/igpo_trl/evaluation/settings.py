@@ -132,20 +132,21 @@ def settings_of_training(config: str | Path) -> dict[str, Any]:
     return settings | {"rollout": rollout}
 
 
-def save_options(directory: str | Path, model: str, *configs: Any) -> None:
+def save_options(directory: str | Path, *configs: Any, **options: Any) -> None:
     """
     Write the options that define a rollout beside a model, so that it can be used as it was trained.
 
     Args:
         directory (`str` or `Path`): Of the model.
-        model (`str`): The model's name.
-        configs: What has the options as attributes.
+        configs: What has the options as attributes, such as an [`IGPOConfig`].
+        options: More of them, by their names in `igpo train`, such as `search_k`.
     """
     names = [*_TRAINING_OPTIONS, *sorted(_ROLLOUT_FIELDS)]
-    options = {name: getattr(config, name) for name in names for config in configs if hasattr(config, name)}
-    options["system_prompt"] = resolve_system_prompt(options["system_prompt"]) or "none"
+    options = {name: getattr(config, name) for name in names for config in configs if hasattr(config, name)} | options
+    if "system_prompt" in options:  # and not a file that others do not have
+        options["system_prompt"] = resolve_system_prompt(options["system_prompt"]) or "none"
     head = "# The options with which this model was trained to search.\n"
-    text = yaml.safe_dump({"model_name_or_path": model, **options}, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump({"model_name_or_path": str(directory), **options}, sort_keys=False, allow_unicode=True)
     Path(directory).mkdir(parents=True, exist_ok=True)
     Path(directory, OPTIONS_FILE).write_text(head + text, encoding="utf-8")
 
