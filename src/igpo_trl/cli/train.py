@@ -24,6 +24,7 @@ from ..checkpoints import checkpoint_to_resume
 from ..config import IGPOConfig
 from ..data import check_questions, hold_out, load_questions
 from ..evaluation import check_answerable, check_retrieval
+from ..evaluation.settings import save_options
 from ..search import Searchable, SearchTool, open_search
 from ..tools import make_stop_tools
 from ..trainer import IGPOTrainer
@@ -122,6 +123,8 @@ def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConf
         check_retrieval(index, train_dataset, script.search_k)
         check_answerable(index, train_dataset, command=audit_command(script))
 
+    if PartialState().is_main_process:
+        save_options(str(training.output_dir), script, training, model)
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
