@@ -181,13 +181,12 @@ def report(args: argparse.Namespace, runs: list[Run]) -> Iterator[str]:
         rollouts = load_trajectories(args.out / run.name / "eval")
         metrics = score_run(rollouts).sets["average"].metrics
         kept[run.method, run.seed] = 100 * metrics["f1"].mean
-        (differences,) = compare_runs(start, rollouts).sets.values()
-        difference = differences["f1"].difference
+        difference = next(iter(compare_runs(start, rollouts).sets.values()))["f1"].difference
         rows = logged(run, args)
         cells = [f"{100 * metrics[name].mean:.1f}" for name in ("f1", "em")]
         cells += [f"{metrics['searches'].mean:.2f}", f"{100 * metrics['in_evidence'].mean:.0f} %"]
         cells += [f"{100 * difference.mean:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"]
-        cells += [" to ".join(f"{mean(part, 'collapse/outcome'):.2f}" for part in (rows[:10], rows[-10:]))]
+        cells += [" to ".join(f"{mean(part, 'frac_reward_zero_std'):.2f}" for part in (rows[:10], rows[-10:]))]
         cells += [f"{mean(rows, 'belief/outcome_corr'):.2f}", f"{mean(rows, 'step_time'):.1f}"]
         yield f"| {LABELS[run.method]} | {run.seed} | {' | '.join(cells)} |"
     yield ""
