@@ -14,6 +14,7 @@ from ..config import IGPOConfig
 from ..data import find_sources, resolve_system_prompt
 from ..files import check_writable, looks_like_path
 from ..search import open_search
+from ..tools import make_stop_tools
 from ..training.adapters import check_adapter, is_adapter
 from .arguments import ScriptArguments
 
@@ -38,6 +39,7 @@ def check_arguments(script: ScriptArguments, training: IGPOConfig, model: ModelC
             except (FileNotFoundError, ValueError) as error:
                 raise type(error)(f"`{name}`: {error}") from error
     resolve_system_prompt(script.system_prompt)
+    make_stop_tools(training.stop_tools)
     if script.method not in ("igpo", "grpo"):
         raise ValueError(f"`method` must be igpo or grpo, got {script.method!r}.")
     if script.num_eval_questions < 0:

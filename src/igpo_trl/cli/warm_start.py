@@ -74,7 +74,7 @@ def warm_start(
     OUT, where igpo train, igpo eval and vLLM load it. OUT/igpo.yaml has the options that fit it. If it is interrupted,
     the same command resumes where it stopped.
     """
-    from ..warm_start.run import OPTIONS_FILE
+    from ..evaluation.settings import OPTIONS_FILE
     from ..warm_start.run import warm_start as run
     from .train import log_lines
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import AutoTokenizer
 
 from ..beliefs.probes import DEFAULT_TEMPLATE, NO_THINK_TEMPLATE
@@ -19,6 +18,7 @@ from ..data.questions import order_by_hash
 from ..evaluation import EvaluationSettings, load_trajectories, roll_out, score_run
 from ..evaluation.run import differing_settings, write_json
 from ..evaluation.scores import AVERAGE
+from ..evaluation.settings import save_options
 from ..files import check_writable, looks_like_path
 from ..search import SearchTool, open_search
 from ..training.adapters import is_adapter
@@ -29,12 +29,7 @@ from .traces import Traces, make_traces, read_traces
 
 logger = logging.getLogger(__name__)
 
-REPORT_FILE, TRACES_FILE, HELD_OUT_FILE, OPTIONS_FILE = (
-    "warm_start.json",
-    "traces.jsonl",
-    "held_out.jsonl",
-    "igpo.yaml",
-)
+REPORT_FILE, TRACES_FILE, HELD_OUT_FILE = "warm_start.json", "traces.jsonl", "held_out.jsonl"
 
 
 def warm_start(
@@ -131,7 +126,12 @@ def warm_start(
     thinks = _mean("<think>" in str(record["messages"][-1]["content"]) for record in made.records) > 0.5
     options = _rollout_options(prompt, k, max_words, max_turns, thinks)
     sources = {"questions": data, "eval_questions": eval_data, "index": index}
-    (out / OPTIONS_FILE).write_text(_options_text(out, options, sources), encoding="utf-8")
+    texts = {
+        name: ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        for name, value in sources.items()
+        if value is not None
+    }
+    save_options(out, **texts, **options)
 
     if held_out is not None:
         _write_questions(out / HELD_OUT_FILE, held_out)
@@ -256,20 +256,6 @@ def _rollout_options(
         "max_turn_length": turn,
         "max_completion_length": -(-length // 256) * 256,
     }
-
-
-def _options_text(out: Path, options: dict[str, Any], sources: dict[str, Any]) -> str:
-    head = (
-        "# How this model was taught to search. It searches best with the same options:\n"
-        f"#   igpo train --config {out / OPTIONS_FILE} --output_dir DIR\n"
-        f"#   igpo eval --config {out / OPTIONS_FILE} --model {out} --data FILE --index DIR --out DIR\n"
-    )
-    texts = {
-        name: ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-        for name, value in sources.items()
-        if value is not None
-    }
-    return head + yaml.safe_dump({"model_name_or_path": str(out), **texts, **options}, sort_keys=False, width=1000)
 
 
 def _write_questions(path: Path, questions: Any) -> None:

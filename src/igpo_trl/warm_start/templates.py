@@ -32,7 +32,8 @@ def prepare_tokenizer(tokenizer: Any) -> bool:
         if missing := [token for token in _CHATML if token not in vocabulary]:
             tokenizer.chat_template = own
             raise ValueError(
-                f"{error} Qwen2.5's template does not fit either: its marker {missing[0]} is not in the vocabulary."
+                "The tokenizer has no chat template that can call tools, and Qwen2.5's does not fit it: the marker "
+                f"{missing[0]} is not in the vocabulary. Set a `chat_template` that can, and save the tokenizer."
             ) from error
         tokenizer.chat_template, replaced = qwen2_5_chat_template, True
         add_response_schema(tokenizer)
