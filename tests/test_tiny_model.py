@@ -11,14 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from igpo_trl.beliefs import build_probes
 from igpo_trl.data import hold_out, load_questions
 from igpo_trl.sandbox.conversations import ANSWER_TEMPLATE, find_names, make_cloze, make_conversations
-from igpo_trl.sandbox.tiny_model import (
-    encode_conversations,
-    learn_tokenizer,
-    make_copying_model,
-    make_tiny_model,
-)
-from igpo_trl.sandbox.warm_start import IGNORE
+from igpo_trl.sandbox.tiny_model import learn_tokenizer, make_copying_model, make_tiny_model
 from igpo_trl.search import BM25Index, Passage, SearchTool
+from igpo_trl.warm_start.encoding import IGNORE, TraceEncoder
 
 CITIES = {"Tacoma": "Puget Sound", "Lyon": "Rhone", "Bratislava": "Danube", "Vienna": "Wien", "Cairo": "Nile"}
 PEOPLE = ["Ada Byron", "Grace Hopper", "Alan Turing", "Emmy Noether", "Kurt Godel", "Lise Meitner", "Max Planck"]
@@ -116,7 +111,7 @@ def test_names_and_clozes():
 def test_loss_is_on_the_assistants_turns_only(parts):
     passages, tool, dataset, tokenizer = parts
     conversation = next(make_conversations(dataset, passages, tool, random.Random(0)))
-    ((ids, labels),) = encode_conversations(tokenizer, [conversation], tool)
+    ids, labels = map(torch.tensor, TraceEncoder(tokenizer, [tool]).encode(conversation).values())
     assert torch.equal(ids[labels != IGNORE], labels[labels != IGNORE])
     learned = tokenizer.decode(labels[labels != IGNORE])
     query = conversation[2]["tool_calls"][0]["function"]["arguments"]["query"]

@@ -7,7 +7,7 @@ are wrong.
 """
 
 import random
-import time
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,9 +21,10 @@ from ..data import hold_out, load_questions
 from ..files import check_writable, replace_when_complete
 from ..search import BM25Index, Passage, SearchTool
 from ..search.passages import read_passages
-from .conversations import Messages, make_conversations
+from ..warm_start.encoding import TraceEncoder
+from ..warm_start.fitting import fit
+from .conversations import make_conversations
 from .model import END, PAD, make_qwen2, wrap_tokenizer
-from .warm_start import IGNORE, Example, make_optimizer, pad_batch, predict_targets, update
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,6 +38,8 @@ _MARKERS = (
     *("<think>", "</think>", "<answer>", "</answer>"),
 )
 _HEAD_SIZE = 64  # dimensions of an attention head
+_CONVERSATIONS = 4096  # about as many as are used in the default time on one core
+_EPOCHS = 10_000  # the time or the steps end training
 
 
 def make_tiny_model(
@@ -96,14 +99,36 @@ def make_tiny_model(
     tokenizer = learn_tokenizer(passages, dataset, tool, vocab_size)
     torch.manual_seed(seed)
     model = make_copying_model(tokenizer, hidden_size, num_layers)
-    rng = random.Random(seed)
-    batches = _batches(tokenizer, make_conversations(dataset, passages, tool, rng), tool, batch_size, rng)
-    steps, loss = _fit(model, batches, minutes, max_steps, learning_rate, show_progress)
+    conversations = make_conversations(dataset, passages, tool, random.Random(seed))
+    number = _CONVERSATIONS if max_steps is None else min(_CONVERSATIONS, max_steps * batch_size)
+    encoder = TraceEncoder(tokenizer, [tool])
+    progress = tqdm(range(number), "Conversations", unit="", disable=not show_progress)
+    examples = [encoder.encode(next(conversations)) for _ in progress]
+    with tempfile.TemporaryDirectory() as work:
+        model, trained = fit(
+            model,
+            tokenizer,
+            examples,
+            Path(work),
+            epochs=_EPOCHS,
+            max_steps=max_steps,
+            minutes=minutes,
+            micro_batch_size=batch_size,
+            batch_size=batch_size,
+            show_progress=show_progress,
+            learning_rate=learning_rate,
+            adam_beta2=0.98,
+            weight_decay=0.01,
+            save_strategy="no",
+            seed=seed,
+        )
+    model.eval()
     share = _valid_search_share(model, tokenizer, held_out if len(held_out) else dataset, tool)
     with replace_when_complete(directory) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-    return {"parameters": model.num_parameters(), "steps": steps, "loss": loss, "valid_search_share": share}
+    stats = {"parameters": model.num_parameters(), "steps": trained["steps"], "loss": trained["loss"]}
+    return stats | {"valid_search_share": share}
 
 
 def learn_tokenizer(
@@ -197,76 +222,6 @@ def _wire_copying(model: Qwen2ForCausalLM) -> None:
     second.o_proj.weight[:, :size] = 1.5 * read.T
 
 
-def encode_conversations(
-    tokenizer: PreTrainedTokenizerFast, conversations: list[Messages], tool: Callable[[str], str]
-) -> list[Example]:
-    """Token ids and labels of conversations. Only the assistant's turns have labels."""
-    from trl.chat_template_utils import qwen2_5_training_chat_template
-
-    encoded = tokenizer.apply_chat_template(
-        conversations,
-        tools=[tool],
-        chat_template=qwen2_5_training_chat_template,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
-    rows = zip(map(torch.tensor, encoded["input_ids"]), map(torch.tensor, encoded["assistant_masks"]), strict=True)
-    return [(ids, ids.masked_fill(mask == 0, IGNORE)) for ids, mask in rows]
-
-
-def _batches(
-    tokenizer: PreTrainedTokenizerFast,
-    conversations: Iterator[Messages],
-    tool: Callable[[str], str],
-    batch_size: int,
-    rng: random.Random,
-) -> Iterator[Example]:
-    """Yields padded batches without end, each of conversations of similar length."""
-    while True:
-        examples = encode_conversations(tokenizer, [next(conversations) for _ in range(16 * batch_size)], tool)
-        order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
-        chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        rng.shuffle(chunks)
-        for chunk in chunks:
-            yield pad_batch([examples[i] for i in chunk], tokenizer.pad_token_id)
-
-
-def _fit(
-    model: Qwen2ForCausalLM,
-    batches: Iterator[Example],
-    minutes: float,
-    max_steps: int | None,
-    learning_rate: float,
-    show_progress: bool,
-) -> tuple[int, float]:
-    """Trains until the time or the steps are used up; returns the number of steps and the running mean of the loss."""
-    optimizer = make_optimizer(model, 0.0)
-    # Twice as fast on processors that have it.
-    bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    started, steps, average = time.monotonic(), 0, float("nan")
-    model.train()
-    with tqdm(total=100, desc="Warm start", unit="%", disable=not show_progress) as bar:
-        while True:
-            progress = (time.monotonic() - started) / (60 * minutes)
-            if max_steps is not None:
-                progress = max(progress, steps / max_steps)
-            if progress >= 1:
-                break
-            # Rises over the first twentieth, then falls to zero.
-            optimizer.param_groups[0]["lr"] = learning_rate * min(20 * progress + 0.02, (1 - progress) / 0.95)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-                logits, targets = predict_targets(model, *next(batches))
-            loss = torch.nn.functional.cross_entropy(logits.float(), targets)
-            update(model, optimizer, loss)
-            steps += 1
-            average = loss.item() if steps == 1 else 0.95 * average + 0.05 * loss.item()
-            bar.update(int(100 * progress) - bar.n)
-            bar.set_postfix(step=steps, loss=f"{average:.3f}", refresh=False)
-        bar.update(100 - bar.n)
-    model.eval()
-    return steps, average
-
-
 @torch.no_grad()
 def _valid_search_share(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: "Dataset", tool: Callable[[str], str]
@@ -281,7 +236,7 @@ def _valid_search_share(
         padding=True,
         return_dict=True,
         return_tensors="pt",
-    )
+    ).to(model.device)
     width = inputs["input_ids"].shape[1]
     output = model.generate(**inputs, max_new_tokens=64, do_sample=True, temperature=1.0, top_k=0)
 

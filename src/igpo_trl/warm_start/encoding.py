@@ -4,6 +4,8 @@ import os.path
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from transformers.utils import get_json_schema
+
 from ..rollout.observations import ObservationEncoder
 
 IGNORE = -100
@@ -29,7 +31,8 @@ class TraceEncoder:
         tools: Sequence[Callable[..., Any]],
         chat_template_kwargs: dict[str, Any] | None = None,
     ):
-        self.tokenizer, self.tools, self.options = tokenizer, list(tools), chat_template_kwargs or {}
+        self.tokenizer, self.options = tokenizer, chat_template_kwargs or {}
+        self.tools = [get_json_schema(tool) for tool in tools] or None  # once, and not for every trace
         self._observations = ObservationEncoder(tokenizer, None, chat_template_kwargs)
         self._turn_start = self._render([_USER], add_generation_prompt=True)
         self._ends = set(tokenizer.all_special_ids) | {
@@ -46,7 +49,7 @@ class TraceEncoder:
         first = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
         ids: list[int] = self.tokenizer.apply_chat_template(
             list(messages[:first]),
-            tools=self.tools or None,
+            tools=self.tools,
             add_generation_prompt=True,
             return_dict=False,
             **self.options,

@@ -10,7 +10,8 @@ import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, TrainerCallback
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
@@ -38,22 +39,31 @@ def computes_in_bfloat16() -> bool:
 
 
 def fit(
-    model: str,
+    model: Any,
     tokenizer: Any,
     examples: Sequence[dict[str, list[int]]],
     folder: Path,
     *,
-    lora_r: int | None,
-    epochs: float,
-    max_steps: int | None,
-    minutes: float | None,
-    learning_rate: float,
-    batch_size: int,
-    micro_batch_size: int | None,
-    seed: int,
+    lora_r: int | None = None,
+    epochs: float = 1.0,
+    max_steps: int | None = None,
+    minutes: float | None = None,
+    micro_batch_size: int | None = None,
+    batch_size: int = 4,
+    show_progress: bool = True,
+    **options: Any,
 ) -> tuple[Any, dict[str, float]]:
     """
-    Trains a model on encoded traces, from its last checkpoint in `folder` if there is one.
+    Trains on encoded traces, from the last checkpoint in `folder` if there is one.
+
+    Args:
+        model (`str` or `PreTrainedModel`): A directory, a name on the hub, or the model itself.
+        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
+        examples (sequence of `dict`): What [`TraceEncoder`] makes of traces.
+        folder (`Path`): For checkpoints.
+        lora_r, epochs, max_steps, minutes, batch_size, micro_batch_size: As for [`warm_start`].
+        show_progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
+        options: More of TRL's `SFTConfig`.
 
     Returns:
         The model, with its adapter still apart, and `steps`, the final `loss` and `seconds`.
@@ -61,27 +71,32 @@ def fit(
     on_cpu = not torch.accelerator.is_available()
     micro = micro_batch_size or (1 if on_cpu else math.gcd(4, batch_size))
     bf16 = computes_in_bfloat16()
-    # Weights that stay as they are need no more digits than they are saved with; those that are trained do.
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if bf16 and lora_r else torch.float32)
+    if isinstance(model, str):
+        # Weights that stay as they are need no more digits than they are saved with; those that are trained do.
+        dtype = torch.bfloat16 if bf16 and lora_r else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    defaults = {
+        "train_sampling_strategy": "random" if micro == 1 else "group_by_length",
+        "gradient_checkpointing": model.num_parameters() > _LARGE,
+        "logging_steps": 5,
+        "save_steps": 10 if on_cpu else 50,
+        "save_total_limit": 1,
+    }
+    clock = Clock(minutes, shows=show_progress and minutes is not None)
     arguments = SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=batch_size // micro,
-        train_sampling_strategy="random" if micro == 1 else "group_by_length",
         num_train_epochs=epochs,
         max_steps=max_steps or -1,
-        learning_rate=learning_rate,
         max_length=None,
         bf16=bf16,
         use_cpu=on_cpu,
-        gradient_checkpointing=policy.num_parameters() > _LARGE,
         dataloader_pin_memory=not on_cpu,
-        logging_steps=5,
-        save_steps=10 if on_cpu else 50,
-        save_total_limit=1,
+        disable_tqdm=clock.shows or not show_progress,
         restore_callback_states_from_checkpoint=True,
         report_to="none",
-        seed=seed,
+        **defaults | options,
     )
     peft_config = None
     if lora_r:
@@ -89,13 +104,14 @@ def fit(
 
         peft_config = LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = WarmStartTrainer(
-        model=policy,
+        model=model,
         args=arguments,
         train_dataset=Dataset.from_list(list(examples)),
         processing_class=tokenizer,
         peft_config=peft_config,
-        callbacks=[Clock(minutes)],
+        callbacks=[clock],
     )
+    trainer.remove_callback(PrinterCallback)  # takes the place of a progress bar
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     loss = sum(losses[-3:]) / max(1, len(losses[-3:]))
@@ -109,10 +125,13 @@ class Clock(TrainerCallback, ExportableState):
     Args:
         minutes (`float`, *optional*): How long. `None` is no limit.
         spent (`float`, *optional*, defaults to `0.0`): Seconds that were spent already.
+        shows (`bool`, *optional*, defaults to `False`): Whether to show how much of the time, or of the steps, has
+            passed.
     """
 
-    def __init__(self, minutes: float | None, spent: float = 0.0):
-        self.minutes, self.spent, self._since = minutes, spent, time.monotonic()
+    def __init__(self, minutes: float | None, spent: float = 0.0, shows: bool = False):
+        self.minutes, self.spent, self.shows, self._since = minutes, spent, shows, time.monotonic()
+        self._bar: Any = None
 
     @property
     def seconds(self) -> float:
@@ -126,13 +145,22 @@ class Clock(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._since = time.monotonic()
+        self._bar = tqdm(total=100, desc="Warm start", unit="%", disable=not self.shows)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.progress >= 1:
+        progress = self.progress
+        if progress >= 1:
             control.should_training_stop = control.should_save = True
+        passed = max(progress, state.global_step / state.max_steps)
+        self._bar.update(int(100 * min(1.0, passed)) - self._bar.n)
+        loss = next((entry["loss"] for entry in reversed(state.log_history) if "loss" in entry), float("nan"))
+        self._bar.set_postfix(step=state.global_step, loss=f"{loss:.3f}", refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.close()
 
     def state(self) -> dict[str, Any]:
-        return {"args": {"minutes": self.minutes, "spent": self.seconds}, "attributes": {}}
+        return {"args": {"minutes": self.minutes, "spent": self.seconds, "shows": self.shows}, "attributes": {}}
 
 
 class WarmStartTrainer(SFTTrainer):
