@@ -50,7 +50,7 @@ def warm_start(
     max_words: Annotated[int, typer.Option(help="Longest passage shown, in words.", min=1)] = 50,
     lora_r: Annotated[int, typer.Option(help="Rank of the adapter that is trained.", min=1)] = 32,
     full: Annotated[bool, typer.Option("--full", help="Train all weights instead of an adapter.")] = False,
-    epochs: Annotated[float, typer.Option(help="Times that every trace is used.")] = 1.0,
+    epochs: Annotated[float, typer.Option(help="Times that every trace is used.")] = 3.0,
     max_steps: Annotated[int | None, typer.Option(help="Most steps.", min=1)] = None,
     minutes: Annotated[float | None, typer.Option(help="Most minutes of training.", min=0)] = None,
     learning_rate: Annotated[

@@ -46,7 +46,7 @@ def warm_start(
     k: int = 2,
     max_words: int | None = 50,
     lora_r: int | None = 32,
-    epochs: float = 1.0,
+    epochs: float = 3.0,
     max_steps: int | None = None,
     minutes: float | None = None,
     learning_rate: float | None = None,
@@ -81,7 +81,7 @@ def warm_start(
         k (`int`, *optional*, defaults to `2`), max_words (`int`, *optional*, defaults to `50`):
             Passages per search, and words of each. Train with the same ones later.
         lora_r (`int`, *optional*, defaults to `32`): Rank of the adapter; `None` trains all weights.
-        epochs (`float`, *optional*, defaults to `1.0`), max_steps (`int`, *optional*), minutes (`float`, *optional*):
+        epochs (`float`, *optional*, defaults to `3.0`), max_steps (`int`, *optional*), minutes (`float`, *optional*):
             How long to train; whichever ends first.
         learning_rate (`float`, *optional*): Its peak. Defaults to 5e-4 for an adapter, 5e-5 for all weights.
         batch_size (`int`, *optional*, defaults to `4`): Traces per step.
