@@ -270,6 +270,10 @@ def test_mistakes(run, tmp_path):
         ([questions, "--corpus", tmp_path / "absent.jsonl"], "absent.jsonl: no such file"),
         ([questions, "--index", tmp_path / "absent"], "no index in"),
         ([tmp_path / "absent.jsonl", "--corpus", corpus], "no such file"),
+        (
+            [questions, "--index", "http://127.0.0.1:9", "--keep", "answerable", "x"],
+            "a search server does not show its",
+        ),
         ([questions, "--corpus", corpus, "--keep", "good", "x"], "'good' is not one of 'answerable', 'unanswerable'"),
     ):
         result = run(*arguments)

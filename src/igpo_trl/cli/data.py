@@ -161,6 +161,8 @@ def audit(
 
     if (index is None) == (corpus is None):
         raise typer.BadParameter("give the passages: either --index (an index of them) or --corpus (a file of them).")
+    if keep is not None and "://" in str(index):
+        raise typer.BadParameter("a search server does not show its corpus. Give an index or --corpus.")
     rows = _load(questions, split, limit)
     with one_line_errors():
         searchable = index if index is not None else index_of_corpus(str(corpus))
@@ -171,8 +173,6 @@ def audit(
         ids = {question.id for question in result.unanswerable}
         if kept == Kept.ANSWERABLE:
             ids = {question.id for question in result.questions} - ids
-        if result.passages is None:
-            raise typer.BadParameter("a search server does not show its corpus. Give an index or --corpus.")
         with one_line_errors():
             if not ids:
                 raise ValueError(f"none of the {len(rows)} questions is {kept}, so {out} was not written.")

@@ -9,9 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..data.contexts import title_keys
 from ..search import Searchable, open_search
 from ..search.passages import Passage
-from .retrieval import answer_rank, sample_of, search_all, title_keys
+from .retrieval import answer_rank, sample_of, search_all
 from .scores import AnswerFinder, is_searchable
 from .tables import Table, format_share
 
