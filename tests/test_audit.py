@@ -39,7 +39,7 @@ def asked(name, answers, titles=(), hops=2, dataset="mine", question=None):
 
 
 QUESTIONS = [
-    asked("whole", ["1986"], ["DUNE (novel)", "Frank Herbert"], question="In what year did Dune lose its writer?"),
+    asked("whole", ["1986"], ["DUNE (novel) ", "Frank  Herbert"], question="In what year did Dune lose its writer?"),
     asked("yes", ["yes"], ["Oslo"], question="Does Oslo lie in Norway?"),
     asked("no title", ["Tacoma"], ["Frank Herbert", "Arrakis"]),
     asked("elsewhere", ["Norway"], ["Frank Herbert"]),
@@ -272,8 +272,9 @@ def test_mistakes(run, tmp_path):
         ([tmp_path / "absent.jsonl", "--corpus", corpus], "no such file"),
         (
             [questions, "--index", "http://127.0.0.1:9", "--keep", "answerable", "x"],
-            "a search server does not show its",
+            "does not show its corpus",
         ),
+        ([questions, "--corpus", corpus, "--keep", "answerable", "x"], "ends in .jsonl or .jsonl.gz"),
         ([questions, "--corpus", corpus, "--keep", "good", "x"], "'good' is not one of 'answerable', 'unanswerable'"),
     ):
         result = run(*arguments)

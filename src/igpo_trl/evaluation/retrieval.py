@@ -64,7 +64,8 @@ def score_retrieval(
     """
     Searches with each question, and looks for its answers and supporting titles among the results.
 
-    Answers are looked for in title and text, see [`has_answer`]. Titles are compared without regard to case and extra space.
+    Answers are looked for in title and text, see [`has_answer`]. Titles are compared without regard to case and
+    extra space.
 
     Args:
         index (`Searchable`, `str` or `Path`): What to search: an index, or what [`open_search`] opens.
