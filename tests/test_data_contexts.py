@@ -106,6 +106,14 @@ def test_sets_are_merged_and_join_to_their_questions(files, tmp_path):
     assert [question.answerable for question in audit_questions(index, rows).questions] == [True, True, False, False]
 
 
+def test_a_distractor_with_a_supporting_title_does_not_support(tmp_path):
+    other = {"idx": 3, "title": "Frank Herbert", "paragraph_text": "A page of that name.", "is_supporting": False}
+    row = layouts.MUSIQUE[0] | {"paragraphs": [*layouts.MUSIQUE[0]["paragraphs"], other]}
+    build_corpus(write(tmp_path / "q.jsonl", [row]), tmp_path / "corpus.jsonl", tmp_path / "questions.jsonl")
+    ids = [passage["id"] for passage in read(tmp_path / "corpus.jsonl")]
+    assert read(tmp_path / "questions.jsonl")[0]["supporting_ids"] == ids[1:3]
+
+
 def test_ids_do_not_depend_on_order_or_company(files, tmp_path):
     build_corpus(files, tmp_path / "a.jsonl.gz")
     build_corpus(files[::-1], tmp_path / "b.jsonl")
