@@ -53,14 +53,14 @@ class Questions:
             ValueError: There are not so many different questions about this world.
         """
         plan: list[tuple[int, str]] = []
+        balance = 0
         for hops, count in enumerate(_allot(number, weights), start=1):
-            shares = (_YES_NO_SHARE / 2, _YES_NO_SHARE / 2, _COMPARISON_SHARE if hops > 1 else 0.0)
-            kinds = ("yes", "no", "comparison", "chain")
-            plan += [
-                (hops, kind)
-                for kind, part in zip(kinds, _allot(count, (*shares, 1 - sum(shares))), strict=True)
-                for _ in range(part)
-            ]
+            shares = (_YES_NO_SHARE, _COMPARISON_SHARE if hops > 1 else 0.0)
+            verdicts, comparisons, chains = _allot(count, (*shares, 1 - sum(shares)))
+            yes = (verdicts + 1 - balance) // 2  # an odd one goes to the verdict that has had fewer
+            balance += 2 * yes - verdicts
+            for kind, part in (("yes", yes), ("no", verdicts - yes), ("comparison", comparisons), ("chain", chains)):
+                plan += [(hops, kind)] * part
         for hops, kind in self._draw.shuffled(plan):
             yield self._make_one(hops, kind)
 
@@ -113,6 +113,8 @@ class Questions:
         if verdict:
             assert isinstance(value, Entity)
             claimed = value if verdict == "yes" else self._other(value, path)
+            if claimed is None:
+                return None
             described = self._describe(path[0], relations[:-1], at_the_end=False)
             text = _fill(draw.pick(phrases.claims), path[-1], described, reference(claimed))
             return self._question(text, [verdict], "yes_no", steps)
@@ -225,15 +227,15 @@ class Questions:
             "question_decomposition": steps,
         }
 
-    def _other(self, value: Entity, path: Sequence[Entity]) -> Entity:
-        """Another entity that might as well be the value."""
+    def _other(self, value: Entity, path: Sequence[Entity]) -> Entity | None:
+        """Another entity that might as well be the value, if there is any."""
         same = [
             entity
             for entity in self._by_kind[value.kind]
             if entity is not value and entity not in path and entity.gender == value.gender
             if value.kind != "organisation" or entity.sort == value.sort
         ]
-        return self._draw.pick(same)
+        return self._draw.pick(same) if same else None
 
 
 def _allot(number: int, weights: Sequence[float]) -> list[int]:
