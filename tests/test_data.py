@@ -46,7 +46,8 @@ def test_system_prompt_is_a_choice(tmp_path):
     assert load_questions(path, NO_THINK_SYSTEM_PROMPT)[0]["prompt"][0]["content"] == NO_THINK_SYSTEM_PROMPT
     assert load_questions(path, system_prompt=None)[0]["prompt"] == [{"role": "user", "content": "Who wrote Dune?"}]
     assert "<think>" in THINK_SYSTEM_PROMPT and "<think>" not in NO_THINK_SYSTEM_PROMPT
-    assert all("<answer>" in prompt for prompt in (THINK_SYSTEM_PROMPT, NO_THINK_SYSTEM_PROMPT))
+    for prompt in (THINK_SYSTEM_PROMPT, NO_THINK_SYSTEM_PROMPT):
+        assert "<answer>" in prompt and "decide whether another one is needed" in prompt
 
 
 @pytest.mark.parametrize(

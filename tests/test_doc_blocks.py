@@ -3,6 +3,7 @@
 import argparse
 import doctest
 import gzip
+import http.server
 import importlib
 import json
 import pkgutil
@@ -10,6 +11,7 @@ import re
 import runpy
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +20,13 @@ from typing import NamedTuple
 import pytest
 import test_data_hub
 import tiny
+import torch
 import typer
 from accelerate.commands.launch import launch_command_parser
+from peft import LoraConfig, get_peft_model
 from test_search_dense import make_model
 from test_serve import PASSAGES, Running, post
+from transformers import AutoModelForCausalLM, GenerationMixin
 
 import igpo_trl
 import igpo_trl.search
@@ -29,6 +34,8 @@ from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.cli import train as training
 from igpo_trl.cli.app import app
 from igpo_trl.data import QUESTION_SETS
+from igpo_trl.evaluation.settings import saved_options
+from igpo_trl.rollout.chat_templates import prepare_for_tools
 from igpo_trl.search import BM25Index, DenseIndex, WebSearch
 from igpo_trl.trajectory import Trajectory, Turn, write_jsonl
 
@@ -103,7 +110,75 @@ def reader(tmp_path, monkeypatch):
         monkeypatch.setitem(QUESTION_SETS, name, one._replace(repository=str(tmp_path / "hub" / one.repository)))
 
 
-@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
+CALL = {"name": "search", "arguments": {"query": "Who wrote Dune?"}}
+TURNS = [f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>", tiny.answer("Frank Herbert")]
+
+
+@pytest.fixture
+def trained(reader, monkeypatch):
+    """What training leaves, an index, and somebody who says `TURNS`: the model, and a server of chat completions."""
+    tokenizer, model = tiny.make_tokenizer(), tiny.make_model("qwen2", max_position_embeddings=8192)
+    prepare_for_tools(tokenizer)
+    model.save_pretrained("outputs/run")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = "outputs/run"
+    adapted.save_pretrained("outputs/adapter")
+    for folder in ("outputs/run", "outputs/adapter"):
+        tokenizer.save_pretrained(folder)
+    BM25Index.build("corpus.jsonl.gz", directory="outputs/index", show_progress=False)
+    turns = [*TURNS]
+
+    def generate(self, input_ids, **options):
+        said = [*tokenizer.encode(turns.pop(0)), tokenizer.eos_token_id]
+        return torch.cat([input_ids, torch.tensor([said])], dim=1)
+
+    class Completions(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert self.path == "/v1/chat/completions" and request["tools"][0]["function"]["name"] == "search"
+            message = {"role": "assistant", "content": TURNS[1], "tool_calls": []}
+            if request["messages"][-1]["role"] == "user":
+                function = {"name": "search", "arguments": json.dumps(CALL["arguments"])}
+                message |= {"content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+            body = json.dumps({"choices": [{"index": 0, "message": message}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Completions)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def is_of_inference(block):
+    return block.page == "docs/inference.md" and block.language == "python"
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if is_of_inference(block)], ids=str)
+def test_a_trained_model_is_used_by_itself(block, trained, capsys):
+    names = {"__name__": "example"}
+    exec(compile(block.code.replace("http://127.0.0.1:8000/v1", trained), str(block), "exec"), names)
+    if "messages" in names:
+        roles = [message["role"] for message in names["messages"]]
+        assert roles == ["system", "user", "assistant", "tool", "assistant"]
+        assert names["messages"][3]["content"] == names["search"](query="Who wrote Dune?")
+        assert capsys.readouterr().out == "Frank Herbert\n"
+    elif "save_options" in names:
+        assert saved_options("outputs/run") is not None
+    else:
+        assert AutoModelForCausalLM.from_pretrained("outputs/merged").num_parameters() > 0
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in BLOCKS if block.language == "python" and not is_of_inference(block)], ids=str
+)
 def test_python_runs_by_itself(block, reader, monkeypatch):
     """In a namespace of its own: what a block needs and does not import is a NameError for who copies it."""
     code = block.code

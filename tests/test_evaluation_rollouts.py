@@ -246,6 +246,21 @@ def test_every_set_is_searched_in_its_own_index(files, tmp_path, monkeypatch):
     assert [t.info["searches"] for t in trajectories] == [1, 1]
 
 
+def test_rollouts_that_a_stop_tool_ends(files, tmp_path, monkeypatch, run):
+    class Searching(Scripted, EvaluationTrainer):
+        scripts = ([call("city"), call("Oslo", "final_answer").replace("query", "answer")],)
+
+    monkeypatch.setattr("igpo_trl.evaluation.rollouts.EvaluationTrainer", Searching)
+    words = command(files, tmp_path / "run", "--limit", 1, "--max-completion-length", 300)
+    result = run(*words, "--stop-tools", "final_answer")
+    assert result.exit_code == 0 and "stop_tool" in result.output, result.output
+    (trajectory,) = load_trajectories(tmp_path / "run")
+    assert '"name": "final_answer"' in trajectory.prompt  # the policy knows of it
+    assert (trajectory.info["prediction"], trajectory.info["searches"], len(trajectory.turns)) == ("Oslo", 1, 2)
+    scores = json.loads((tmp_path / "run/results.json").read_text())["sets"]["rivers"]
+    assert scores["metrics"]["answered"]["mean"] == 1.0
+
+
 def test_a_failing_search_service_ends_the_run(files, tmp_path, monkeypatch, run):
     class Searching(Scripted, EvaluationTrainer):
         scripts = ([call("city", "browse"), answer("Paris")], [call("city"), answer("Paris")])
@@ -309,6 +324,7 @@ def test_settings_of_a_training_configuration(repository):
         ({"indexes": ["absent"]}, FileNotFoundError, "no index in absent"),
         ({"sources": ["absent.jsonl"]}, FileNotFoundError, "absent.jsonl"),
         ({"rollout": {"max_turns": 0}}, ValueError, "`max_turns` must be at least 1"),
+        ({"rollout": {"stop_tools": ["submit"]}}, ValueError, "`stop_tools` names submit, expected final_answer"),
     ],
 )
 def test_bad_settings_are_refused_before_a_model_is_loaded(files, tmp_path, monkeypatch, changed, error, message):

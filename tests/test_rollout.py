@@ -31,19 +31,22 @@ Limits, in the order in which they are checked (docstring of `RolloutLoop`)
     → test_turn_limit
 11. A forced answer is one more turn without tools; the stop reason stays that of the limit.
     → test_forced_answer_at_the_turn_limit, test_calls_of_a_forced_answer_are_not_run
-12. A long result is cut between tokens and says so.
+12. The call of a stop tool ends the rollout, `stop_tool`: it runs, nothing follows it in the completion, and what it
+    answers is the answer. One that fails ends nothing.
+    → test_a_stop_tool_ends_the_rollout, test_a_stop_tool_needs_no_further_turn, test_a_stop_tool_that_fails
+13. A long result is cut between tokens and says so.
     → test_long_results_are_truncated_with_a_marker
-13. A prompt that leaves no room in the context is an error before anything is sampled.
+14. A prompt that leaves no room in the context is an error before anything is sampled.
     → test_a_prompt_longer_than_the_context_is_an_error
 
 A bad rollout is data
-14. A call that cannot be read or run is an observation that says why, and is counted by kind.
+15. A call that cannot be read or run is an observation that says why, and is counted by kind.
     → test_a_bad_call_is_observed, test_a_malformed_call_can_end_the_rollout
-15. A tool that fails, hangs or returns nonsense is an observation; an interrupt is not.
+16. A tool that fails, hangs or returns nonsense is an observation; an interrupt is not.
     → test_two_hundred_rollouts_with_a_tool_that_fails_in_ten_ways, test_an_interrupt_is_not_an_observation
 
 Ranks
-16. Every rank calls the same collectives as often as the others, until no rank has a rollout left.
+17. Every rank calls the same collectives as often as the others, until no rank has a rollout left.
     → test_ranks_stay_in_step (and tests/distributed, with real processes)
 """
 
@@ -72,10 +75,11 @@ import igpo_trl.rollout.loop
 from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.rewards import answer_reward
 from igpo_trl.rollout import ToolRunner
-from igpo_trl.rollout.loop import Rollout, RolloutLimits, SampledTurns
+from igpo_trl.rollout.loop import SampledTurns
 from igpo_trl.rollout.observations import TRUNCATION_MARKER, ObservationEncoder
+from igpo_trl.rollout.state import Rollout, RolloutLimits
 from igpo_trl.rollout.turn_reader import TurnReader, parser_errors_as_value_errors
-from igpo_trl.tools import tool
+from igpo_trl.tools import final_answer, tool
 from igpo_trl.trajectory import read_jsonl
 from igpo_trl.turns import turn_spans
 
@@ -511,6 +515,161 @@ def test_forced_answer_cuts_a_result_that_leaves_no_room(tmp_path):
     (text,) = texts(trainer, rollout)
     assert text.index(TRUNCATION_MARKER) < text.index(trainer.args.forced_answer_prompt)
     assert len(rollout[1]) <= 400 and rollout[3][-1]["content"] == ANSWER
+
+
+# Stop tools
+
+
+def submit(answer: int, why: str = "") -> str:
+    """
+    Ends the search.
+
+    Args:
+        answer: A year.
+        why: The reason.
+    """
+    if answer < 0:
+        raise ValueError("no year")
+    SUBMITTED.append(answer)
+    return "noted"
+
+
+SUBMITTED: list[int] = []
+FINAL = '<tool_call>\n{{"name": "final_answer", "arguments": {{"answer": "{}"}}}}\n</tool_call>'.format
+
+
+def submitting(**arguments):
+    return f'<tool_call>\n{{"name": "submit", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
+
+
+@pytest.fixture
+def stopping(tmp_path):
+    SUBMITTED.clear()
+
+    def make_stopping(**options):
+        model = tiny.make_model("qwen3", max_position_embeddings=2000)
+        tools = [tiny.search, final_answer, submit]
+        options = {"model": model, "tools": tools, "max_completion_length": 500} | options
+        return make(tmp_path, stop_tools=["final_answer", "submit"], **options)
+
+    return make_stopping
+
+
+@pytest.mark.parametrize(
+    ("turn", "tool_messages", "answer"),
+    [
+        (FINAL("Paris"), ["Paris"], "Paris"),
+        (submitting(answer=1965, why="the book says so"), ["noted"], "1965"),
+        ("I know it. " + FINAL("Paris"), ["Paris"], "Paris"),
+        (CALL + FINAL("Rome") + FINAL("Paris"), [tiny.search("Paris"), "Rome", "Paris"], "Rome"),
+        (FINAL("Rome") + "<answer>Paris</answer>", ["Rome"], "Rome"),
+    ],
+    ids=["text", "number", "after words", "among other calls", "before an answer"],
+)
+def test_a_stop_tool_ends_the_rollout(stopping, turn, tool_messages, answer):
+    trainer = stopping()
+    end = trainer._tokenizer.eos_token_id
+    ((_, ids, mask, messages, stop),) = roll_out(trainer, [[CALL, turn, *NEVER]])
+    assert stop == "stop_tool"
+    assert [m["content"] for m in messages[3:-1]] == tool_messages  # all calls of the turn have run
+    assert messages[-1] == {"role": "assistant", "content": f"<answer>{answer}</answer>"}
+    assert answer_reward([messages], answers=[answer]) == [1.0]
+    # The last turn is the call as it was sampled.
+    said = [*trainer._tokenizer.encode(turn), end]
+    assert ids[-len(said) :] == said and mask[-len(said) - 1 :] == [0] + [1] * len(said)
+    assert len(observations_of(ids, mask)) == 1
+    assert turn_spans(torch.tensor([mask]), torch.tensor([len(mask)]))[2].tolist() == [2]
+    called = trainer.current_step.round_log.tools_called[0]
+    assert called[0] == ("search",) and "final_answer" in called[1] or "submit" in called[1]
+
+
+def test_an_answer_before_a_stop_tool_is_final(stopping):
+    ((_, _, _, messages, stop),) = roll_out(stopping(), [[ANSWER + submitting(answer=7), *NEVER]])
+    assert stop == "answered" and not SUBMITTED and len(messages) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "turns", "stop"),
+    [
+        ({"max_turns": 2}, [CALL, FINAL("Paris")], "stop_tool"),
+        ({"max_turns": 1}, [CALL + FINAL("Paris")], "stop_tool"),
+        ({"max_turns": 1, "forced_answer": True}, [CALL, FINAL("Paris")], "turn_limit"),
+        ({"max_completion_length": len(tiny.make_tokenizer().encode(FINAL("Paris")))}, ["cut"], "length_limit"),
+        ({"max_turn_length": len(tiny.make_tokenizer().encode(FINAL("Paris")))}, ["cut"], "stop_tool"),
+    ],
+    ids=["the last turn", "the only turn", "a forced answer", "no room", "a turn that is cut off"],
+)
+def test_a_stop_tool_needs_no_further_turn(stopping, options, turns, stop):
+    trainer = stopping(**options)
+    turns = [trainer._tokenizer.encode(FINAL("Paris")) if turn == "cut" else turn for turn in turns]
+    ((_, _, mask, messages, reason),) = roll_out(trainer, [[*turns, *NEVER]])
+    assert reason == stop and mask[-1] == 1
+    assert messages[-1] == {"role": "assistant", "content": ANSWER}
+    assert answer_reward([messages], answers=["Paris"]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("turn", "says"),
+    [
+        (submitting(answer=-1), "Error: submit failed: ValueError: no year"),
+        (submitting(answer="many"), "Error: submit: argument 'answer'"),
+        ('<tool_call>\n{"name": "submit", ', "could not be read"),
+    ],
+)
+def test_a_stop_tool_that_fails(stopping, turn, says):
+    """The policy reads why, and can call again if there is another turn."""
+    trainer = stopping(max_turns=2)
+    again, last = roll_out(trainer, [[turn, submitting(answer=1965), *NEVER], [CALL, turn, *NEVER]])
+    assert again[4] == "stop_tool" and says in again[3][1]["content"]
+    assert says in texts(trainer, again)[0] and again[3][-1]["content"] == "<answer>1965</answer>"
+    assert last[4] == "turn_limit" and "answer>" not in str(last[3])
+    assert len(observations_of(last[1], last[2])) == 1 and last[2][-1] == 1
+    assert SUBMITTED == [1965]
+
+
+def test_a_stop_tool_without_an_answer(tmp_path):
+    """The reward is the environment's, or a function's that reads something else."""
+
+    def leave(floor: int, hours: int = 1) -> None:
+        """
+        Leaves.
+
+        Args:
+            floor: Where.
+            hours: For how long.
+        """
+
+    leaving = '<tool_call>\n{"name": "leave", "arguments": {"floor": 1}}\n</tool_call>'
+    trainer = make(tmp_path, tools=[leave], stop_tools=["leave"])
+    ((_, _, _, messages, stop),) = roll_out(trainer, [[leaving, *NEVER]])
+    assert stop == "stop_tool" and [m["role"] for m in messages] == ["assistant", "tool"]
+    assert answer_reward([messages], answers=["1"]) == [-2.0]
+
+
+def test_a_run_with_a_stop_tool(tmp_path):
+    """Every rollout has a gain for each search and none for its last turn; records and metrics say why it ended."""
+    tools = [tiny.search, final_answer]
+    options = {"normalization": "separate", "belief_at_eval": True, "save_trajectories": True}
+    trainer = make(tmp_path, tools=tools, stop_tools=["final_answer"], eval_dataset=tiny.make_dataset(2), **options)
+    trainer.scripts = [[CALL, FINAL("Paris")], [CALL, tiny.call("Rome"), FINAL("Rome")]]
+    trainer.train()
+    logs = {name: value for log in trainer.state.log_history for name, value in log.items()}
+    assert logs["rollout/stop/stop_tool"] == 1.0 and logs["rewards/answer_reward/mean"] == 0.5
+    assert logs["completions/clipped_ratio"] == 0.0
+    for record in read_jsonl(tmp_path / "trajectories" / "rank0.jsonl"):
+        assert record.stop_reason == "stop_tool" and len(record.turns) in (2, 3)
+        assert record.turns[-1].info_gain is None and record.turns[-1].observation == ""
+        assert None not in [turn.info_gain for turn in record.turns[:-1]]
+        assert "final_answer" in record.turns[-1].text
+    assert trainer.evaluate()["eval_f1"] == 0.5
+
+
+def test_a_stop_tool_that_the_trainer_does_not_have(tmp_path):
+    tools = {"tools": [tiny.search, final_answer]}
+    with pytest.raises(ValueError, match="`stop_tools` names submit, got the tools final_answer, search"):
+        make(tmp_path, stop_tools=["final_answer", "submit"], model="no/such-model", **tools)
+    with pytest.raises(ValueError, match="`stop_tools` must be a list of tool names, or `None` for none, got 'x'"):
+        make(tmp_path, stop_tools="x", **tools)
 
 
 # Calls that cannot be run

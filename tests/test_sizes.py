@@ -90,6 +90,15 @@ def test_one_search_that_does_not_fit_is_a_warning_that_says_what_to_raise(tmp_p
     assert warnings_of(config(tmp_path, max_completion_length=512), [tiny.search]) == []  # its length is unknown
 
 
+def test_the_limit_of_a_result_counts_where_its_usual_length_is_unknown(tmp_path):
+    """For any tool, and for those of an environment, which do not exist yet."""
+    for tools in ([tiny.search], ()):
+        options = {"max_turns": 4, "max_tool_response_tokens": 400, "max_turn_length": 60}
+        (message,) = warnings_of(config(tmp_path, max_completion_length=1439, **options), tools)
+        assert "3 rounds of a turn (about 60 tokens)" in message and "need about 1440 tokens" in message
+        assert warnings_of(config(tmp_path, max_completion_length=1440, **options), tools) == []
+
+
 @pytest.mark.parametrize("limit", [{"max_turns": 6}, {"max_tool_calling_iterations": 5}])
 def test_all_turns_count(tmp_path, index, limit):
     options = {"max_tool_response_tokens": 800, "max_completion_length": 4096}

@@ -17,8 +17,9 @@ from trl.chat_template_utils import add_response_schema, parse_response
 
 from igpo_trl.rewards import answer_reward
 from igpo_trl.rollout import ToolRunner
-from igpo_trl.rollout.loop import Rollout, RolloutLimits, RolloutLoop, SampledTurns
+from igpo_trl.rollout.loop import RolloutLoop, SampledTurns
 from igpo_trl.rollout.observations import ObservationEncoder
+from igpo_trl.rollout.state import Rollout, RolloutLimits
 from igpo_trl.rollout.tool_calls import signature_of
 from igpo_trl.rollout.turn_reader import TurnReader, parser_errors_as_value_errors
 from igpo_trl.rollout.written_calls import find_calls

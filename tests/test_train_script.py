@@ -25,6 +25,7 @@ from igpo_trl.cli.app import app
 from igpo_trl.cli.arguments import ScriptArguments, TrainParser
 from igpo_trl.data import SYSTEM_PROMPTS
 from igpo_trl.data.english import world_file
+from igpo_trl.evaluation.settings import settings_of_training
 from igpo_trl.rollout.tool_failures import ToolUnavailable
 from igpo_trl.sandbox.tiny_model import SYSTEM_PROMPT, make_tiny_model
 from igpo_trl.search import BM25Index
@@ -96,6 +97,8 @@ def test_trains_saves_and_resumes_from_the_command_line(arguments, repository, t
     assert "5 questions to train on, 2 to evaluate on, 12 passages." in result.stdout
     assert sorted(json.loads((run / "evaluation.json").read_text())) == ["after", "before"]
     assert AutoModelForCausalLM.from_pretrained(run).num_parameters() > 0
+    options = settings_of_training(run / "igpo.yaml")
+    assert (options["max_words"], options["rollout"]["max_completion_length"]) == (12, 640)
     trajectories = list(read_jsonl(run / "trajectories/rank0.jsonl"))
     assert len(trajectories) == 8  # 2 steps of 4 rollouts
     assert {t.step for t in trajectories} == {0, 1}

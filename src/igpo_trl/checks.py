@@ -69,7 +69,7 @@ def check_before_loading(
     uses_tools = bool(tools or environments)
     check_processing_class(processing_class, uses_tools)
     if not environments:  # otherwise the tools are known only once there is an environment
-        check_tool_names(args.info_gain_tools, tools)
+        check_tool_names(args, tools)
     if uses_tools and args.max_tool_response_tokens is not None:
         ObservationEncoder(processing_class, max_tokens=args.max_tool_response_tokens)  # raises if that is too few
     owned = any(map(own_answers, environments))
@@ -164,14 +164,15 @@ def own_answers(environment: Any) -> bool:
     return declared if own is missing else not inspect.isroutine(own)
 
 
-def check_tool_names(wanted: Sequence[str] | None, tools: Iterable[Callable[..., Any]] | None) -> None:
-    """Raise `ValueError` if `info_gain_tools` names a tool that the trainer does not have."""
+def check_tool_names(args: Any, tools: Iterable[Callable[..., Any]] | None) -> None:
+    """Raise `ValueError` if `info_gain_tools` or `stop_tools` names a tool that the trainer does not have."""
     names = {tool.__name__ for tool in tools or ()}
-    if unknown := set(wanted or ()) - names:
-        raise ValueError(
-            f"`info_gain_tools` names {', '.join(sorted(unknown))}, got the tools "
-            f"{', '.join(sorted(names)) or 'none'}. Give names of this trainer's tools."
-        )
+    for option in ("info_gain_tools", "stop_tools"):
+        if unknown := set(getattr(args, option) or ()) - names:
+            raise ValueError(
+                f"`{option}` names {', '.join(sorted(unknown))}, got the tools {', '.join(sorted(names)) or 'none'}. "
+                "Give names of this trainer's tools."
+            )
 
 
 def check_sampling(args: Any) -> None:
@@ -203,7 +204,8 @@ def check_room(
 
     The estimate is prompt + rounds · (turn + result) + turn. Prompts are rendered (a sample of the data set); a turn
     counts as 100 tokens, or `max_turn_length` if that is less; a result as the longest `max_words` of a tool, or
-    `max_tool_response_tokens` if that is less. Without a limit of the turns, one round is asked for.
+    `max_tool_response_tokens` if that is less or no tool says how long its results are. Without a limit of the turns,
+    one round is asked for.
 
     Raises:
         `ValueError`: if a prompt alone fills the context. If the estimate alone does not fit, a `UserWarning` says
@@ -221,12 +223,13 @@ def check_room(
             "tools' descriptions, or use a model with a longer context."
         )
     words = max((options_of(tool).max_words or 0 for tool in tools), default=0)
-    if not words:
+    if not words and args.max_tool_response_tokens is None:
         return
     text = " ".join(str(prompt if isinstance(prompt, str) else prompt[-1].get("content", "")) for prompt in prompts)
     tokens_per_word = len(processing_class.encode(text)) / max(1, len(text.split()))
     turn = min(100, args.max_turn_length or sys.maxsize)
-    result = min(round(words * max(1.3, tokens_per_word)), args.max_tool_response_tokens or sys.maxsize)
+    result = round(words * max(1.3, tokens_per_word)) or sys.maxsize
+    result = min(result, args.max_tool_response_tokens or sys.maxsize)
     limits = [args.max_turns and args.max_turns - 1, args.max_tool_calling_iterations]
     rounds = min((limit for limit in limits if limit is not None), default=1)
     needed = rounds * (turn + result) + turn

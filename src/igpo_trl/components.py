@@ -13,8 +13,9 @@ from .beliefs.probes import fit_template
 from .beliefs.scorer import BeliefScorer
 from .beliefs.scoring import AliasReduction, Method
 from .rollout.kv_cache import reuse_obstacle
-from .rollout.loop import Rollout, RolloutLimits, RolloutLoop
+from .rollout.loop import RolloutLoop
 from .rollout.observations import ObservationEncoder
+from .rollout.state import Rollout, RolloutLimits
 from .rollout.tool_failures import FailureWatch
 from .rollout.tool_runner import ToolRunner
 from .step import Step
@@ -133,6 +134,7 @@ def make_rollout_loop(trainer: Any) -> RolloutLoop:
             forced_answer_prompt=args.forced_answer_prompt if args.forced_answer else None,
             forced_answer_length=args.forced_answer_length,
             on_malformed_tool_call=args.on_malformed_tool_call,
+            stop_tools=frozenset(args.stop_tools or ()),
         ),
         ObservationEncoder(
             trainer._tokenizer, trainer.chat_template, trainer.chat_template_kwargs, args.max_tool_response_tokens

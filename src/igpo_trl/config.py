@@ -9,19 +9,11 @@ from trl import GRPOConfig
 
 from .beliefs.probes import DEFAULT_TEMPLATE
 from .rewards import DEFAULT_FORMAT_PENALTY
-from .training.options import check_options
+from .training.options import check_numbers, check_options
 from .turns import FIRST_SEEN
 
 # TRL calls a property of transformers by its old name.
 warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
-
-#: Numbers of TRL and transformers that fail only after the model is loaded, or mean nothing, and their least values.
-_SMALLEST = {
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
-    **dict.fromkeys(("max_completion_length", "num_generations", "num_generations_eval", "num_iterations"), 1),
-    **dict.fromkeys(("learning_rate", "temperature", "warmup_steps", "beta", "max_grad_norm"), 0),
-}
-
 
 _AUTHORS = {"info_gain_weight": 1.0, "gamma": 1.0, "alias_reduction": "first", "std_floor": 1e-4}
 #: What arXiv 2510.14967 and its reference code set, by `recipe`.
@@ -273,6 +265,14 @@ class IGPOConfig(GRPOConfig):
             "or `end`, the end of the rollout, as in TRL."
         },
     )
+    stop_tools: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Tools whose call ends the rollout, such as `['final_answer']`, which `igpo train` and `igpo "
+            "eval` add to the search. The argument `answer` of the call, or its only text, is the answer, as if it "
+            "stood inside `<answer>` and `</answer>`."
+        },
+    )
     max_concurrent_tool_calls: int = field(
         default=64,
         metadata={
@@ -346,9 +346,7 @@ class IGPOConfig(GRPOConfig):
             for name, value in RECIPES[self.recipe].items():
                 if getattr(self, name) == defaults[name]:
                     setattr(self, name, value)
-        for name, low in _SMALLEST.items():
-            if (number := getattr(self, name)) is not None and number < low:
-                raise ValueError(f"`{name}` must be at least {low}, got {number}.")
+        check_numbers(self)
         super().__post_init__()
         if self.normalization is None:
             wants_grpo = self.info_gain_weight == 0 and not self.info_gain_weight_end

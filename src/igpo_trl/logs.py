@@ -16,7 +16,7 @@ from .records import TURN_COLUMNS, completion_columns
 from .rollout.tool_results import MAX_NESTING, nesting, show
 from .step import Step
 from .training.costs import Costs, TimesOptimizer
-from .training.diagnostics import make_watches
+from .training.diagnostics import FirstCalls, make_watches
 
 # Times that are logged once per batch or step, however many rollouts it has.
 PER_BATCH = ("belief/seconds", "step_time")
@@ -123,6 +123,7 @@ class LogsRollouts(Trainer):
         self.add_callback(TimesOptimizer(self.costs))
         self._metric_weights = {"train": MetricWeights(), "eval": MetricWeights()}
         self._watches = make_watches()
+        self._first_calls = FirstCalls()
         self._rollouts_left: float | None = None  # of the evaluation in progress
 
     @property
@@ -148,6 +149,8 @@ class LogsRollouts(Trainer):
         metrics, of_step = self._metrics[self.mode], step.metrics(self.accelerator.gather, self.accelerator.device)
         for name, value in of_step.items():
             metrics[name].append(value)
+        if self.is_world_process_zero():
+            self._first_calls.update(step.round_log)
         if step.training:
             for name, watch in self._watches.items():
                 watch.update(of_step.get(name))

@@ -18,8 +18,8 @@ from .checks import own_answers
 from .data.rows import answers_of
 from .rewards import LAST_TURN, exact_match, extract_answer, f1_score, last_assistant_text, mentions
 from .rollout.kv_cache import PrefixCache
-from .rollout.loop import Rollout
 from .rollout.round_log import RoundLog
+from .rollout.state import Rollout
 from .training.counterfactuals import reads_of
 from .training.diagnostics import belief_metrics, credit_metrics, without_infinite
 from .turns import FIRST_SEEN, expand_to_tokens, first_seen_gains, gain_spans, information_gain, turn_spans

@@ -99,6 +99,31 @@ def tool(
     return attach if function is None else attach(function)
 
 
+def final_answer(answer: str) -> str:
+    """
+    Gives the final answer and ends the search.
+
+    Args:
+        answer: A name, a number or a few words, without an explanation.
+    """
+    return answer
+
+
+def make_stop_tools(names: Sequence[str] | None) -> list[Callable[..., Any]]:
+    """
+    The tools that a run with a search tool needs besides, if these are its `stop_tools`.
+
+    Raises:
+        ValueError: One is neither `search` nor [`final_answer`].
+    """
+    if unknown := set(names or ()) - {"search", final_answer.__name__}:
+        raise ValueError(
+            f"`stop_tools` names {', '.join(sorted(unknown))}, expected final_answer. To end rollouts with a tool of "
+            "your own, pass it to `IGPOTrainer(tools=[...])` in Python."
+        )
+    return [final_answer] if final_answer.__name__ in (names or ()) else []
+
+
 def options_of(function: Callable[..., Any]) -> ToolOptions:
     """The options attached to a tool (for a method, to its function), or else the defaults."""
     options = getattr(function, "tool_options", None)

@@ -12,7 +12,6 @@ from trl import GRPOTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from . import components
-from .adapters import check_adapter, is_adapter, load_trainable
 from .beliefs.models import changing_positions
 from .beliefs.scorer import KVCapture
 from .checkpoints import OneRun, checkpoint_to_resume
@@ -34,10 +33,12 @@ from .records import replace_logged_advantages, trajectories_of
 from .rewards import make_answer_reward
 from .rollout.chat_templates import edited_templates_accepted
 from .rollout.kv_cache import PrefixCache, replaced_generate
-from .rollout.loop import Rollout, SampledTurns
+from .rollout.loop import SampledTurns
 from .rollout.sampling import sample_within_context
+from .rollout.state import Rollout
 from .rollout.turn_reader import parser_errors_as_value_errors
 from .step import Step
+from .training.adapters import check_adapter, is_adapter, load_trainable
 from .training.costs import timed
 from .training.counterfactuals import evidence_used, foreign_beliefs
 from .training.sampled_tokens import SampledTokensModel, backbone_of, can_pack, sampled_mask_of
@@ -153,7 +154,7 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
                 callbacks, optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory,
             )  # fmt: skip
         # Nobody reports which tools the turns of a `rollout_func` call.
-        check_tool_names(args.info_gain_tools, [] if self.rollout_func is not None else self.tools)
+        check_tool_names(args, [] if self.rollout_func is not None else self.tools)
         self._loss_inputs: dict[str, Any] | None = None
         if args.importance_sampling_level == "turn":
             self.importance_sampling_level = "token"  # the parent's part of it, see `_compute_loss`

@@ -29,6 +29,8 @@ class StopReason(StrEnum):
     """The same with the model's context."""
     MALFORMED = "malformed"
     """It sampled a tool call that cannot be read, and `on_malformed_tool_call="end"`."""
+    STOP_TOOL = "stop_tool"
+    """It called one of the `stop_tools`."""
     EMPTY = "empty"
     """The backend sampled nothing."""
 

@@ -69,6 +69,9 @@ def evaluate(
     forced_answer: Annotated[
         bool | None, _option("--forced-answer/--no-forced-answer", help="Ask for an answer at a limit.")
     ] = None,
+    stop_tools: Annotated[
+        list[str] | None, _option(help="Tool whose call ends a rollout: final_answer, which is then added.")
+    ] = None,
     max_words: Annotated[int | None, _option(help="Longest passage shown, in words.", show_default="200")] = None,
     many_queries: Annotated[bool | None, _option("--many-queries", help="Allow several queries per search.")] = None,
     system_prompt: Annotated[

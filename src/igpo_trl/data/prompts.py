@@ -9,14 +9,16 @@ from typing import Any
 from .cells import decode
 
 THINK_SYSTEM_PROMPT = """\
-You answer questions by searching for evidence. In every turn, first reason inside <think> and </think>. Then do one \
-of two things: call a tool, as often as you need over the turns, or, once the evidence is enough, answer.
+You answer questions by searching for evidence. In every turn, first reason inside <think> and </think>, then call a \
+tool or answer. After each search, decide whether another one is needed: if the results hold the answer, answer; \
+otherwise search again with other words, or for the part that is still missing.
 Give the final answer inside <answer> and </answer>: a name, a number or a few words, without an explanation."""
 """System prompt for models that write down their reasoning before they act."""
 
 NO_THINK_SYSTEM_PROMPT = """\
-You answer questions by searching for evidence. In every turn do one of two things: call a tool, as often as you need \
-over the turns, or, once the evidence is enough, answer.
+You answer questions by searching for evidence. In every turn, call a tool or answer. After each search, decide \
+whether another one is needed: if the results hold the answer, answer; otherwise search again with other words, or \
+for the part that is still missing.
 Give the final answer inside <answer> and </answer>: a name, a number or a few words, without an explanation."""
 """System prompt for models that do not write down their reasoning."""
 

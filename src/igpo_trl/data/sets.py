@@ -53,6 +53,13 @@ ORIGINAL_SETS: dict[str, QuestionSet] = {
 }
 """The same sets as published on the hub by their authors or others, by repository in lower case."""
 
+CONTEXT_SETS: dict[str, str] = {
+    "hotpotqa": "hotpotqa/hotpot_qa",
+    "2wiki": "framolfese/2WikiMultihopQA",
+    "musique": "dgslibisey/MuSiQue",
+}
+"""The sets whose questions come with paragraphs, among them the supporting ones, by short name: where these are."""
+
 _OTHER_NAMES = {
     "tq": "triviaqa",
     "trivia_qa": "triviaqa",
@@ -77,7 +84,9 @@ class Source(NamedTuple):
         return f"{self.location} ({details})" if details else self.location
 
 
-def find_sources(source: str | Path | Sequence[str | Path], split: str | None = None) -> list[Source]:
+def find_sources(
+    source: str | Path | Sequence[str | Path], split: str | None = None, *, with_contexts: bool = False
+) -> list[Source]:
     """
     Resolves one or several sources of [`load_questions`]. Nothing is read, so a wrong name is reported before anything
     else is done.
@@ -85,10 +94,12 @@ def find_sources(source: str | Path | Sequence[str | Path], split: str | None = 
     Args:
         source (`str`, `Path` or sequence of these): A source, or several as a list or separated by commas.
         split (`str`, *optional*): Split of the data sets for which `source` names none.
+        with_contexts (`bool`, *optional*, defaults to `False`): Whether the paragraphs that come with the questions
+            are wanted, see [`find_context_source`].
 
     Raises:
         FileNotFoundError: A file does not exist, or a source is neither a file nor a name on the hub.
-        ValueError: There is no source, or the format of a file is unknown.
+        ValueError: There is no source, the format of a file is unknown, or a set has no paragraphs.
     """
     if isinstance(source, str | Path):
         text = str(source)
@@ -100,7 +111,8 @@ def find_sources(source: str | Path | Sequence[str | Path], split: str | None = 
         raise ValueError(
             f"no source of questions in {source!r}: expected a file, or one of {', '.join([*QUESTION_SETS, WORLD])}."
         )
-    return [find_source(part, split) for part in parts]
+    find = find_context_source if with_contexts else find_source
+    return [find(part, split) for part in parts]
 
 
 def canonical_name(name: str) -> str:
@@ -144,6 +156,28 @@ def find_source(text: str, split: str | None = None) -> Source:
     )
 
 
+def find_context_source(text: str, split: str | None = None) -> Source:
+    """
+    As [`find_source`], for the paragraphs that come with the questions: the short name of a set stands for the
+    repository that has them.
+
+    Raises:
+        ValueError: The set is published without paragraphs.
+    """
+    name, _, own_split = text.partition(":")
+    known = QUESTION_SETS.get(_OTHER_NAMES.get(name.lower(), name.lower()))
+    if known is None:
+        return find_source(text, split)
+    if known.dataset not in CONTEXT_SETS:
+        raise ValueError(
+            f"{known.dataset} is published without passages. Sets with passages: {', '.join(CONTEXT_SETS)}. For other "
+            "questions index a Wikipedia dump, see docs/search.md."
+        )
+    # These repositories call the split `validation` that has the name `dev` elsewhere.
+    split = re.sub(r"^dev\b", "validation", own_split or split or "")
+    return find_source(CONTEXT_SETS[known.dataset], split or None)
+
+
 def _local(path: Path, split: str | None) -> Source:
     if path.is_dir():
         return Source(str(path), split=split)
@@ -163,10 +197,10 @@ def _on_the_hub(name: str, split: str | None) -> Source:
     return Source(repository, False, config, dataset, split)
 
 
-def read_dataset(source: Source) -> tuple[str, Iterator[dict[str, Any]]]:
+def read_dataset(source: Source, all_columns: bool = False) -> tuple[str, Iterator[dict[str, Any]]]:
     """
-    Loads a split with `datasets`, from a folder or the hub: its name, and its rows without the passages that come with
-    the questions.
+    Loads a split with `datasets`, from a folder or the hub: its name, and its rows, by default without the passages
+    that come with the questions.
     """
     loaded = _load(source)
     if isinstance(loaded, dict):
@@ -179,7 +213,7 @@ def read_dataset(source: Source) -> tuple[str, Iterator[dict[str, Any]]]:
         dataset = loaded[split]
     else:
         split, dataset = source.split or str(loaded.split or "train"), loaded
-    unused = [column for column in dataset.column_names if column in UNUSED_COLUMNS]
+    unused = [column for column in dataset.column_names if column in UNUSED_COLUMNS and not all_columns]
     return split, iter(dataset.remove_columns(unused).with_format(None))
 
 

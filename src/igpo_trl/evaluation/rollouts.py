@@ -20,6 +20,7 @@ from ..rewards import Variant, exact_match, extract_answer, f1_score, last_assis
 from ..rollout.tool_results import ToolErrorKind
 from ..search import Passage, Searchable, SearchTool, open_search
 from ..search.searchable import Retriever
+from ..tools import make_stop_tools
 from ..trainer import IGPOTrainer
 from ..trajectory import Trajectory
 from .run import RolloutKey, RunDirectory, append_lines, key_of
@@ -174,6 +175,7 @@ def make_trainer(settings: EvaluationSettings, arguments: IGPOConfig, tool: Any)
         model = PeftModel.from_pretrained(model, settings.adapter)
         if Path(settings.adapter, "tokenizer_config.json").is_file():
             tokenizer = settings.adapter
+    tokenizer = settings.tokenizer or tokenizer
     rows = arguments.generation_batch_size // arguments.num_generations  # as many as a training step would need
     trainer = EvaluationTrainer(
         model=model,
@@ -181,7 +183,7 @@ def make_trainer(settings: EvaluationSettings, arguments: IGPOConfig, tool: Any)
         args=arguments,
         train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": ""}], "answers": ["-"]}] * rows),
         processing_class=AutoTokenizer.from_pretrained(tokenizer, padding_side="left", truncation_side="left"),
-        tools=[tool],
+        tools=[tool, *make_stop_tools(arguments.stop_tools)],
     )
     trainer.model.eval()
     return trainer
@@ -218,7 +220,7 @@ class EvaluationTrainer(IGPOTrainer):
 
     def _add_scores(self, record: Trajectory, i: int, row: Row, variant: Variant) -> None:
         """Add to the record of rollout i its scores and what identifies its question."""
-        messages = self.current_step.completions[i]
+        messages, stop_tools = self.current_step.completions[i], self.args.stop_tools or ()
         response = last_assistant_text(messages)
         prediction = extract_answer(response, variant)
         f1, em = (score(prediction, row["answers"], variant) for score in (f1_score, exact_match))
@@ -231,7 +233,9 @@ class EvaluationTrainer(IGPOTrainer):
             "prediction": prediction,
             "f1": f1,
             "em": em,
-            "searches": sum(message.get("role") == "tool" for message in messages),
+            # Whether the first turn calls a tool in a way that can be read and run.
+            "first_call": len(messages) > 1 and messages[1].get("role") == "tool" and not _failed(messages[1]),
+            "searches": sum(m.get("role") == "tool" and m["name"] not in stop_tools for m in messages),
             "failed_calls": sum(map(_failed, messages)),
             "tokens_observed": len(self.current_step.completion_ids[i]) - sum(t.num_tokens for t in record.turns),
         }

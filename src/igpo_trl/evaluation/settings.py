@@ -9,19 +9,23 @@ from typing import Any
 
 import yaml
 
-from ..adapters import base_of_adapter, is_adapter
-from ..data import load_questions
+from ..data import load_questions, resolve_system_prompt
 from ..data.questions import order_by_hash
 from ..files import looks_like_path
 from ..rewards import Variant
+from ..tools import make_stop_tools
+from ..training.adapters import base_of_adapter, is_adapter
 
 Row = dict[str, Any]
+
+#: Beside a trained model: the options of its training that define a rollout, as in a configuration of `igpo train`.
+OPTIONS_FILE = "igpo.yaml"
 
 # Fields of `IGPOConfig` that define a rollout, or how it is made.
 _ROLLOUT_FIELDS = {
     *("max_turns", "max_turn_length", "max_completion_length", "max_tool_calling_iterations"),
     *("max_tool_response_tokens", "forced_answer", "forced_answer_prompt", "forced_answer_length"),
-    *("on_malformed_tool_call", "max_concurrent_tool_calls", "tool_timeout", "reuse_prefixes"),
+    *("on_malformed_tool_call", "stop_tools", "max_concurrent_tool_calls", "tool_timeout", "reuse_prefixes"),
     *("chat_template_kwargs", "generation_kwargs", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("answer_template", "alias_reduction", "max_answer_tokens", "belief_method", "belief_tokens_per_batch"),
 }
@@ -42,6 +46,8 @@ class EvaluationSettings:
         sources (`list[str]`): sources of questions, see [`load_questions`].
         indexes (`list[str]`): what to search, one for all sources or one for each, see [`open_search`].
         adapter (`str` or `None`): PEFT adapter on top of the model.
+        tokenizer (`str` or `None`): directory of a tokenizer that replaces the model's, such as one with another chat
+            template.
         limit (`int` or `None`): questions per data set, see [`choose_questions`].
         num_samples (`int`): rollouts per question.
         temperature (`float`): sampling temperature; 0 takes the most likely token.
@@ -75,6 +81,7 @@ class EvaluationSettings:
     vllm: bool = False
     dtype: str | None = None
     attn_implementation: str | None = None
+    tokenizer: str | None = None
     rollout: dict[str, Any] = field(default_factory=dict)
 
     def resolve(self) -> None:
@@ -92,6 +99,7 @@ class EvaluationSettings:
         if self.num_samples > 1 and self.temperature == 0:
             raise ValueError(f"{self.num_samples} samples at temperature 0 are all the same. Give a temperature.")
         pair_sources(self.sources, self.indexes)
+        make_stop_tools(self.rollout.get("stop_tools"))
         for path in (self.model, self.adapter):
             if path and looks_like_path(path) and not Path(path).is_dir():
                 raise FileNotFoundError(f"no such directory: {path}. Expected a model, or its name on the hub.")
@@ -107,9 +115,9 @@ def make_settings(options: Mapping[str, Any], config: str | Path | None = None) 
     Settings from options, then from the configuration of a training run, then the defaults of `igpo eval`.
 
     Options have the names of fields of [`EvaluationSettings`] and [`IGPOConfig`]. Other names are ignored, and `None`
-    means that the option is not given.
+    or an empty tuple (typer's list) means that the option is not given.
     """
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value not in (None, ())}
     from_file = settings_of_training(config) if config is not None else {}
     settings = from_file | {each.name: given[each.name] for each in fields(EvaluationSettings) if each.name in given}
     limits = {"max_turns": 8, "max_completion_length": 8192} | from_file.get("rollout", {})
@@ -125,6 +133,37 @@ def settings_of_training(config: str | Path) -> dict[str, Any]:
     settings = {_TRAINING_OPTIONS[name]: value for name, value in values.items() if name in _TRAINING_OPTIONS}
     rollout = {name: values[name] for name in values if name in _ROLLOUT_FIELDS or name.startswith("vllm_")}
     return settings | {"rollout": rollout}
+
+
+def save_options(directory: str | Path, *configs: Any, **options: Any) -> None:
+    """
+    Write the options that define a rollout beside a model, so that it can be used as it was trained.
+
+    Args:
+        directory (`str` or `Path`): Of the model.
+        configs: What has the options as attributes, such as an [`IGPOConfig`].
+        options: More of them, by their names in `igpo train`, such as `search_k`.
+    """
+    names = [*_TRAINING_OPTIONS, *sorted(_ROLLOUT_FIELDS)]
+    options = {name: getattr(config, name) for name in names for config in configs if hasattr(config, name)} | options
+    if "system_prompt" in options:  # and not a file that others do not have
+        options["system_prompt"] = resolve_system_prompt(options["system_prompt"]) or "none"
+    head = "# The options with which this model was trained to search.\n"
+    text = yaml.safe_dump({"model_name_or_path": str(directory), **options}, sort_keys=False, allow_unicode=True)
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    Path(directory, OPTIONS_FILE).write_text(head + text, encoding="utf-8")
+
+
+def saved_options(model: str, adapter: str | None = None) -> Path | None:
+    """The file of [`save_options`] beside an adapter or a model, or beside the run whose checkpoint it is."""
+    for name in (adapter, model):
+        folders = [Path(name), Path(name).absolute().parent] if name and Path(name).is_dir() else []
+        if folders and not folders[0].name.startswith(("checkpoint-", "adapter")):
+            del folders[1:]
+        for folder in folders:
+            if (folder / OPTIONS_FILE).is_file():
+                return folder / OPTIONS_FILE
+    return None
 
 
 def load_rows(settings: EvaluationSettings) -> list[Row]:

@@ -64,13 +64,14 @@ def prepare_for_tools(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
         raise ValueError(
             "The tokenizer has no chat template, which tool calls are rendered with. Use an instruction-tuned model, "
-            "or set `tokenizer.chat_template`."
+            "set `tokenizer.chat_template`, or warm-start the model (`igpo warm-start`), which gives it one."
         )
     _tolerate_missing_tools(tokenizer)
     if problem := _tool_problem(tokenizer):
         raise ValueError(
             f"The tokenizer's chat template cannot call tools: {problem} Use a model that was trained to call tools "
-            "(Qwen2.5, Qwen3, Llama 3.1, GPT-OSS, …), or another `tokenizer.chat_template`."
+            "(Qwen2.5, Qwen3, Llama 3.1, GPT-OSS, …), another `tokenizer.chat_template`, or warm-start the model "
+            "(`igpo warm-start`), which gives it one."
         )
     if getattr(tokenizer, "response_template", None) is not None:
         try:

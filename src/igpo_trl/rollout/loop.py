@@ -8,11 +8,9 @@ A bad rollout is data: whatever a policy samples and whatever a tool does ends i
 [`StopReason`].
 """
 
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import get_json_schema
@@ -22,6 +20,7 @@ from ..trajectory import StopReason
 from .observations import ObservationEncoder
 from .progress import rollout_bar, show_turn
 from .round_log import RoundLog
+from .state import Rollout, RolloutLimits
 from .tool_calls import ToolCall
 from .tool_failures import FailureWatch
 from .tool_results import ToolResult
@@ -31,95 +30,6 @@ from .turn_reader import Message, Reading, TurnReader
 #: Contexts, rollout indices and the most new tokens of any of them → a turn (token ids) per context, and its
 #: log-probabilities where the backend gives them.
 Sample = Callable[[list[list[int]], list[int], int], tuple[list[list[int]], list[list[float]] | None]]
-
-
-@dataclass(frozen=True)
-class RolloutLimits:
-    """
-    What bounds a rollout; all lengths in tokens.
-
-    Attributes:
-        max_completion_length (`int`): turns and observations of a rollout together.
-        max_turn_length (`int`): sampled tokens of one turn.
-        max_new_tokens (`int`): the same, from `generation_kwargs`. As in TRL, a turn that it cuts off is not closed by
-            an end-of-turn token.
-        context_length (`int`): prompt and completion together.
-        max_rounds (`int`): rounds of tool calls.
-        forced_answer_prompt (`str`, *optional*): user message that asks a rollout which reaches a limit to answer;
-            `None` ends it there.
-        forced_answer_length (`int`): tokens kept free for that answer.
-        on_malformed_tool_call (`str`): `"observe"` tells the policy what was wrong, `"end"` ends the rollout.
-    """
-
-    max_completion_length: int
-    max_turn_length: int = sys.maxsize
-    max_new_tokens: int = sys.maxsize
-    context_length: int = sys.maxsize
-    max_rounds: int = sys.maxsize
-    forced_answer_prompt: str | None = None
-    forced_answer_length: int = 64
-    on_malformed_tool_call: Literal["observe", "end"] = "observe"
-
-    @property
-    def answer_room(self) -> int:
-        """Tokens kept free for a forced answer: at most an eighth of the completion."""
-        turn_length = min(self.max_turn_length, self.max_new_tokens)
-        return min(self.forced_answer_length, turn_length, self.max_completion_length // 8)
-
-
-@dataclass(eq=False)
-class Rollout:
-    """
-    One rollout in progress.
-
-    Attributes:
-        index (`int`): its number within this rank's batch.
-        prompt_ids (list of `int`): token ids of the prompt.
-        tools (`dict`): the tools that it may call, by name.
-        environment (*optional*): whose methods are among the tools; their calls run one after another.
-        completion_ids, sampled_mask (list of `int`): token ids so far, and 1 on the sampled ones, 0 on observations.
-        logprobs (list of `float`, *optional*): of the completion's tokens, 0 on observations.
-        messages (list of `dict`): the completion as messages.
-        turn_starts (list of `int`): completion position at which each turn begins. Once the rollout has ended they are
-            those of [`turn_spans`].
-        tools_called (list of tuple of `str`): names of the tools that each turn called.
-        stop (`StopReason`, *optional*): why it ended, or why its last turn has been asked for.
-    """
-
-    index: int
-    prompt_ids: list[int]
-    tools: dict[str, Callable[..., Any]]
-    environment: Any = None
-    logprobs: list[float] | None = None
-    completion_ids: list[int] = field(default_factory=list)
-    sampled_mask: list[int] = field(default_factory=list)
-    messages: list[Message] = field(default_factory=list)
-    turn_starts: list[int] = field(default_factory=list)
-    tools_called: list[tuple[str, ...]] = field(default_factory=list)
-    stop: StopReason | None = None
-    observation_ids: list[int] = field(default_factory=list)  # the last observation
-    pending_calls: list[ToolCall] = field(default_factory=list)  # to be run before the next turn
-    num_rounds: int = 0  # of tool calls
-    turn_was_cut: bool = False  # `max_turn_length` left the last turn without an end-of-turn token
-    answer_request_pending: bool = False  # to be asked to answer before the next turn
-    answer_requested: bool = False  # the next turn is the last
-
-    @property
-    def context_ids(self) -> list[int]:
-        """Prompt and completion so far."""
-        return self.prompt_ids + self.completion_ids
-
-    @property
-    def continues(self) -> bool:
-        """Whether another turn may follow the one that it has just sampled."""
-        return not self.answer_requested and (self.stop is None or self.answer_request_pending)
-
-    def append(self, ids: Sequence[int], sampled: int, logprobs: Sequence[float] | None = None) -> None:
-        """Append tokens to the completion; `sampled` is 1 for a turn and 0 for an observation."""
-        self.completion_ids += ids
-        self.sampled_mask += [sampled] * len(ids)
-        if self.logprobs is not None:
-            self.logprobs += [0.0] * len(ids) if logprobs is None else logprobs
 
 
 class SampledTurns(NamedTuple):
@@ -144,8 +54,13 @@ class RolloutLoop:
     5. it holds no call, or none that can be read because `max_turn_length` cut it off: `turn_length_limit` if that cut
        the turn off (the policy may then be asked to answer), else `answered`;
     6. it holds a malformed call and `on_malformed_tool_call="end"`: `malformed`;
-    7. the rounds are used up: `turn_limit`;
+    7. the rounds are used up, and it calls no stop tool: `turn_limit`;
     8. otherwise its calls run.
+
+    A turn that calls a stop tool is the last: all its calls run, and nothing of their results is appended to the
+    completion (`stop_tool`). It needs no room and no round after it, so these calls run in a forced answer and in a
+    turn that a limit cuts off as well; the stop reason is then that of the limit. Only if every stop tool of the turn
+    fails does the rollout continue as after any other call.
 
     After the calls ran, before the next turn: if the rounds are used up and a forced answer is wanted, the request
     comes with the last observation. An observation that leaves no room for another token ends the rollout
@@ -224,7 +139,7 @@ class RolloutLoop:
         with rollout_bar(len(rollouts), self._show_progress) as bar:
             for turn in count(2):
                 continuing = [rollout for rollout in active if rollout.continues]
-                self._observe(continuing, log)
+                self._observe([rollout for rollout in active if rollout.continues or rollout.pending_calls], log)
                 continuing = [rollout for rollout in continuing if rollout.stop is None or rollout.answer_requested]
                 on_end([rollout for rollout in active if rollout not in continuing])
                 if not self._any_rank(bool(continuing)):
@@ -243,13 +158,18 @@ class RolloutLoop:
 
     def _observe(self, rollouts: Sequence[Rollout], log: RoundLog) -> None:
         """Run the pending calls of these rollouts and append what they see next, or end those without room for it."""
-        calls = [call for rollout in rollouts for call in rollout.pending_calls]
-        results = iter(self._run_tools(calls, log))
-        observations = []
+        all_calls = [call for rollout in rollouts for call in rollout.pending_calls]
+        all_results = iter(self._run_tools(all_calls, log))
+        observations, continuing = [], []
         for rollout in rollouts:
+            results = [next(all_results) for _ in rollout.pending_calls]
             messages = [
-                {"role": "tool", "name": call.name, "content": next(results).text} for call in rollout.pending_calls
+                {"role": "tool", "name": call.name, "content": result.text}
+                for call, result in zip(rollout.pending_calls, results, strict=True)
             ]
+            if self._stopped(rollout, messages, results):
+                continue
+            continuing.append(rollout)
             rollout.num_rounds += bool(rollout.pending_calls)
             wants_answer = self.limits.forced_answer_prompt is not None
             if rollout.num_rounds >= self.limits.max_rounds and wants_answer and not rollout.stop:
@@ -258,8 +178,26 @@ class RolloutLoop:
                 messages.append(self._answer_request())
             observations.append(messages)
         encoded = self.observations.encode(observations)
-        for rollout, messages, ids in zip(rollouts, observations, encoded, strict=True):
+        for rollout, messages, ids in zip(continuing, observations, encoded, strict=True):
             self._append_observation(rollout, messages, ids)
+
+    def _stopped(self, rollout: Rollout, messages: list[Message], results: Sequence[ToolResult]) -> bool:
+        """
+        End a rollout if a stop tool has run, or if its last turn was to be that. Returns whether it has ended.
+
+        The messages, which reward functions read, then end with the answer that the call gave, as if the policy had
+        written it out.
+        """
+        pairs = zip(rollout.pending_calls, results, strict=True)
+        calls = self.limits.stop_calls([call for call, result in pairs if result.error is None])
+        is_last_turn = not rollout.continues or rollout.num_rounds >= self.limits.max_rounds
+        if not calls and not (rollout.pending_calls and is_last_turn):
+            return False
+        rollout.stop = rollout.stop or (StopReason.STOP_TOOL if calls else StopReason.TURN_LIMIT)
+        rollout.pending_calls, rollout.messages = [], rollout.messages + messages
+        if (answer := next((call.answer for call in calls if call.answer is not None), None)) is not None:
+            rollout.messages.append({"role": "assistant", "content": f"<answer>{answer}</answer>"})
+        return True
 
     def _run_tools(self, calls: Sequence[ToolCall], log: RoundLog) -> list[ToolResult]:
         results = []
@@ -336,29 +274,33 @@ class RolloutLoop:
         rollout.tools_called.append(())
         rollout.append(ids, sampled=1, logprobs=logprobs)
         limit = self._limit_reached(rollout, ids)
-        if not ids or message is None or rollout.answer_requested:  # calls cannot run
+        reading = None
+        if ids and message is not None and (self.limits.stop_tools or not rollout.answer_requested):
+            reading = self._read(rollout, ids, message, was_cut=limit is not None)
+        stops = reading is not None and bool(self.limits.stop_calls(reading.calls))
+        if reading is None or (rollout.answer_requested and not stops):  # calls cannot run
             if message is not None:
                 rollout.messages.append({key: value for key, value in message.items() if key != "tool_calls"})
             if not ids:
                 rollout.stop = rollout.stop or StopReason.EMPTY
             return
-        reading = self._read(rollout, ids, message, was_cut=limit is not None)
         rollout.messages.append(reading.message)
         calls, malformed = reading.calls, reading.malformed
-        if limit in (StopReason.LENGTH_LIMIT, StopReason.CONTEXT_LIMIT):
-            rollout.stop = limit
+        if rollout.answer_requested or limit in (StopReason.LENGTH_LIMIT, StopReason.CONTEXT_LIMIT):
+            rollout.stop = rollout.stop or limit
+            rollout.pending_calls = calls if stops else []
         elif reading.is_answer or not calls or (limit and len(malformed) == len(calls)):
             rollout.stop = (None if reading.is_answer else limit) or StopReason.ANSWERED
             wants_answer = self.limits.forced_answer_prompt is not None and not reading.is_answer and limit is not None
             rollout.turn_was_cut = rollout.answer_request_pending = wants_answer
         elif malformed and self.limits.on_malformed_tool_call == "end":
             rollout.stop = StopReason.MALFORMED
-        elif rollout.num_rounds >= self.limits.max_rounds:
+        elif rollout.num_rounds >= self.limits.max_rounds and not stops:
             rollout.stop = StopReason.TURN_LIMIT
         else:
             rollout.pending_calls = calls
             rollout.turn_was_cut = limit is not None and len(ids) >= self.limits.max_turn_length
-            rollout.tools_called[-1] = tuple(call.name for call in calls if call.problem is None)
+        rollout.tools_called[-1] = tuple(call.name for call in rollout.pending_calls if call.problem is None)
 
     def _read(self, rollout: Rollout, ids: list[int], message: Message, was_cut: bool) -> Reading:
         def serial(function: Callable[..., Any]) -> int | None:

@@ -25,7 +25,9 @@ class RoundLog:
         tools (`dict[str, ToolCounts]`): calls that have run, by name of the tool.
         latencies (list of `float`): seconds of every call that was run.
         tools_called (list of list of tuple of `str`): names of the tools that each turn of each rollout called.
-        global_num_calls (`int`): tool calls of all ranks, once there are `metrics`.
+        global_num_calls, global_num_malformed (`int`): tool calls of all ranks, and those of them that could not be
+            read, once there are `metrics`.
+        global_num_rollouts (`int`): rollouts of all ranks that count, likewise.
     """
 
     stops: list[StopReason] = field(default_factory=list)
@@ -37,6 +39,8 @@ class RoundLog:
     latencies: list[float] = field(default_factory=list)
     tools_called: list[list[tuple[str, ...]]] = field(default_factory=list)
     global_num_calls: int = 0
+    global_num_malformed: int = 0
+    global_num_rollouts: int = 0
 
     def add(self, name: str, result: ToolResult, truncated: bool) -> None:
         """Count one call of the tool of this name."""
@@ -58,12 +62,12 @@ class RoundLog:
         per_call["tools/truncated"] = self.num_truncated
         local_counts = [len(counted), self.num_calls, *per_rollout.values(), *per_call.values()]
         global_counts = accelerator.gather(torch.tensor([local_counts], device=accelerator.device)).sum(dim=0).tolist()
-        num_rollouts, num_calls, *totals = global_counts
-        self.global_num_calls = num_calls
-        divisors = [max(1, num_rollouts)] * len(per_rollout) + [max(1, num_calls)] * len(per_call)
+        num_rollouts, num_calls, *counts = global_counts
+        totals = dict(zip([*per_rollout, *per_call], counts, strict=True))
+        self.global_num_rollouts, self.global_num_calls = num_rollouts, num_calls
+        self.global_num_malformed = totals[f"tools/errors/{ToolErrorKind.MALFORMED}"]
         metrics = {
-            name: total / divisor
-            for name, total, divisor in zip([*per_rollout, *per_call], totals, divisors, strict=True)
+            name: total / max(1, num_rollouts if name in per_rollout else num_calls) for name, total in totals.items()
         }
         # At least one value, so that every rank has something to gather.
         latencies = torch.tensor([*self.latencies, torch.nan], device=accelerator.device)

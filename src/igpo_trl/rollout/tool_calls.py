@@ -38,6 +38,13 @@ class ToolCall:
     serial: Hashable | None = None
     problem: ToolResult | None = None
 
+    @property
+    def answer(self) -> str | None:
+        """What a call of a stop tool answers: its argument `answer`, or else the only one that is a text."""
+        texts = [value for value in self.arguments.values() if isinstance(value, str)]
+        value = self.arguments.get("answer", texts[0] if len(texts) == 1 else None)
+        return None if value is None else encodable(str(value))
+
 
 def read_calls(
     raw: Any, tools: Mapping[str, Callable[..., Any]], serial: Callable[[Callable[..., Any]], Hashable | None]

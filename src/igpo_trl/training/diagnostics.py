@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..advantages import Normalization, explained_variance, turn_price
+from ..rollout.round_log import RoundLog
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,34 @@ class Watch:
         self._num_bad = self._num_bad + 1 if self._is_bad(value) else 0
         if self._num_bad == self._patience:
             logger.warning(self._message, self._patience, value)
+
+
+class FirstCalls:
+    """Warns once if none of the first rollouts, all ranks together, contains a tool call that can be read."""
+
+    def __init__(self, num_rollouts: int = 16):
+        self._left = num_rollouts
+        self._seen = self._malformed = 0
+
+    def update(self, log: RoundLog) -> None:
+        """Take the counts of a batch, gathered over ranks; without tools there are none."""
+        if self._left <= 0:
+            return
+        if log.global_num_calls > log.global_num_malformed:
+            self._left = 0
+            return
+        self._seen += log.global_num_rollouts
+        self._malformed += log.global_num_malformed
+        if self._seen >= self._left:
+            self._left = 0
+            logger.warning(
+                "None of the first %d rollouts contains a tool call that can be read (%d calls could not be read). "
+                "Training only reinforces what a model already does, and small models do not begin to call tools by "
+                "themselves: warm-start it first (`igpo warm-start --help`), use a model that was trained to call "
+                "tools, or say in the system prompt when to search.",
+                self._seen,
+                self._malformed,
+            )
 
 
 #: Price of a turn, in units of the advantage, beyond which training warns.

@@ -20,6 +20,20 @@ _CHOICES = {
     "importance_sampling_level": ("token", "turn", "sequence"),
 }
 
+#: Numbers of TRL and transformers that fail only after the model is loaded, or mean nothing, and their least values.
+_SMALLEST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    **dict.fromkeys(("max_completion_length", "num_generations", "num_generations_eval", "num_iterations"), 1),
+    **dict.fromkeys(("learning_rate", "temperature", "warmup_steps", "beta", "max_grad_norm"), 0),
+}
+
+
+def check_numbers(config: Any) -> None:
+    """Raise `ValueError` if a number of TRL or transformers is too small; it comes before their own checks."""
+    for name, low in _SMALLEST.items():
+        if (number := getattr(config, name)) is not None and number < low:
+            raise ValueError(f"`{name}` must be at least {low}, got {number}.")
+
 
 def check_options(config: Any) -> None:
     """Raise `ValueError` if an option of an [`IGPOConfig`] means nothing, or two of them contradict each other."""
@@ -46,9 +60,10 @@ def check_options(config: Any) -> None:
     for name in ("gamma", "gae_lambda"):
         if not 0.0 <= getattr(config, name) <= 1.0:
             raise ValueError(f"`{name}` must lie between 0 and 1, got {getattr(config, name)}.")
-    tools: Any = config.info_gain_tools
-    if tools is not None and (isinstance(tools, str) or not tools):
-        raise ValueError(f"`info_gain_tools` must be a list of tool names, or `None` for all, got {tools!r}.")
+    for name, without in (("info_gain_tools", "all"), ("stop_tools", "none")):
+        tools = getattr(config, name)
+        if tools is not None and (isinstance(tools, str) or not tools):
+            raise ValueError(f"`{name}` must be a list of tool names, or `None` for {without}, got {tools!r}.")
     if config.normalization == "critic" and (config.info_gain_every > 1 or config.info_gain_tools is not None):
         raise ValueError(
             "`normalization='critic'` reads the belief before every turn, so `info_gain_every` must be 1 and "
