@@ -24,6 +24,7 @@ from igpo_trl.cli import train as training
 from igpo_trl.cli.app import app
 from igpo_trl.cli.arguments import ScriptArguments, TrainParser
 from igpo_trl.data import SYSTEM_PROMPTS
+from igpo_trl.data.english import world_file
 from igpo_trl.evaluation.settings import settings_of_training
 from igpo_trl.rollout.tool_failures import ToolUnavailable
 from igpo_trl.sandbox.tiny_model import SYSTEM_PROMPT, make_tiny_model
@@ -415,3 +416,8 @@ def test_recipes_hold_known_arguments(path):
     assert isinstance(yaml.safe_load(path.read_text()), dict)
     if path.stem == "hotpotqa_cpu":
         assert script.system_prompt == SYSTEM_PROMPT
+
+
+def test_the_corpus_may_be_the_world_in_english():
+    assert ScriptArguments("world", corpus="world").corpus == str(world_file("corpus"))
+    assert ScriptArguments("world").corpus is None
