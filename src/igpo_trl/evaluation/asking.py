@@ -46,6 +46,7 @@ class Asker:
         self._sample, self.trainer._generate_single_turn = self.trainer._generate_single_turn, self._show_sampling
         self._context: list[int] = []  # that has been shown
         self._num_turns = 0
+        set_seed(settings.seed)  # once: the same question, asked again, may be answered in another way
 
     def ask(self, question: str, answers: Sequence[str] = ()) -> Trajectory:
         """
@@ -69,10 +70,9 @@ class Asker:
             "answers": list(answers) or ["-"],  # a right answer is needed, though nothing is compared with it
             **{"dataset": "asked", "id": "0", "sample": 0, "hops": None},
         }
-        set_seed(self.settings.seed)
         (rollout,) = self.trainer.rollouts([row], self.settings)
-        if rollout.turns[-1].observation:  # after which there was no room for another turn
-            self.console.print(render_observation(rollout.turns[-1].observation, self._longest))
+        if last := rollout.turns[self._num_turns - 1].observation:  # after which there was no room for another turn
+            self.console.print(render_observation(last, self._longest))
         rollout.answers = list(answers)
         self._show_end(rollout)
         return rollout
