@@ -112,6 +112,15 @@ def test_why_it_ended_if_not_with_an_answer(ask, monkeypatch):
     assert order(output, 'final_answer(answer="Rome")', "Answer    Rome", "Ended by  stop_tool")
 
 
+def test_what_is_read_last_is_shown_too(ask, files, tmp_path):
+    """After it there is no room for another turn."""
+    settings = make_settings({"model": str(files / "model"), "sources": ["x"], "indexes": [str(files / "index")]})
+    rollout = Asker(settings, Console(file=io.StringIO()), str(tmp_path)).ask(QUESTION)
+    room = rollout.turns[0].num_tokens + rollout.info["tokens_observed"]
+    output = ask("--max-completion-length", room, QUESTION).output
+    assert order(output, "Turn 1", "→ [1] Oslo", "Answer    none", "Ended by  length_limit") and "Turn 2" not in output
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
