@@ -267,7 +267,7 @@ def make_trainer(name: str, args: argparse.Namespace, model: Any, number: int, *
         | options,
     )
     # Otherwise `train` would do this, without which training steps are measured as well.
-    trainer.model.activation_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
+    trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     return trainer
 
 

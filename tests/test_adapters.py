@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from igpo_trl import IGPOConfig, IGPOTrainer
-from igpo_trl.adapters import base_of_adapter
 from igpo_trl.evaluation.settings import EvaluationSettings
+from igpo_trl.training.adapters import base_of_adapter
 
 SCRIPTS = [[tiny.call("Paris"), tiny.answer("Paris")], [tiny.answer("Rome")]]
 

@@ -20,6 +20,7 @@ from igpo_trl.data import QUESTION_SETS
 from igpo_trl.data.sets import ORIGINAL_SETS
 
 COMMIT = "a" * 40
+TRAIN_PAGES = {"title": ["Dune (novel)"], "sentences": [["It is", " a long novel."]]}
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -113,6 +114,7 @@ def repositories() -> dict[str, dict[str, bytes]]:
     tsv = ["\t".join(popqa), "\t".join('"' + str(cell).replace('"', '""') + '"' for cell in popqa.values())]
     trivia = {name: {"validation": f"{name}/validation-00000-of-00001.parquet"} for name in ("rc", "rc.nocontext")}
     hotpot = {name: {"validation": f"{name}/validation-*.parquet"} for name in ("distractor", "fullwiki")}
+    hotpot["distractor"]["train"] = "distractor/train-*.parquet"
     musique = {"default": {"validation": "full.jsonl"}, "answerable": {"validation": "musique_ans_v1.0_dev.jsonl"}}
     return {
         "RUC-NLPIR/FlashRAG_datasets": {"README.md": card(**configs), **flashrag},
@@ -129,6 +131,7 @@ def repositories() -> dict[str, dict[str, bytes]]:
             "README.md": card(**hotpot),
             "fullwiki/validation-00000-of-00001.parquet": parquet([{"wrong": "configuration"}]),
             "distractor/validation-00000-of-00001.parquet": parquet(layouts.HOTPOTQA),
+            "distractor/train-00000-of-00001.parquet": parquet([layouts.HOTPOTQA[0] | {"context": TRAIN_PAGES}]),
         },
         "framolfese/2WikiMultihopQA": {"data/validation-00000-of-00001.parquet": parquet(layouts.TWOWIKI)},
         "xanhho/2WikiMultihopQA": {"dev.parquet": parquet(layouts.TWOWIKI_TEXT)},
@@ -165,14 +168,24 @@ WANTED = [
 ]
 
 
+CORPORA = ["hotpotqa", "2wiki", "musique", "hotpotqa:train", "hotpotqa:dev,2wiki,musique", "musique:test", "nq_open"]
+CORPORA += ["RUC-NLPIR/FlashRAG_datasets/hotpotqa:dev", "bdsaglam/musique/answerable"]
+
+
 def load_all() -> None:
     """Loads every source from standard input and prints rows, or the error. Runs in a separate process."""
-    from igpo_trl.data import load_questions
+    from igpo_trl.data import build_corpus, load_questions
+    from igpo_trl.search.passages import read_passages
+
+    def passages(source):
+        build_corpus(source, f"{os.environ['HF_HOME']}/corpus.jsonl.gz")
+        return [passage.title for passage in read_passages(f"{os.environ['HF_HOME']}/corpus.jsonl.gz")]
 
     results = {}
     for source in json.load(sys.stdin):
         try:
-            results[source] = load_questions(source, None).to_list()
+            kind, _, name = source.rpartition(" ")
+            results[source] = passages(name) if kind else load_questions(source, None).to_list()
         except (OSError, ValueError) as error:
             results[source] = f"{type(error).__name__}: {error}"
     print(json.dumps(results))
@@ -188,7 +201,8 @@ def loaded(hub, repository, tmp_path_factory):
         "NO_PROXY": "127.0.0.1",
     }
     command = [sys.executable, __file__]
-    options = {"env": environment, "input": json.dumps(WANTED), "capture_output": True, "text": True, "timeout": 300}
+    wanted = [*WANTED, *(f"corpus {source}" for source in CORPORA)]
+    options = {"env": environment, "input": json.dumps(wanted), "capture_output": True, "text": True, "timeout": 300}
     result = subprocess.run(command, **options)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
@@ -242,6 +256,25 @@ def test_splits_and_several_sources(loaded):
 )
 def test_errors(loaded, source, message):
     assert message in loaded[source]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("hotpotqa", ["Dune (novel)", "Frank Herbert", "Arrakis"]),
+        ("2wiki", ["Dune (novel)", "Frank Herbert", "Arrakis"]),
+        ("musique", ["Arrakis", "Dune (novel)", "Frank Herbert"]),
+        ("bdsaglam/musique/answerable", ["Arrakis", "Dune (novel)", "Frank Herbert"]),
+        ("hotpotqa:train", ["Dune (novel)"]),
+        ("hotpotqa:dev,2wiki,musique", ["Dune (novel)", "Frank Herbert", "Arrakis", "Dune (novel)"]),
+        ("RUC-NLPIR/FlashRAG_datasets/hotpotqa:dev", ["Dune (novel)", "Frank Herbert", "Arrakis"]),
+        ("musique:test", "Unknown split \"test\". Should be one of ['validation']"),
+        ("nq_open", "no passages come with these questions"),
+    ],
+)
+def test_corpora(loaded, source, expected):
+    result = loaded[f"corpus {source}"]
+    assert expected in result if isinstance(expected, str) else result == expected
 
 
 if __name__ == "__main__":

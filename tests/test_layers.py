@@ -32,6 +32,7 @@ USES_TRL = {
     "checks",
     "trainer",
     "evaluation.rollouts",
+    "warm_start",
     "sandbox",
     "cli",
 }

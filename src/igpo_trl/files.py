@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import itertools
 import json
 import os
@@ -10,7 +11,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,24 @@ def replace_when_complete(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def write_json_lines(path: str | Path) -> Iterator[Callable[[dict[str, Any]], Any]]:
+    """
+    Yields a function that writes a record as one line of JSON.
+
+    The file is compressed if its name ends in `.gz`; equal records give equal bytes. It replaces `path` when the block
+    ends, as with [`replace_when_complete`].
+    """
+    with (
+        replace_when_complete(path) as temporary,
+        open(temporary, "wb") as file,
+        gzip.GzipFile("", "wb", 6, file, 0) if str(path).endswith(".gz") else nullcontext(file) as stream,
+        # A lone surrogate, which UTF-8 cannot encode, becomes its escape, which JSON can read.
+        io.TextIOWrapper(stream, encoding="utf-8", errors="backslashreplace", newline="\n") as lines,
+    ):
+        yield lambda record: lines.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
 
 
 def check_writable(folder: str | Path, name: str) -> None:

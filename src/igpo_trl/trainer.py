@@ -12,7 +12,6 @@ from trl import GRPOTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from . import components
-from .adapters import check_adapter, is_adapter, load_trainable
 from .beliefs.models import changing_positions
 from .beliefs.scorer import KVCapture
 from .checkpoints import OneRun, checkpoint_to_resume
@@ -39,6 +38,7 @@ from .rollout.sampling import sample_within_context
 from .rollout.state import Rollout
 from .rollout.turn_reader import parser_errors_as_value_errors
 from .step import Step
+from .training.adapters import check_adapter, is_adapter, load_trainable
 from .training.costs import timed
 from .training.counterfactuals import evidence_used, foreign_beliefs
 from .training.sampled_tokens import SampledTokensModel, backbone_of, can_pack, sampled_mask_of

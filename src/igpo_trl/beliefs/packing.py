@@ -26,9 +26,10 @@ from typing import NamedTuple
 # and 512 MB in bfloat16.
 _MASK_ELEMENTS = 1 << 26
 _LOGITS = 1 << 28
-# Most nodes of a row in a forward. A further forward costs less than attention among more nodes, and needs only the
-# keys of its own contexts: over many turns, half of all keys.
+# Most nodes of a row in a forward. On a CPU a further forward costs less than attention among more nodes, and needs
+# only the keys of its own contexts: over many turns, half of all keys. On a GPU, starting its kernels costs more.
 _NODES = 256
+_NODES_ON_GPU = 8192
 # Trunks of clearly different lengths share a forward only until it has this many tokens: more of them would not make a
 # token cheaper, and padding costs as much as tokens.
 _ENOUGH_TOKENS = 4096
@@ -67,6 +68,12 @@ class ForwardBudget(NamedTuple):
     tokens: int
     rows: int | None
     vocabulary: int
+    on_gpu: bool = False
+
+    @property
+    def nodes(self) -> int:
+        """Most nodes of a row."""
+        return _NODES_ON_GPU if self.on_gpu else _NODES
 
     def allows(self, rows: int, width: int, logits: int, keys: int = 0) -> bool:
         """Whether a forward may have `rows` × `width` tokens, `logits` per row and a mask over `keys` per token."""
@@ -202,7 +209,7 @@ def _split(unit: Unit, budget: ForwardBudget) -> list[list[Target]]:
     nodes = logits = 0
     for shared, target in _shared_with_previous(unit.targets):
         nodes, logits = nodes + len(target.tokens) - shared, logits + len(target.labels)
-        if not chunks or nodes > _NODES or not budget.allows(1, nodes, logits, target.limit + nodes):
+        if not chunks or nodes > budget.nodes or not budget.allows(1, nodes, logits, target.limit + nodes):
             chunks.append([])
             nodes, logits = len(target.tokens), len(target.labels)
         chunks[-1].append(target)

@@ -126,7 +126,7 @@ def score_beliefs(
     results = [[[0.0] * len(rollout.probes) for _ in rollout.boundaries] for rollout in rollouts]
     memo = {} if memo is None else memo
     units = _plan(rollouts, memo, results)
-    budget = ForwardBudget(tokens_per_batch, batch_size, _vocabulary(model))
+    budget = ForwardBudget(tokens_per_batch, batch_size, _vocabulary(model), next(model.parameters()).is_cuda)
     packed = _choose(model, "packed" if cached else method, _longest(units)) == "packed"
     positions = changing_positions(model)
     share = {} if positions is None else {"share": positions.share}

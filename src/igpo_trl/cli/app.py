@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from . import ask, data, evaluate, search
+from ..data.english import DEFAULT_HOPS, DEFAULT_SIZE, DEFAULT_TEST, DEFAULT_TRAIN, write_world
+from . import ask, data, evaluate, search, warm_start
 from .errors import Commands, one_line_errors
 
 app = typer.Typer(
@@ -101,6 +102,27 @@ def tiny_model(
 
 
 @app.command()
+def world(
+    out: Annotated[Path, typer.Option(help="Folder for corpus.jsonl.gz, train.jsonl.gz and test.jsonl.gz.")],
+    seed: Annotated[int, typer.Option(help="Seed of names, facts, texts and questions.")] = 0,
+    size: Annotated[int, typer.Option(help="Passages, a quarter of them for the test questions.")] = DEFAULT_SIZE,
+    train: Annotated[int, typer.Option(help="Training questions.")] = DEFAULT_TRAIN,
+    test: Annotated[int, typer.Option(help="Test questions, about other people and places.")] = DEFAULT_TEST,
+    hops: Annotated[
+        tuple[float, float, float, float], typer.Option(help="Shares of questions of 1, 2, 3 and 4 hops.")
+    ] = DEFAULT_HOPS,
+) -> None:
+    """Write a world in English: passages about people and places that do not exist, and questions of 1 to 4 hops."""
+    options = {"seed": seed, "size": size, "train": train, "test": test, "hops": list(hops)}
+    words = f"--hops {' '.join(f'{share:g}' for share in hops)}"
+    command = f"igpo world --out {out} --seed {seed} --size {size} --train {train} --test {test} {words}"
+    with one_line_errors():
+        write_world(out, command, **options)
+    typer.echo(f"Wrote {out}: {size:,} passages, {train:,} training and {test:,} test questions.")
+    typer.echo(f"Index it with: igpo index --corpus {out / 'corpus.jsonl.gz'} --out {out / 'index'}")
+
+
+@app.command()
 def view(
     trajectories: Annotated[Path, typer.Argument(help="A file of rollouts, JSON Lines.", exists=True, dir_okay=False)],
     index: Annotated[
@@ -129,7 +151,7 @@ def view(
         console.print(f"\nSaved {save}")
 
 
-for command in (search.index, search.search, search.serve, ask.ask):
+for command in (search.index, search.search, search.serve, ask.ask, warm_start.get, warm_start.warm_start):
     app.command()(command)
 app.add_typer(data.commands, name="data")
 app.add_typer(evaluate.commands, name="eval")

@@ -17,6 +17,7 @@ import yaml
 from trl import GRPOConfig, ModelConfig, TrlParser
 
 from ..config import IGPOConfig
+from ..data.english import find_corpus
 
 
 @dataclass
@@ -25,14 +26,16 @@ class ScriptArguments:
 
     questions: str = field(
         metadata={
-            "help": "Training questions: a file, or sets by name, such as `hotpotqa` or `nq,hotpotqa` (docs/data.md)."
+            "help": "Training questions: a file, or sets by name, such as `hotpotqa`, `nq,hotpotqa` or `world` "
+            "(docs/data.md)."
         }
     )
     corpus: str | None = field(
         default=None,
         metadata={
-            "help": "Passages to search, a file with `id`, `title` and `text` (docs/search.md). Without `index`, a "
-            "BM25 index of them is built once, in the cache ($IGPO_CACHE or ~/.cache/igpo_trl)."
+            "help": "Passages to search, a file with `id`, `title` and `text` (docs/search.md), or `world` "
+            "(docs/world.md). Without `index`, a BM25 index of them is built once, in the cache ($IGPO_CACHE or "
+            "~/.cache/igpo_trl)."
         },
     )
     index: str | None = field(
@@ -67,6 +70,10 @@ class ScriptArguments:
             "`info_gain_weight` 0, whose advantages are then exactly GRPO's."
         },
     )
+
+    def __post_init__(self) -> None:
+        if self.corpus is not None:
+            self.corpus = str(find_corpus(self.corpus))
 
 
 def own_fields(config: type, base: type | None = None) -> list[dataclasses.Field[Any]]:

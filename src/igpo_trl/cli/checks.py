@@ -9,13 +9,13 @@ from transformers import AutoConfig
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import ModelConfig
 
-from ..adapters import check_adapter, is_adapter
 from ..checkpoints import find_checkpoints, is_cut_off
 from ..config import IGPOConfig
 from ..data import find_sources, resolve_system_prompt
 from ..files import check_writable, looks_like_path
 from ..search import open_search
 from ..tools import make_stop_tools
+from ..training.adapters import check_adapter, is_adapter
 from .arguments import ScriptArguments
 
 #: Options that need a package.

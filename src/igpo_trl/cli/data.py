@@ -1,23 +1,32 @@
-"""`igpo data`: look at questions and check them."""
+"""`igpo data`: look at questions and check them, alone and against a corpus."""
 
+import enum
+import json
+import sys
 from collections import Counter
+from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .errors import one_line_errors
+from .search import index_of_corpus
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _SOURCE_HELP = (
-    "A file, a set by name (nq, triviaqa, popqa, hotpotqa, 2wiki, musique, bamboogle; name:split), or owner/name."
+    "A file, a set by name (nq, triviaqa, popqa, hotpotqa, 2wiki, musique, bamboogle, world; name:split), or "
+    "owner/name."
 )
 _Split = Annotated[str | None, typer.Option(help="Split of data sets that name none; files have none.")]
 _Limit = Annotated[int | None, typer.Option(min=1, help="Number of questions to read from each source.")]
 
-commands = typer.Typer(help="Look at questions and check them.", no_args_is_help=True)
+Kept = enum.StrEnum("Kept", ["ANSWERABLE", "UNANSWERABLE"])
+
+commands = typer.Typer(help="Look at questions and check them, alone and against a corpus.", no_args_is_help=True)
 
 
 @commands.command()
@@ -88,11 +97,111 @@ def check(
         raise typer.Exit(1)
 
 
+@commands.command()
+def corpus(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...", help="hotpotqa, 2wiki, musique, or a file or data set whose questions have contexts."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The corpus, .jsonl or .jsonl.gz; an existing file is replaced.")],
+    questions: Annotated[
+        Path | None, typer.Option(help="Also write the questions, with the ids of their supporting passages.")
+    ] = None,
+    split: _Split = None,
+    limit: _Limit = None,
+) -> None:
+    """Build a corpus from the paragraphs that come with questions, each distinct paragraph once."""
+    from tqdm.auto import tqdm
+
+    from ..data import build_corpus
+
+    for name, path in (("--out", out), ("--questions", questions)):
+        if path is not None and not path.name.endswith((".jsonl", ".jsonl.gz")):
+            raise typer.BadParameter(f"got {path}, expected a file that ends in .jsonl or .jsonl.gz", param_hint=name)
+    with one_line_errors():
+        track = partial(tqdm, unit=" questions", leave=False, disable=not sys.stderr.isatty())
+        counts = build_corpus(_one_or_all(sources), out, questions, split=split, limit=limit, track=track)
+    for count in counts:
+        typer.echo(
+            f"{count.source}: {count.questions:,} questions with {count.paragraphs:,} paragraphs, "
+            f"{count.passages:,} of them new."
+        )
+    typer.echo(f"Wrote {sum(count.passages for count in counts):,} passages to {out}.")
+    if questions is not None:
+        typer.echo(f"Wrote {sum(count.questions for count in counts):,} questions to {questions}.")
+    typer.echo(f"Index them with: igpo index --corpus {out} --out DIR")
+
+
+@commands.command()
+def audit(
+    questions: Annotated[list[str], typer.Argument(metavar="QUESTIONS...", help=_SOURCE_HELP)],
+    index: Annotated[
+        str | None, typer.Option(help="Directory of an index, or http:// address of a search server.")
+    ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Passages, instead of an index: they are indexed in the cache.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", "--k", help="Passages per search.", min=1)] = 10,
+    keep: Annotated[
+        tuple[Kept, Path] | None,
+        typer.Option(metavar="answerable|unanswerable OUT", help="Write these questions to OUT, with all columns."),
+    ] = None,
+    split: _Split = None,
+    limit: _Limit = None,
+    examples: Annotated[int, typer.Option(min=0, help="Unanswerable questions to print.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all unanswerable questions.")] = False,
+) -> None:
+    """Find out which questions a corpus can answer: whether it has their titles and answers, and search finds them."""
+    from rich.console import Console
+    from tqdm.auto import tqdm
+
+    from ..data.questions import write_questions
+    from ..evaluation.audit import audit_questions, share_of
+
+    if (index is None) == (corpus is None):
+        raise typer.BadParameter("give the passages: either --index (an index of them) or --corpus (a file of them).")
+    rows = _load(questions, split, limit)
+    with one_line_errors():
+        searchable = index if index is not None else index_of_corpus(str(corpus))
+        track = partial(tqdm, unit="", leave=False, disable=not sys.stderr.isatty())
+        result = audit_questions(searchable, rows, k, track=track)
+    if keep is not None:
+        kept, out = keep
+        ids = {question.id for question in result.unanswerable}
+        if kept == Kept.ANSWERABLE:
+            ids = {question.id for question in result.questions} - ids
+        if result.passages is None:
+            raise typer.BadParameter("a search server does not show its corpus. Give an index or --corpus.")
+        with one_line_errors():
+            if not ids:
+                raise ValueError(f"none of the {len(rows)} questions is {kept}, so {out} was not written.")
+            write_questions(out, _one_or_all(questions), ids, split=split, limit=limit)
+    if as_json:
+        return typer.echo(json.dumps(result.to_dict(), ensure_ascii=False))
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(result.table().render(console.width))
+    for question in result.unanswerable[:examples]:
+        about = f"{question.question}  {question.answers[0]}\n    {question.reason}"
+        console.print(f"{question.id}: {about}", markup=False, highlight=False)
+    judged = share_of(result.questions, "answerable")["of"]
+    if result.passages is not None and judged < len(rows):
+        typer.echo(f"{len(rows) - judged} yes-no questions without titles cannot be judged.")
+    if keep is not None:
+        typer.echo(f"Wrote {len(ids):,} of {len(rows):,} questions to {out}.")
+
+
 def _load(sources: list[str], split: str | None, limit: int | None) -> "Dataset":
     from ..data import load_questions
 
     with one_line_errors(OSError, ValueError, param_hint="SOURCE"):
-        return load_questions(sources if len(sources) > 1 else sources[0], None, split=split, limit=limit)
+        return load_questions(_one_or_all(sources), None, split=split, limit=limit)
+
+
+def _one_or_all(sources: list[str]) -> str | list[str]:
+    """One source may be several with commas between them."""
+    return sources if len(sources) > 1 else sources[0]
 
 
 def _tokenizer(name: str | None) -> Any:

@@ -1,6 +1,7 @@
 """`igpo index`, `igpo search`, `igpo serve`."""
 
 import enum
+import hashlib
 import json
 import sys
 import time
@@ -28,7 +29,8 @@ def index(
     corpus: Annotated[
         list[Path],
         typer.Option(
-            help="Passages: .jsonl, .json, .tsv, .csv (or .gz of these), .parquet. Repeat for several files."
+            help="Passages: .jsonl, .json, .tsv, .csv (or .gz of these), .parquet, or world for the made-up world of "
+            "igpo world. Repeat for several files."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory for the index; an existing index is replaced.")],
@@ -78,12 +80,33 @@ def index(
     started = time.perf_counter()
     with one_line_errors():
         from .. import search as library
+        from ..data.english import find_corpus
 
+        corpus = list(map(find_corpus, corpus))
         classes = {Kind.BM25: "BM25Index", Kind.DENSE: "DenseIndex", Kind.HYBRID: "HybridIndex"}
         built = getattr(library, classes[kind]).build(corpus, **options)
     seconds, size = time.perf_counter() - started, sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     typer.echo(f"Indexed {len(built):,} passages in {seconds:.1f} s: {out} ({kind}, {size / 1e6:,.1f} MB).")
     typer.echo(f'Search it with: igpo search --index {out} "…"')
+
+
+def index_of_corpus(corpus: str | Path) -> Any:
+    """The BM25 index of a corpus in the cache, built if need be."""
+    from ..files import cache_dir
+    from ..search import BM25Index, open_search
+
+    path = Path(corpus).resolve()
+    stamp = f"{path}|{path.stat().st_size}|{path.stat().st_mtime_ns}"
+    directory = cache_dir("bm25", hashlib.sha256(stamp.encode()).hexdigest()[:16])
+    while True:
+        try:
+            return open_search(directory)
+        except (FileNotFoundError, ValueError):  # not built yet, or damaged
+            pass
+        try:
+            return BM25Index.build(str(corpus), directory=directory, show_progress=sys.stderr.isatty())
+        except BlockingIOError:  # another run, or this run on another machine, is building it
+            time.sleep(1)
 
 
 def search(

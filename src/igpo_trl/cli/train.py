@@ -4,12 +4,11 @@ Trains a search agent with IGPO: a language model that searches a corpus of pass
 Every argument of the configuration file can be overridden on the command line, as in `--learning_rate 1e-6`.
 """
 
-import hashlib
 import json
 import logging
 import os
+import shlex
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -24,10 +23,9 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from ..checkpoints import checkpoint_to_resume
 from ..config import IGPOConfig
 from ..data import check_questions, hold_out, load_questions
-from ..evaluation import check_retrieval
+from ..evaluation import check_answerable, check_retrieval
 from ..evaluation.settings import save_options
-from ..files import cache_dir
-from ..search import BM25Index, Searchable, SearchTool, open_search
+from ..search import Searchable, SearchTool, open_search
 from ..tools import make_stop_tools
 from ..trainer import IGPOTrainer
 from .arguments import ScriptArguments as ScriptArguments
@@ -35,6 +33,7 @@ from .arguments import TrainParser, UsageError
 from .checks import check_arguments, check_best_metric, is_finished
 from .errors import debugging, fail, keep_trace, one_line_errors
 from .interrupts import say_how_to_resume
+from .search import index_of_corpus
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,18 +64,14 @@ def open_or_build_index(script: ScriptArguments) -> Searchable:
         if "://" in script.index:
             index.search("Is anybody there?", 1)  # raises an error before a model is loaded if the server is unusable
         return index
-    corpus = Path(str(script.corpus)).resolve()
-    stamp = f"{corpus}|{corpus.stat().st_size}|{corpus.stat().st_mtime_ns}"
-    directory = cache_dir("bm25", hashlib.sha256(stamp.encode()).hexdigest()[:16])
-    while True:
-        try:
-            return open_search(directory)
-        except (FileNotFoundError, ValueError):  # not built yet, or damaged
-            pass
-        try:
-            return BM25Index.build(str(script.corpus), directory=directory, show_progress=sys.stderr.isatty())
-        except BlockingIOError:  # another run, or this run on another machine, is building it
-            time.sleep(1)
+    return index_of_corpus(str(script.corpus))
+
+
+def audit_command(script: ScriptArguments) -> str:
+    """The command that finds the training questions that the corpus cannot answer."""
+    place = ["--index", script.index] if script.index is not None else ["--corpus", str(script.corpus)]
+    words = ["igpo", "data", "audit", script.questions, "--split", "train", *place]
+    return shlex.join([*words, "--keep", "answerable", "answerable.jsonl.gz"])
 
 
 def record_evaluation(trainer: IGPOTrainer, name: str) -> dict[str, float]:
@@ -126,6 +121,7 @@ def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConf
         index = open_or_build_index(script)
     if PartialState().is_main_process:
         check_retrieval(index, train_dataset, script.search_k)
+        check_answerable(index, train_dataset, command=audit_command(script))
 
     if PartialState().is_main_process:
         save_options(str(training.output_dir), script, training, model)

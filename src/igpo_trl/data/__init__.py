@@ -1,5 +1,6 @@
 """Questions for training and evaluation: loads the seven common sets and files of many layouts into one schema."""
 
+from .contexts import build_corpus
 from .prompts import NO_THINK_SYSTEM_PROMPT, SYSTEM_PROMPTS, THINK_SYSTEM_PROMPT, resolve_system_prompt
 from .questions import hold_out, load_questions
 from .sets import QUESTION_SETS, find_sources
@@ -12,6 +13,7 @@ __all__ = [
     "QuestionReport",
     "SYSTEM_PROMPTS",
     "THINK_SYSTEM_PROMPT",
+    "build_corpus",
     "check_questions",
     "find_sources",
     "hold_out",

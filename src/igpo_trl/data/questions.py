@@ -2,12 +2,12 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..files import read_records
+from ..files import read_records, write_json_lines
 from .cells import as_text, is_missing
 from .layouts import UNUSED_COLUMNS, Record, answer_list, parse_cells, read_record
 from .prompts import THINK_SYSTEM_PROMPT, plain_text, resolve_system_prompt
@@ -69,16 +69,7 @@ def load_questions(
         raise ValueError(f"`limit` must be at least 1, got {limit}.")
     prompt = resolve_system_prompt(system_prompt)
     sources = find_sources(source, split)  # all of them, before the first one is read
-    rows: dict[str, dict[str, Any]] = {}  # by id
-    prefixes: dict[str, Path] = {}  # of made-up ids, with their files
-    for each in sources:
-        number_before = len(rows)
-        for where, row in islice(_read(each, prompt, prefixes), limit):
-            if row["id"] in rows:
-                raise ValueError(f"{where}: the id {row['id']!r} is that of an earlier question. Ids must be unique.")
-            rows[row["id"]] = row
-        if len(rows) == number_before:
-            raise ValueError(f"{each} holds no questions.")
+    rows = [row for row, _ in read_questions(sources, prompt, limit)]
     features = Features(
         prompt=List({"role": Value("string"), "content": Value("string")}),
         answers=List(Value("string")),
@@ -87,38 +78,92 @@ def load_questions(
         hops=Value("int64"),
         supporting_titles=List(Value("string")),
     )
-    return Dataset.from_list(list(rows.values()), features=features)
+    return Dataset.from_list(rows, features=features)
 
 
-def _read(
-    source: Source, system_prompt: str | None, prefixes: dict[str, Path]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the rows of a source in the schema, each with its location for error messages."""
+def read_questions(
+    sources: Sequence[Source], system_prompt: str | None = None, limit: int | None = None, *, all_columns: bool = False
+) -> Iterator[tuple[dict[str, Any], Record]]:
+    """
+    Reads the questions of resolved sources one by one: rows as of [`load_questions`], each with its record.
+
+    Args:
+        sources (sequence of `Source`): As of [`find_sources`].
+        system_prompt (`str`, *optional*): First message of every prompt.
+        limit (`int`, *optional*): Number of questions to read from each source.
+        all_columns (`bool`, *optional*, defaults to `False`): Whether the records have all their columns, also the
+            passages that come with the questions.
+    """
+    ids = set[str]()
+    prefixes: dict[str, Path] = {}  # of made-up ids, with their files
+    for source in sources:
+        number_before = len(ids)
+        for raw in islice(read_records_of(source, prefixes, all_columns), limit):
+            row = read_question(raw, system_prompt)
+            if row["id"] in ids:
+                problem = f"the id {row['id']!r} is that of an earlier question. Ids must be unique."
+                raise ValueError(f"{raw.where}: {problem}")
+            ids.add(row["id"])
+            yield row, raw.record
+        if len(ids) == number_before:
+            raise ValueError(f"{source} holds no questions.")
+
+
+class RawRecord(NamedTuple):
+    """A record of a source, where it stands, its set (if known), and a name and an id where it has none itself."""
+
+    record: Record
+    where: str
+    dataset: str | None
+    default_name: str
+    default_id: str
+
+
+def read_records_of(source: Source, prefixes: dict[str, Path], all_columns: bool = False) -> Iterator[RawRecord]:
+    """
+    Reads the records of a source one by one, without those that are marked as not answerable.
+
+    Args:
+        source (`Source`): As of [`find_sources`].
+        prefixes (`dict`): Of made-up ids, with their files; shared by all sources that are read together.
+        all_columns (`bool`, *optional*, defaults to `False`): Whether to read the passages that come with the
+            questions.
+    """
     is_table = source.is_file and source.location.removesuffix(".gz").endswith((".csv", ".tsv"))
     if source.is_file:
         name, id_prefix = _file_names(Path(source.location).resolve(), prefixes)
+        unused = frozenset[str]() if all_columns else UNUSED_COLUMNS
         records = read_records(
-            source.location, select_columns=lambda names: [name for name in names if name not in UNUSED_COLUMNS]
+            source.location, select_columns=lambda names: [name for name in names if name not in unused]
         )
     else:
-        split, rows = read_dataset(source)
+        split, rows = read_dataset(source, all_columns)
         name = source.dataset or Path(source.location).name
         id_prefix = f"{name}_{split}_"
         records = ((str(source), record) for record in rows)
     unanswerable = 0
-    for number, (where, raw) in enumerate(records):
-        if raw.get("answerable") is False:  # half of the full version of MuSiQue
+    for number, (where, record) in enumerate(records):
+        if record.get("answerable") is False:  # half of the full version of MuSiQue
             unanswerable += 1
             continue
         where = f"{where} (row {number})"
         try:
-            record = read_record(parse_cells(raw) if is_table else raw, source.dataset, canonical_name(name))
-            row = _to_row(record, name, f"{id_prefix}{number}", system_prompt)
-        except (ValueError, TypeError, AttributeError, LookupError) as error:
-            raise ValueError(f"{where}: {error}" if isinstance(error, ValueError) else f"{where}: {raw!r}") from error
-        yield where, row
+            record = parse_cells(record) if is_table else record
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        yield RawRecord(record, where, source.dataset, name, f"{id_prefix}{number}")
     if unanswerable:
         logger.warning("%s: left out %d questions that are marked as not answerable.", source, unanswerable)
+
+
+def read_question(raw: RawRecord, system_prompt: str | None = None) -> dict[str, Any]:
+    """The row of [`load_questions`] for a record. Raises a `ValueError` that names the record if there is none."""
+    try:
+        record = read_record(raw.record, raw.dataset, canonical_name(raw.default_name))
+        return _to_row(record, raw.default_name, raw.default_id, system_prompt)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        problem = error if isinstance(error, ValueError) else repr(raw.record)
+        raise ValueError(f"{raw.where}: {problem}") from error
 
 
 def _file_names(path: Path, prefixes: dict[str, Path]) -> tuple[str, str]:
@@ -168,6 +213,35 @@ def _to_row(record: Record, name: str, default_id: str, system_prompt: str | Non
         "hops": hops,
         "supporting_titles": titles,
     }
+
+
+def write_questions(
+    path: str | Path,
+    source: str | Path | Sequence[str | Path],
+    ids: Collection[str],
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+) -> None:
+    """
+    Writes the questions with the given ids to a JSON Lines file that [`load_questions`] reads, see
+    [`write_json_lines`]: the columns of the schema, then all other columns that the sources have.
+
+    Args:
+        path (`str` or `Path`): The file.
+        source, split, limit: As for [`load_questions`].
+        ids (collection of `str`): Ids as of [`load_questions`].
+    """
+    with write_json_lines(path) as write:
+        for row, record in read_questions(find_sources(source, split), limit=limit, all_columns=True):
+            if row["id"] in ids:
+                write(to_record(row, record))
+
+
+def to_record(row: dict[str, Any], record: Record) -> Record:
+    """A question as a record of this project's own layout: a row of [`load_questions`], and its other columns."""
+    question = {"question": row["prompt"][-1]["content"]} | {name: row[name] for name in row if name != "prompt"}
+    return question | {name: value for name, value in record.items() if name not in question}
 
 
 def hold_out(questions: "Dataset", number: int) -> tuple["Dataset", "Dataset"]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..files import FILE_ENDINGS
+from .english import SPLITS, WORLD, world_file
 from .layouts import UNUSED_COLUMNS
 
 if TYPE_CHECKING:
@@ -52,6 +53,13 @@ ORIGINAL_SETS: dict[str, QuestionSet] = {
 }
 """The same sets as published on the hub by their authors or others, by repository in lower case."""
 
+CONTEXT_SETS: dict[str, str] = {
+    "hotpotqa": "hotpotqa/hotpot_qa",
+    "2wiki": "framolfese/2WikiMultihopQA",
+    "musique": "dgslibisey/MuSiQue",
+}
+"""The sets whose questions come with paragraphs, among them the supporting ones, by short name: where these are."""
+
 _OTHER_NAMES = {
     "tq": "triviaqa",
     "trivia_qa": "triviaqa",
@@ -76,7 +84,9 @@ class Source(NamedTuple):
         return f"{self.location} ({details})" if details else self.location
 
 
-def find_sources(source: str | Path | Sequence[str | Path], split: str | None = None) -> list[Source]:
+def find_sources(
+    source: str | Path | Sequence[str | Path], split: str | None = None, *, with_contexts: bool = False
+) -> list[Source]:
     """
     Resolves one or several sources of [`load_questions`]. Nothing is read, so a wrong name is reported before anything
     else is done.
@@ -84,10 +94,12 @@ def find_sources(source: str | Path | Sequence[str | Path], split: str | None = 
     Args:
         source (`str`, `Path` or sequence of these): A source, or several as a list or separated by commas.
         split (`str`, *optional*): Split of the data sets for which `source` names none.
+        with_contexts (`bool`, *optional*, defaults to `False`): Whether the paragraphs that come with the questions
+            are wanted, see [`find_context_source`].
 
     Raises:
         FileNotFoundError: A file does not exist, or a source is neither a file nor a name on the hub.
-        ValueError: There is no source, or the format of a file is unknown.
+        ValueError: There is no source, the format of a file is unknown, or a set has no paragraphs.
     """
     if isinstance(source, str | Path):
         text = str(source)
@@ -97,9 +109,10 @@ def find_sources(source: str | Path | Sequence[str | Path], split: str | None = 
     parts = [part.strip() for part in parts if part.strip()]
     if not parts:
         raise ValueError(
-            f"no source of questions in {source!r}: expected a file, or one of {', '.join(QUESTION_SETS)}."
+            f"no source of questions in {source!r}: expected a file, or one of {', '.join([*QUESTION_SETS, WORLD])}."
         )
-    return [find_source(part, split) for part in parts]
+    find = find_context_source if with_contexts else find_source
+    return [find(part, split) for part in parts]
 
 
 def canonical_name(name: str) -> str:
@@ -110,8 +123,8 @@ def canonical_name(name: str) -> str:
 
 def find_source(text: str, split: str | None = None) -> Source:
     """
-    Resolves a source: one of the seven sets, an existing file or folder (`./nq` for a folder with the name of a set),
-    or a data set on the hub. `name:split` names a split.
+    Resolves a source: one of the seven sets or `world`, an existing file or folder (`./nq` for a folder with the name
+    of a set), or a data set on the hub. `name:split` names a split.
 
     `split` is that of a data set if `text` names none. Files have no splits.
     """
@@ -119,6 +132,12 @@ def find_source(text: str, split: str | None = None) -> Source:
     key = _OTHER_NAMES.get(name.lower(), name.lower())
     if known := QUESTION_SETS.get(key) or ORIGINAL_SETS.get(key):
         return Source(known.repository, False, known.config, known.dataset, own_split or split or known.split)
+    if key == WORLD:
+        if (part := own_split or split or "test") not in SPLITS:
+            raise ValueError(
+                f"{text}: there is no split {part}. Name one of {', '.join(SPLITS)}, as in {WORLD}:train."
+            )
+        return Source(str(world_file(part)), is_file=True)
     if os.path.exists(text):
         return _local(Path(text), split)
     if own_split and os.path.isdir(name):
@@ -128,12 +147,35 @@ def find_source(text: str, split: str | None = None) -> Source:
         raise FileNotFoundError(f"no such file: {text}. Expected questions in one of {', '.join(FILE_ENDINGS)}.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.-]+)?", name):
         return _on_the_hub(name, split)
-    close = difflib.get_close_matches(name.lower(), [*QUESTION_SETS, *_OTHER_NAMES], n=1)
+    close = difflib.get_close_matches(name.lower(), [*QUESTION_SETS, WORLD, *_OTHER_NAMES], n=1)
     hint = f" Did you mean {close[0]}?" if close else ""
     raise FileNotFoundError(
         f"no such file of questions, and no data set of that name: {text}.{hint} Expected a file "
-        f"({', '.join(FILE_ENDINGS)}), one of {', '.join(QUESTION_SETS)}, or owner/name of a data set on the hub."
+        f"({', '.join(FILE_ENDINGS)}), one of {', '.join([*QUESTION_SETS, WORLD])}, or owner/name of a data set on "
+        "the hub."
     )
+
+
+def find_context_source(text: str, split: str | None = None) -> Source:
+    """
+    As [`find_source`], for the paragraphs that come with the questions: the short name of a set stands for the
+    repository that has them.
+
+    Raises:
+        ValueError: The set is published without paragraphs.
+    """
+    name, _, own_split = text.partition(":")
+    known = QUESTION_SETS.get(_OTHER_NAMES.get(name.lower(), name.lower()))
+    if known is None:
+        return find_source(text, split)
+    if known.dataset not in CONTEXT_SETS:
+        raise ValueError(
+            f"{known.dataset} is published without passages. Sets with passages: {', '.join(CONTEXT_SETS)}. For other "
+            "questions index a Wikipedia dump, see docs/search.md."
+        )
+    # These repositories call the split `validation` that has the name `dev` elsewhere.
+    split = re.sub(r"^dev\b", "validation", own_split or split or "")
+    return find_source(CONTEXT_SETS[known.dataset], split or None)
 
 
 def _local(path: Path, split: str | None) -> Source:
@@ -155,10 +197,10 @@ def _on_the_hub(name: str, split: str | None) -> Source:
     return Source(repository, False, config, dataset, split)
 
 
-def read_dataset(source: Source) -> tuple[str, Iterator[dict[str, Any]]]:
+def read_dataset(source: Source, all_columns: bool = False) -> tuple[str, Iterator[dict[str, Any]]]:
     """
-    Loads a split with `datasets`, from a folder or the hub: its name, and its rows without the passages that come with
-    the questions.
+    Loads a split with `datasets`, from a folder or the hub: its name, and its rows, by default without the passages
+    that come with the questions.
     """
     loaded = _load(source)
     if isinstance(loaded, dict):
@@ -171,7 +213,7 @@ def read_dataset(source: Source) -> tuple[str, Iterator[dict[str, Any]]]:
         dataset = loaded[split]
     else:
         split, dataset = source.split or str(loaded.split or "train"), loaded
-    unused = [column for column in dataset.column_names if column in UNUSED_COLUMNS]
+    unused = [column for column in dataset.column_names if column in UNUSED_COLUMNS and not all_columns]
     return split, iter(dataset.remove_columns(unused).with_format(None))
 
 

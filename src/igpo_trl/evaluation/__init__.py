@@ -8,6 +8,7 @@ records, and needs neither torch nor TRL.
 
 from typing import TYPE_CHECKING, Any
 
+from .audit import Audit, audit_questions, check_answerable
 from .compare import Comparison, compare_runs
 from .intervals import bootstrap_interval, mcnemar_test, permutation_test
 from .retrieval import RetrievalScores, check_retrieval, score_retrieval
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
     from .rollouts import roll_out
 
 __all__ = [
+    "Audit",
     "Comparison",
     "EvaluationSettings",
     "RetrievalScores",
     "RunScores",
+    "audit_questions",
     "bootstrap_interval",
+    "check_answerable",
     "check_retrieval",
     "compare_runs",
     "has_answer",

@@ -2,12 +2,13 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..search import Searchable, open_search
+from ..search.passages import Passage
 from .intervals import Interval, bootstrap_interval
 from .scores import has_answer, is_searchable
 from .tables import Table, format_interval, format_percent, to_plain
@@ -82,20 +83,15 @@ def score_retrieval(
     searchable = open_search(index)
     answer: dict[int, list[float]] = {k: [] for k in ks}
     recall: dict[int, list[float]] = {k: [] for k in ks}
-    for first in range(0, len(rows), _BATCH):
-        batch = rows[first : first + _BATCH]
-        results = searchable.search_batch([row["prompt"][-1]["content"] for row in batch], ks[-1])
-        for row, passages in zip(batch, results, strict=True):
-            answers, titles = row["answers"], {title.casefold() for title in row["supporting_titles"]}
-            texts = (f"{passage.title}\n{passage.text}" for passage in passages)
-            rank = next((i for i, text in enumerate(texts) if has_answer([text], answers)), ks[-1])
-            for k in ks:
-                if is_searchable(answers):
-                    answer[k].append(float(rank < k))
-                if titles:
-                    among = titles & {passage.title.casefold() for passage in passages[:k]}
-                    recall[k].append(len(among) / len(titles))
-        progress(len(batch))
+    results = search_all(searchable, [row["prompt"][-1]["content"] for row in rows], ks[-1], progress)
+    for row, passages in zip(rows, results, strict=True):
+        rank = answer_rank(passages, row["answers"])
+        for k in ks:
+            if is_searchable(row["answers"]):
+                answer[k].append(float(rank < k))
+            if titles := title_keys(row["supporting_titles"]):
+                among = titles & title_keys(passage.title for passage in passages[:k])
+                recall[k].append(len(among) / len(titles))
     recall_all = {k: [float(value == 1) for value in values] for k, values in recall.items()}
     return RetrievalScores(
         dataset=dataset,
@@ -109,8 +105,35 @@ def score_retrieval(
     )
 
 
+def search_all(
+    searchable: Searchable, queries: Sequence[str], k: int, progress: Callable[[int], Any] = lambda number: None
+) -> Iterator[list[Passage]]:
+    """The up to `k` passages for each query, in order; the queries are sent in batches, each counted by `progress`."""
+    for first in range(0, len(queries), _BATCH):
+        batch = queries[first : first + _BATCH]
+        yield from searchable.search_batch(batch, k)
+        progress(len(batch))
+
+
+def answer_rank(passages: Sequence[Passage], answers: Sequence[str]) -> float:
+    """Position, from 0, of the first passage whose title or text contains an answer; infinity if none does."""
+    texts = (f"{passage.title}\n{passage.text}" for passage in passages)
+    return next((float(i) for i, text in enumerate(texts) if has_answer([text], answers)), math.inf)
+
+
+def title_keys(titles: Iterable[str]) -> set[str]:
+    """What titles are compared by: their case does not count."""
+    return {title.casefold() for title in titles}
+
+
 def _intervals(curve: dict[int, list[float]]) -> dict[int, Interval]:
     return {k: bootstrap_interval(values) for k, values in curve.items() if values}
+
+
+def sample_of(questions: Sequence[Any], number: int) -> list[dict[str, Any]]:
+    """Up to `number` questions, spread over all; rows without a column of supporting titles get an empty one."""
+    rows = [questions[i * len(questions) // number] for i in range(number)] if len(questions) > number else questions
+    return [{"supporting_titles": [], **row} for row in rows]
 
 
 def check_retrieval(index: Searchable | str | Path, questions: Sequence[Any], k: int = 3, sample: int = 100) -> float:
@@ -128,8 +151,7 @@ def check_retrieval(index: Searchable | str | Path, questions: Sequence[Any], k:
     Returns:
         `float`: Share of the questions whose answer is found; NaN if none can be looked for, as with yes-no questions.
     """
-    rows = [questions[i * len(questions) // sample] for i in range(sample)] if len(questions) > sample else questions
-    scores = score_retrieval(index, [{"supporting_titles": [], **row} for row in rows], [k])
+    scores = score_retrieval(index, sample_of(questions, sample), [k])
     if not scores.searchable:
         return math.nan
     share = scores.answer[k].mean

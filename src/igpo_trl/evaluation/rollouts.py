@@ -175,6 +175,7 @@ def make_trainer(settings: EvaluationSettings, arguments: IGPOConfig, tool: Any)
         model = PeftModel.from_pretrained(model, settings.adapter)
         if Path(settings.adapter, "tokenizer_config.json").is_file():
             tokenizer = settings.adapter
+    tokenizer = settings.tokenizer or tokenizer
     rows = arguments.generation_batch_size // arguments.num_generations  # as many as a training step would need
     trainer = EvaluationTrainer(
         model=model,
@@ -232,6 +233,8 @@ class EvaluationTrainer(IGPOTrainer):
             "prediction": prediction,
             "f1": f1,
             "em": em,
+            # Whether the first turn calls a tool in a way that can be read and run.
+            "first_call": len(messages) > 1 and messages[1].get("role") == "tool" and not _failed(messages[1]),
             "searches": sum(m.get("role") == "tool" and m["name"] not in stop_tools for m in messages),
             "failed_calls": sum(map(_failed, messages)),
             "tokens_observed": len(self.current_step.completion_ids[i]) - sum(t.num_tokens for t in record.turns),

@@ -35,8 +35,8 @@ METRICS = {
 }
 WITH_INTERVAL = ("f1", "em", "judge", "in_evidence")
 
-_NOT_WORDS = re.compile(r"[\W_]+")
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_WORD = re.compile(r"[^\W_]+")
+_ARTICLES = {"a", "an", "the"}
 # Lines in which a tool repeats the policy's own words: the query, or a call that could not be read.
 _REPEATED = re.compile(r"^(?:Results for .*:|Error: .*)$", re.MULTILINE)
 
@@ -57,17 +57,46 @@ def has_answer(texts: Iterable[str], answers: Sequence[str]) -> bool:
     return any(words in text for text in map(_words, texts) for words in answer_words)
 
 
+class AnswerFinder:
+    """
+    Finds many answers in one text after another, as [`has_answer`] does; their number hardly affects the time.
+
+    Args:
+        answers (iterable of `str`): Answers and aliases of all questions.
+    """
+
+    def __init__(self, answers: Iterable[str]) -> None:
+        self._answers: dict[str, list[str]] = defaultdict(list)  # as written, by their words
+        self._lengths: dict[str, set[int]] = defaultdict(set)  # in words, by their first word
+        for answer in dict.fromkeys(answers):
+            if words := _words(answer).split():
+                self._answers[" ".join(words)].append(answer)
+                self._lengths[words[0]].add(len(words))
+
+    def find(self, text: str) -> set[str]:
+        """Those of the answers that the text contains, as they were given."""
+        words = plain_words(text).split()
+        if self._lengths.keys().isdisjoint(words):
+            return set()
+        phrases = (" ".join(words[i : i + n]) for i, first in enumerate(words) for n in self._lengths.get(first, ()))
+        return {answer for phrase in phrases for answer in self._answers.get(phrase, ())}
+
+
 def is_searchable(answers: Sequence[str]) -> bool:
     """Whether it makes sense to look for the answer in a text: not for `yes` and `no`."""
     return _words(answers[0]) not in (" yes ", " no ")
 
 
-@lru_cache(maxsize=1 << 14)
-def _words(text: str) -> str:
-    """The words of a text, with a space before and after each."""
-    plain = unicodedata.normalize("NFKD", text.casefold())
-    plain = "".join(character for character in plain if not unicodedata.combining(character))
-    return f" {' '.join(_ARTICLES.sub(' ', _NOT_WORDS.sub(' ', plain)).split())} "
+def plain_words(text: str) -> str:
+    """The words of a text without case, accents, punctuation and articles, with a space before and after each."""
+    plain = text.casefold()
+    if not plain.isascii():
+        plain = unicodedata.normalize("NFKD", plain)
+        plain = "".join(character for character in plain if not unicodedata.combining(character))
+    return f" {' '.join(word for word in _WORD.findall(plain) if word not in _ARTICLES)} "
+
+
+_words = lru_cache(maxsize=1 << 14)(plain_words)
 
 
 def measure(trajectory: Trajectory, variant: Variant = "squad") -> dict[str, float | None]:

@@ -9,12 +9,12 @@ from typing import Any
 
 import yaml
 
-from ..adapters import base_of_adapter, is_adapter
 from ..data import load_questions, resolve_system_prompt
 from ..data.questions import order_by_hash
 from ..files import looks_like_path
 from ..rewards import Variant
 from ..tools import make_stop_tools
+from ..training.adapters import base_of_adapter, is_adapter
 
 Row = dict[str, Any]
 
@@ -46,6 +46,8 @@ class EvaluationSettings:
         sources (`list[str]`): sources of questions, see [`load_questions`].
         indexes (`list[str]`): what to search, one for all sources or one for each, see [`open_search`].
         adapter (`str` or `None`): PEFT adapter on top of the model.
+        tokenizer (`str` or `None`): directory of a tokenizer that replaces the model's, such as one with another chat
+            template.
         limit (`int` or `None`): questions per data set, see [`choose_questions`].
         num_samples (`int`): rollouts per question.
         temperature (`float`): sampling temperature; 0 takes the most likely token.
@@ -79,6 +81,7 @@ class EvaluationSettings:
     vllm: bool = False
     dtype: str | None = None
     attn_implementation: str | None = None
+    tokenizer: str | None = None
     rollout: dict[str, Any] = field(default_factory=dict)
 
     def resolve(self) -> None:

@@ -60,7 +60,7 @@ class BM25Index(Index):
             raise ImportError('numba is not installed. Install it with: pip install "igpo-trl[numba]"')
         scorer.backend = backend
         self._scorer = scorer
-        self._passages = passages
+        self.passages = passages
         self._settings = settings
         self._threads = min(8, os.cpu_count() or 1) if threads is None else threads
 
@@ -131,7 +131,7 @@ class BM25Index(Index):
 
     def __len__(self) -> int:
         """Number of passages."""
-        return len(self._passages)
+        return len(self.passages)
 
     def _search_batch(self, queries: list[str], k: int) -> list[list[Passage]]:
         results: list[list[Passage]] = [[] for _ in queries]
@@ -150,7 +150,7 @@ class BM25Index(Index):
             rows, scores = self._scorer.retrieve([ids[i] for i in part], k=min(k, len(self)), show_progress=False)
             for i, best, values in zip(part, rows.tolist(), scores.tolist(), strict=True):
                 matches = sum(value > 0 for value in values)  # sorted: passages without a word of the query are last
-                results[i] = with_scores(self._passages, best[:matches], values[:matches])
+                results[i] = with_scores(self.passages, best[:matches], values[:matches])
 
         if len(parts) > 1:  # both backends release the interpreter lock
             with ThreadPoolExecutor(len(parts)) as pool:
@@ -161,7 +161,7 @@ class BM25Index(Index):
 
     def _write(self, directory: Path) -> None:
         with PassageWriter(directory) as writer:
-            for passage in self._passages:
+            for passage in self.passages:
                 writer.write(passage)
         _finish(directory, self._scorer, writer, self._settings)
 

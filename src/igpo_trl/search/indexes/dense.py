@@ -50,7 +50,7 @@ class DenseIndex(Index):
 
     def __init__(self, vectors: Any, passages: Sequence[Passage], encoder: Encoder, directory: Path) -> None:
         self._vectors = vectors
-        self._passages = passages
+        self.passages = passages
         self._encoder = encoder
         self._directory = directory
 
@@ -139,11 +139,11 @@ class DenseIndex(Index):
 
     def __len__(self) -> int:
         """Number of passages."""
-        return len(self._passages)
+        return len(self.passages)
 
     def _search_batch(self, queries: list[str], k: int) -> list[list[Passage]]:
         results = nearest(self._vectors, self._encoder.queries(queries), k)
-        return [with_scores(self._passages, rows.tolist(), products.tolist()) for rows, products in results]
+        return [with_scores(self.passages, rows.tolist(), products.tolist()) for rows, products in results]
 
     def _write(self, directory: Path) -> None:
         for name in [*read_manifest(self._directory)["files"], MANIFEST_FILE]:

@@ -109,6 +109,11 @@ class HybridIndex(Index):
                 return len(part)
         raise TypeError("no part knows how many passages it has.")
 
+    @property
+    def passages(self) -> Sequence[Passage] | None:
+        """The passages in their order, from the first part that has them; `None` if all parts are elsewhere."""
+        return next(filter(None, (getattr(part, "passages", None) for part in self.parts)), None)
+
     def _search_batch(self, queries: list[str], k: int) -> list[list[Passage]]:
         rankings = [part.search_batch(queries, max(k, self.depth)) for part in self.parts]
         return [self._fuse(query_rankings)[:k] for query_rankings in zip(*rankings, strict=True)]

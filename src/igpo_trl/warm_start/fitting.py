@@ -1,0 +1,146 @@
+"""Training on traces with TRL's `SFTTrainer`: LoRA or all weights, for some epochs, steps or minutes."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers.trainer_callback import ExportableState
+from trl import SFTConfig, SFTTrainer
+
+from ..checkpoints import last_whole_checkpoint
+
+_WARMUP = 0.05
+"""Share of training in which the learning rate rises."""
+
+
+def computes_in_bfloat16() -> bool:
+    """Whether the device that trains computes in bfloat16 at full speed."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()) or torch.accelerator.is_available()
+
+
+def fit(
+    model: str,
+    tokenizer: Any,
+    examples: Sequence[dict[str, list[int]]],
+    folder: Path,
+    *,
+    lora_r: int | None,
+    epochs: float,
+    max_steps: int | None,
+    minutes: float | None,
+    learning_rate: float,
+    batch_size: int,
+    micro_batch_size: int | None,
+    seed: int,
+) -> tuple[Any, dict[str, float]]:
+    """
+    Trains a model on encoded traces, from its last checkpoint in `folder` if there is one.
+
+    Returns:
+        The model, with its adapter still apart, and `steps`, the final `loss` and `seconds`.
+    """
+    on_cpu = not torch.accelerator.is_available()
+    micro = micro_batch_size or (1 if on_cpu else min(4, batch_size))
+    if batch_size % micro:
+        raise ValueError(f"`batch_size` must be a multiple of `micro_batch_size`, got {batch_size} and {micro}.")
+    bf16 = computes_in_bfloat16()
+    # Weights that do not change need no more digits than they are saved with; those that are trained do.
+    dtype = torch.bfloat16 if bf16 and lora_r else torch.float32
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=batch_size // micro,
+        train_sampling_strategy="random" if micro == 1 else "group_by_length",
+        num_train_epochs=epochs,
+        max_steps=max_steps or -1,
+        learning_rate=learning_rate,
+        max_length=None,
+        bf16=bf16,
+        use_cpu=on_cpu,
+        gradient_checkpointing=not on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        logging_steps=5,
+        save_steps=10 if on_cpu else 50,
+        save_total_limit=1,
+        restore_callback_states_from_checkpoint=True,
+        report_to="none",
+        seed=seed,
+    )
+    peft_config = None
+    if lora_r:
+        from peft import LoraConfig
+
+        peft_config = LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
+    clock = Clock(minutes)
+    trainer = WarmStartTrainer(
+        clock,
+        model=AutoModelForCausalLM.from_pretrained(model, dtype=dtype),
+        args=arguments,
+        train_dataset=Dataset.from_list(list(examples)),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        callbacks=[clock],
+    )
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    loss = sum(losses[-3:]) / max(1, len(losses[-3:]))
+    return trainer.model, {"steps": trainer.state.global_step, "loss": loss, "seconds": clock.seconds}
+
+
+class Clock(TrainerCallback, ExportableState):
+    """
+    Ends training after some minutes, those before an interruption included.
+
+    Args:
+        minutes (`float`, *optional*): How long. `None` is no limit.
+        spent (`float`, *optional*, defaults to `0.0`): Seconds that were spent already.
+    """
+
+    def __init__(self, minutes: float | None, spent: float = 0.0):
+        self.minutes, self.spent, self._since = minutes, spent, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent so far."""
+        return self.spent + time.monotonic() - self._since
+
+    @property
+    def progress(self) -> float:
+        """Share of the time that is spent."""
+        return 0.0 if self.minutes is None else self.seconds / (60 * self.minutes)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._since = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.progress >= 1:
+            control.should_training_stop = control.should_save = True
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"minutes": self.minutes, "spent": self.seconds}, "attributes": {}}
+
+
+class WarmStartTrainer(SFTTrainer):
+    """`SFTTrainer` with a learning rate that falls to zero over the steps or the time, whichever ends first."""
+
+    def __init__(self, clock: Clock, **options: Any):
+        super().__init__(**options)
+        self._clock = clock
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        clocks = [callback for callback in self.callback_handler.callbacks if isinstance(callback, Clock)]
+
+        def factor(step: int) -> float:
+            progress = max(step / num_training_steps, *(clock.progress for clock in clocks))
+            rise = (step + 1) / (1 + _WARMUP * num_training_steps)
+            return max(0.0, min(rise, (1 - progress) / (1 - _WARMUP)))
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler

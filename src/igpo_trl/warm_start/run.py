@@ -1,0 +1,253 @@
+"""`warm_start`: traces, training, and what changed on held-out questions."""
+
+import json
+import logging
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoTokenizer
+
+from ..beliefs.probes import DEFAULT_TEMPLATE, NO_THINK_TEMPLATE
+from ..data import hold_out, load_questions, resolve_system_prompt
+from ..evaluation import EvaluationSettings, load_trajectories, roll_out, score_run
+from ..evaluation.run import differing_settings, write_json
+from ..evaluation.scores import AVERAGE
+from ..files import check_writable
+from ..search import SearchTool, open_search
+from .encoding import TraceEncoder
+from .fitting import computes_in_bfloat16, fit
+from .templates import add_tool_template
+from .traces import Traces, make_traces, read_traces
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE, TRACES_FILE, HELD_OUT_FILE, OPTIONS_FILE = (
+    "warm_start.json",
+    "traces.jsonl",
+    "held_out.jsonl",
+    "igpo.yaml",
+)
+
+
+def warm_start(
+    model: str,
+    out: str | Path,
+    *,
+    data: str | Path | Sequence[str | Path],
+    index: str | Path,
+    eval_data: str | Path | None = None,
+    traces: int = 400,
+    traces_file: str | Path | None = None,
+    system_prompt: str | None = "no_think",
+    thoughts: float | None = None,
+    k: int = 2,
+    max_words: int | None = 50,
+    lora_r: int | None = 32,
+    epochs: float = 1.0,
+    max_steps: int | None = None,
+    minutes: float | None = None,
+    learning_rate: float | None = None,
+    batch_size: int = 4,
+    micro_batch_size: int | None = None,
+    eval_questions: int = 60,
+    eval_before: bool = True,
+    max_turns: int = 6,
+    save_adapter: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """
+    Teaches a model that does not search yet the form of it, and saves it in a directory that every command loads.
+
+    It makes traces from questions ([`make_traces`]), trains on them with TRL's `SFTTrainer`, on the assistant's tokens
+    only, and evaluates the model before and after on questions of which no trace was made. Where the model's chat
+    template cannot call tools, it gets one that can. A run that was interrupted resumes when it is called again with
+    the same arguments; one that is complete returns its report.
+
+    Args:
+        model (`str`): A model on the hub, or a directory.
+        out (`str` or `Path`): Where to save everything.
+        data (`str`, `Path` or sequence of these): Questions, see [`load_questions`].
+        index (`str` or `Path`): What to search: the directory of an index, or the address of a search server.
+        eval_data (`str` or `Path`, *optional*): Questions to evaluate on. Defaults to some of `data`, which then give
+            no traces ([`hold_out`]).
+        traces (`int`, *optional*, defaults to `400`): How many traces to make.
+        traces_file (`str` or `Path`, *optional*): Traces of your own instead, see [`read_traces`].
+        system_prompt (`str`, *optional*, defaults to `"no_think"`): As in [`load_questions`].
+        thoughts (`float`, *optional*): See [`make_traces`].
+        k (`int`, *optional*, defaults to `2`), max_words (`int`, *optional*, defaults to `50`): Passages per search, and
+            words of each. Train with the same ones later.
+        lora_r (`int`, *optional*, defaults to `32`): Rank of the adapter; `None` trains all weights.
+        epochs (`float`, *optional*, defaults to `1.0`), max_steps (`int`, *optional*), minutes (`float`, *optional*):
+            How long to train; whichever ends first.
+        learning_rate (`float`, *optional*): Its peak. Defaults to 5e-4 for an adapter, 5e-5 for all weights.
+        batch_size (`int`, *optional*, defaults to `4`): Traces per step.
+        micro_batch_size (`int`, *optional*): Traces at a time. Defaults to 1 on a CPU, to 4 on a GPU.
+        eval_questions (`int`, *optional*, defaults to `60`): How many questions to evaluate on; 0 for none.
+        eval_before (`bool`, *optional*, defaults to `True`): Whether to evaluate the model before training too.
+        max_turns (`int`, *optional*, defaults to `6`): Turns of a rollout in these evaluations.
+        save_adapter (`bool`, *optional*, defaults to `False`): Also save the adapter apart, in `adapter/`.
+        seed (`int`, *optional*, defaults to `0`): Seed of traces and training.
+
+    Returns:
+        `dict`, also in `warm_start.json`: `settings`, `traces`, `training`, `before` and `after`; the last two are
+        scores with `first_calls` (the share of readable ones), `f1`, `em`, `searches`, `belief_start` and `belief_end`.
+
+    Raises:
+        FileExistsError: `out` has other files, or a run with other arguments.
+        FileNotFoundError, ValueError: A file does not exist or is malformed, or no question gave a trace.
+    """
+    settings = json.loads(json.dumps({key: value for key, value in locals().items() if key != "out"}, default=str))
+    out = Path(out)
+    report = _open(out, settings)
+    if "complete" in report:
+        return report
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    changed = add_tool_template(tokenizer)
+    tokenizer.save_pretrained(out)
+    prompt = resolve_system_prompt(system_prompt)
+    questions = load_questions(data, prompt, split="train")
+    held_out = None
+    if eval_questions and eval_data is None:
+        questions, held_out = hold_out(questions, min(eval_questions, len(questions) // 2))
+    elif eval_questions:
+        held_out = load_questions(str(eval_data), prompt, limit=eval_questions)
+    tool = SearchTool(open_search(index), k=k, max_words=max_words)
+    made = _traces(out, questions, tool, traces, traces_file, thoughts, seed)
+    thinks = "<think>" in made.records[0]["messages"][-1]["content"]
+    options = _rollout_options(prompt, k, max_words, max_turns, thinks)
+    (out / OPTIONS_FILE).write_text(_options_text(out, options), encoding="utf-8")
+    report |= {"chat_template": "Qwen2.5's" if changed else "its own", "traces": made.summary}
+    logger.info("%s.", made.summary)
+
+    if held_out is not None:
+        _write_questions(out / HELD_OUT_FILE, held_out)
+        if eval_before:
+            report["before"] = _evaluate(model, out, "before", index, options, seed, tokenizer=str(out))
+    _save(out, report)
+    if not (out / "config.json").is_file():
+        encoder = TraceEncoder(tokenizer, [tool])
+        trained, report["training"] = fit(
+            model,
+            tokenizer,
+            [encoder.encode(record["messages"]) for record in made.records],
+            out / "training",
+            lora_r=lora_r,
+            epochs=epochs,
+            max_steps=max_steps,
+            minutes=minutes,
+            learning_rate=learning_rate or (5e-4 if lora_r else 5e-5),
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
+            seed=seed,
+        )
+        if lora_r:
+            if save_adapter:
+                trained.save_pretrained(out / "adapter")
+                tokenizer.save_pretrained(out / "adapter")
+            trained = trained.float().merge_and_unload()
+        trained.to(torch.bfloat16).save_pretrained(out)
+        _save(out, report)
+        del trained
+    if held_out is not None:
+        report["after"] = _evaluate(str(out), out, "after", index, options, seed)
+    _save(out, report | {"complete": True})
+    return report | {"complete": True}
+
+
+def _open(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The report of a run that is resumed, or a new one."""
+    check_writable(out, "the model's directory")
+    file = out / REPORT_FILE
+    if not file.is_file():
+        if any(out.iterdir()):
+            raise FileExistsError(f"{out} is not empty and is not a warm start. Choose another directory.")
+        _save(out, {"settings": settings})
+    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if changes := differing_settings(report["settings"], settings):
+        told = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changes.items())
+        raise FileExistsError(
+            f"{out} holds a warm start with other settings ({told}). Resume it with the same settings, or choose "
+            "another directory."
+        )
+    return report
+
+
+def _save(out: Path, report: dict[str, Any]) -> None:
+    write_json(out / REPORT_FILE, report)
+
+
+def _traces(
+    out: Path, questions: Any, tool: Any, number: int, file: str | Path | None, thoughts: float | None, seed: int
+) -> Traces:
+    if file is not None:
+        return read_traces(file)
+    rows = questions.to_list()
+    random.Random(seed).shuffle(rows)
+    made = make_traces(rows, tool, number, thoughts=thoughts, seed=seed)
+    if not made.records:
+        raise ValueError(f"no question gave a trace: {made.summary}. Is this the index of these questions?")
+    made.save(out / TRACES_FILE)
+    return made
+
+
+def _rollout_options(
+    prompt: str | None, k: int, max_words: int | None, max_turns: int, thinks: bool
+) -> dict[str, Any]:
+    """Options of a rollout in the form of the traces, by their names in `igpo train`."""
+    turn = 192 if thinks else 96
+    observation = k * (2 * (max_words or 200) + 24) + 24  # a word is up to two tokens
+    length = max_turns * (turn + observation)
+    return {
+        "system_prompt": prompt or "none",
+        "search_k": k,
+        "search_max_words": max_words,
+        "answer_template": DEFAULT_TEMPLATE if thinks else NO_THINK_TEMPLATE,
+        "max_turns": max_turns,
+        "max_turn_length": turn,
+        "max_completion_length": -(-length // 256) * 256,
+    }
+
+
+def _options_text(out: Path, options: dict[str, Any]) -> str:
+    head = (
+        "# How this model was taught to search. It searches best with the same options:\n"
+        f"#   igpo train --config {out / OPTIONS_FILE} --questions FILE --index DIR --output_dir DIR\n"
+        f"#   igpo eval --config {out / OPTIONS_FILE} --model {out} --data FILE --index DIR --out DIR\n"
+    )
+    return head + yaml.safe_dump({"model_name_or_path": str(out), **options}, sort_keys=False, allow_unicode=True)
+
+
+def _write_questions(path: Path, questions: Any) -> None:
+    columns = ("answers", "dataset", "id", "hops", "supporting_titles")
+    rows = ({"question": row["prompt"][-1]["content"]} | {name: row[name] for name in columns} for row in questions)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _evaluate(
+    model: str, out: Path, name: str, index: str | Path, options: dict[str, Any], seed: int, **more: Any
+) -> dict[str, float | None]:
+    """Greedy rollouts on the held-out questions, and their scores."""
+    named = {"system_prompt": options["system_prompt"], "k": options["search_k"]}
+    settings = EvaluationSettings(
+        model=model,
+        sources=[str(out / HELD_OUT_FILE)],
+        indexes=[str(index)],
+        max_words=options["search_max_words"],
+        seed=seed,
+        dtype="bfloat16" if computes_in_bfloat16() else "float32",
+        rollout={key: value for key, value in options.items() if key.startswith(("max_", "answer_"))},
+        **named,
+        **more,
+    )
+    folder = out / "evaluation" / name
+    roll_out(settings, folder)
+    rollouts = load_trajectories(folder)
+    metrics = score_run(rollouts).sets[AVERAGE].metrics
+    shown = ("f1", "em", "answered", "searches", "in_evidence", "belief_start", "belief_end")
+    first = sum(bool(rollout.info["first_call"]) for rollout in rollouts) / len(rollouts)
+    scores = {key: metrics[key].mean if key in metrics else None for key in shown}
+    return {"questions": len(rollouts), "first_calls": first, **scores}
