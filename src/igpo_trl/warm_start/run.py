@@ -1,44 +1,43 @@
 """`warm_start`: traces, training, and what changed on held-out questions."""
 
+import gc
 import json
 import logging
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import AutoTokenizer
 
 from ..beliefs.probes import DEFAULT_TEMPLATE, NO_THINK_TEMPLATE
 from ..data import hold_out, load_questions, resolve_system_prompt
+from ..data.questions import order_by_hash
 from ..evaluation import EvaluationSettings, load_trajectories, roll_out, score_run
 from ..evaluation.run import differing_settings, write_json
 from ..evaluation.scores import AVERAGE
-from ..files import check_writable
+from ..evaluation.settings import save_options
+from ..files import check_writable, looks_like_path
 from ..search import SearchTool, open_search
+from ..training.adapters import is_adapter
 from .encoding import TraceEncoder
 from .fitting import computes_in_bfloat16, fit
-from .templates import add_tool_template
+from .templates import prepare_tokenizer
 from .traces import Traces, make_traces, read_traces
 
 logger = logging.getLogger(__name__)
 
-REPORT_FILE, TRACES_FILE, HELD_OUT_FILE, OPTIONS_FILE = (
-    "warm_start.json",
-    "traces.jsonl",
-    "held_out.jsonl",
-    "igpo.yaml",
-)
+REPORT_FILE, TRACES_FILE, HELD_OUT_FILE = "warm_start.json", "traces.jsonl", "held_out.jsonl"
 
 
 def warm_start(
     model: str,
     out: str | Path,
     *,
-    data: str | Path | Sequence[str | Path],
     index: str | Path,
+    data: str | Path | Sequence[str | Path] | None = None,
     eval_data: str | Path | None = None,
     traces: int = 400,
     traces_file: str | Path | None = None,
@@ -70,16 +69,17 @@ def warm_start(
     Args:
         model (`str`): A model on the hub, or a directory.
         out (`str` or `Path`): Where to save everything.
-        data (`str`, `Path` or sequence of these): Questions, see [`load_questions`].
         index (`str` or `Path`): What to search: the directory of an index, or the address of a search server.
+        data (`str`, `Path` or sequence of these, *optional*): Questions, see [`load_questions`]. Supporting
+            titles make better traces.
         eval_data (`str` or `Path`, *optional*): Questions to evaluate on. Defaults to some of `data`, which then give
             no traces ([`hold_out`]).
         traces (`int`, *optional*, defaults to `400`): How many traces to make.
         traces_file (`str` or `Path`, *optional*): Traces of your own instead, see [`read_traces`].
         system_prompt (`str`, *optional*, defaults to `"no_think"`): As in [`load_questions`].
         thoughts (`float`, *optional*): See [`make_traces`].
-        k (`int`, *optional*, defaults to `2`), max_words (`int`, *optional*, defaults to `50`): Passages per search, and
-            words of each. Train with the same ones later.
+        k (`int`, *optional*, defaults to `2`), max_words (`int`, *optional*, defaults to `50`):
+            Passages per search, and words of each. Train with the same ones later.
         lora_r (`int`, *optional*, defaults to `32`): Rank of the adapter; `None` trains all weights.
         epochs (`float`, *optional*, defaults to `1.0`), max_steps (`int`, *optional*), minutes (`float`, *optional*):
             How long to train; whichever ends first.
@@ -93,8 +93,9 @@ def warm_start(
         seed (`int`, *optional*, defaults to `0`): Seed of traces and training.
 
     Returns:
-        `dict`, also in `warm_start.json`: `settings`, `traces`, `training`, `before` and `after`; the last two are
-        scores with `first_calls` (the share of readable ones), `f1`, `em`, `searches`, `belief_start` and `belief_end`.
+        `dict`, also in `warm_start.json`: `settings`, `traces`, `training`, `before` and `after`. The last two hold
+        `first_calls` (the share of first turns with a readable call), `f1`, `em`, `answered`, `searches`,
+        `in_evidence`, `belief_start` and `belief_end`.
 
     Raises:
         FileExistsError: `out` has other files, or a run with other arguments.
@@ -104,36 +105,49 @@ def warm_start(
     out = Path(out)
     report = _open(out, settings)
     if "complete" in report:
+        logger.info("%s is complete: nothing is left to do.", out)
         return report
+    _check(settings)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    changed = add_tool_template(tokenizer)
-    tokenizer.save_pretrained(out)
+    report["chat_template"] = "Qwen2.5's" if prepare_tokenizer(tokenizer) else "its own"
     prompt = resolve_system_prompt(system_prompt)
-    questions = load_questions(data, prompt, split="train")
-    held_out = None
-    if eval_questions and eval_data is None:
-        questions, held_out = hold_out(questions, min(eval_questions, len(questions) // 2))
-    elif eval_questions:
-        held_out = load_questions(str(eval_data), prompt, limit=eval_questions)
+    questions, held_out = _questions(data, eval_data, eval_questions, prompt)
     tool = SearchTool(open_search(index), k=k, max_words=max_words)
-    made = _traces(out, questions, tool, traces, traces_file, thoughts, seed)
-    thinks = "<think>" in made.records[0]["messages"][-1]["content"]
-    options = _rollout_options(prompt, k, max_words, max_turns, thinks)
-    (out / OPTIONS_FILE).write_text(_options_text(out, options), encoding="utf-8")
-    report |= {"chat_template": "Qwen2.5's" if changed else "its own", "traces": made.summary}
+    if traces_file is not None:
+        made = read_traces(traces_file)
+    else:
+        made = _make_traces(questions, tool, traces, thoughts, seed)
+    check_writable(out, "the model's directory")
+    write_json(out / REPORT_FILE, report)
+    made.save(out / TRACES_FILE)
+    tokenizer.save_pretrained(out)
+    report["traces"] = made.summary
     logger.info("%s.", made.summary)
+    thinks = _mean("<think>" in str(record["messages"][-1]["content"]) for record in made.records) > 0.5
+    options = _rollout_options(prompt, k, max_words, max_turns, thinks)
+    sources = {"questions": data, "eval_questions": eval_data, "index": index}
+    texts = {
+        name: ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        for name, value in sources.items()
+        if value is not None
+    }
+    save_options(out, **texts, **options)
 
     if held_out is not None:
         _write_questions(out / HELD_OUT_FILE, held_out)
         if eval_before:
+            logger.info("Evaluating on %d questions before training.", len(held_out))
             report["before"] = _evaluate(model, out, "before", index, options, seed, tokenizer=str(out))
-    _save(out, report)
-    if not (out / "config.json").is_file():
+    if "training" not in report:
         encoder = TraceEncoder(tokenizer, [tool])
-        trained, report["training"] = fit(
+        examples = [encoder.encode(record["messages"]) for record in made.records]
+        mean = _mean(len(example["labels"]) for example in examples)
+        limit = "" if minutes is None else f", for at most {minutes:g} minutes"
+        logger.info("Training on %d traces of %d tokens%s.", len(examples), mean, limit)
+        trained, training = fit(
             model,
             tokenizer,
-            [encoder.encode(record["messages"]) for record in made.records],
+            examples,
             out / "training",
             lora_r=lora_r,
             epochs=epochs,
@@ -146,26 +160,28 @@ def warm_start(
         )
         if lora_r:
             if save_adapter:
-                trained.save_pretrained(out / "adapter")
+                _save_adapter(trained, out / "adapter")
                 tokenizer.save_pretrained(out / "adapter")
             trained = trained.float().merge_and_unload()
         trained.to(torch.bfloat16).save_pretrained(out)
-        _save(out, report)
         del trained
+        report["training"] = training
+        write_json(out / REPORT_FILE, report)
     if held_out is not None:
+        logger.info("Evaluating on %d questions after training.", len(held_out))
         report["after"] = _evaluate(str(out), out, "after", index, options, seed)
-    _save(out, report | {"complete": True})
-    return report | {"complete": True}
+    report["complete"] = True
+    write_json(out / REPORT_FILE, report)
+    return report
 
 
 def _open(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The report of a run that is resumed, or a new one."""
-    check_writable(out, "the model's directory")
     file = out / REPORT_FILE
     if not file.is_file():
-        if any(out.iterdir()):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FileExistsError(f"{out} is not empty and is not a warm start. Choose another directory.")
-        _save(out, {"settings": settings})
+        return {"settings": settings}
     report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if changes := differing_settings(report["settings"], settings):
         told = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changes.items())
@@ -176,22 +192,52 @@ def _open(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def _save(out: Path, report: dict[str, Any]) -> None:
-    write_json(out / REPORT_FILE, report)
+def _check(settings: dict[str, Any]) -> None:
+    """Raises errors that would otherwise occur late, or not be understood."""
+    model, batch, micro = (settings[name] for name in ("model", "batch_size", "micro_batch_size"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("a warm start runs in one process, got several. Start it without a launcher.")
+    if settings["data"] is None and settings["traces_file"] is None:
+        raise ValueError("give questions (`data`) to make traces from, or traces of your own (`traces_file`).")
+    if micro is not None and batch % micro:
+        raise ValueError(f"`batch_size` must be a multiple of `micro_batch_size`, got {batch} and {micro}.")
+    if looks_like_path(model) and not Path(model).is_dir():
+        raise FileNotFoundError(f"no such directory: {model}. Expected a model, or its name on the hub.")
+    if is_adapter(model):
+        raise ValueError(f"{model} is an adapter. Merge it into its base model first (`merge_and_unload` of PEFT).")
 
 
-def _traces(
-    out: Path, questions: Any, tool: Any, number: int, file: str | Path | None, thoughts: float | None, seed: int
-) -> Traces:
-    if file is not None:
-        return read_traces(file)
+def _questions(
+    data: str | Path | Sequence[str | Path] | None, eval_data: str | Path | None, number: int, prompt: str | None
+) -> tuple[Any, Any]:
+    """Questions for traces, and held-out ones; `None` where there are none."""
+    questions = None if data is None else load_questions(data, prompt, split="train")
+    if not number or (questions is None and eval_data is None):
+        return questions, None
+    if eval_data is None:
+        assert questions is not None
+        return hold_out(questions, min(number, len(questions) // 2))
+    others = load_questions(eval_data, prompt)
+    return questions, others.select(order_by_hash(others["id"][:])[:number])
+
+
+def _make_traces(questions: Any, tool: Any, number: int, thoughts: float | None, seed: int) -> Traces:
     rows = questions.to_list()
     random.Random(seed).shuffle(rows)
     made = make_traces(rows, tool, number, thoughts=thoughts, seed=seed)
     if not made.records:
         raise ValueError(f"no question gave a trace: {made.summary}. Is this the index of these questions?")
-    made.save(out / TRACES_FILE)
+    if len(made.records) < number:
+        logger.warning("%d traces were asked for, and the questions gave %d.", number, len(made.records))
     return made
+
+
+def _save_adapter(model: Any, folder: Path) -> None:
+    """In bfloat16, which halves it."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    model.save_pretrained(folder)
 
 
 def _rollout_options(
@@ -210,15 +256,6 @@ def _rollout_options(
         "max_turn_length": turn,
         "max_completion_length": -(-length // 256) * 256,
     }
-
-
-def _options_text(out: Path, options: dict[str, Any]) -> str:
-    head = (
-        "# How this model was taught to search. It searches best with the same options:\n"
-        f"#   igpo train --config {out / OPTIONS_FILE} --questions FILE --index DIR --output_dir DIR\n"
-        f"#   igpo eval --config {out / OPTIONS_FILE} --model {out} --data FILE --index DIR --out DIR\n"
-    )
-    return head + yaml.safe_dump({"model_name_or_path": str(out), **options}, sort_keys=False, allow_unicode=True)
 
 
 def _write_questions(path: Path, questions: Any) -> None:
@@ -245,9 +282,15 @@ def _evaluate(
     )
     folder = out / "evaluation" / name
     roll_out(settings, folder)
+    gc.collect()  # the trainer and its model, which refer to each other
     rollouts = load_trajectories(folder)
     metrics = score_run(rollouts).sets[AVERAGE].metrics
     shown = ("f1", "em", "answered", "searches", "in_evidence", "belief_start", "belief_end")
     first = sum(bool(rollout.info["first_call"]) for rollout in rollouts) / len(rollouts)
     scores = {key: metrics[key].mean if key in metrics else None for key in shown}
     return {"questions": len(rollouts), "first_calls": first, **scores}
+
+
+def _mean(values: Iterable[int]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)

@@ -34,9 +34,9 @@ _SHOWN = re.compile(r"^\[\d+\] (.+)$", re.MULTILINE)  # the titles in a result o
 _WORD = re.compile(r"[\w'’.&-]*\w")
 # What a question is asked with, and says nothing about what it is about.
 _FUNCTION_WORDS = frozenset(
-    "a an and are as at be been being both by can could did do does for from had has have he her his how if in into is "
-    "it its many much name named of on or same she than that the their them these they this those to was were what "
-    "when where which while who whom whose why will with would you".split()
+    "a an and are as at be been being both by can could did do does for from had has have he her his how if in "
+    "into is it its many much name named of on or same she than that the their them these they this those to was "
+    "were what when where which while who whom whose why will with would you".split()
 )
 
 
@@ -242,7 +242,7 @@ def read_traces(path: str | Path) -> Traces:
             raise ValueError(f"{where}: expected `messages`, a list of messages with `role` and `content`.")
         roles = [message["role"] for message in messages]
         if "user" not in roles or roles[-1] != "assistant":
-            raise ValueError(f"{where}: expected a user's message, and an assistant's at the end, got {roles}.")
+            raise ValueError(f"{where}: expected a message of the user, and an assistant's at the end, got {roles}.")
         records.append(record)
     if not records:
         raise ValueError(f"{path} holds no traces.")
