@@ -353,6 +353,14 @@ def test_the_corpus_of_a_recipe_may_be_missing_where_an_index_is_given(arguments
     training.check_arguments(script, config, model)
 
 
+@pytest.mark.parametrize(("prompt", "warns"), [("think", True), ("no_think", True), ("Call final_answer.", False)])
+def test_a_prompt_that_asks_for_another_form_of_answer_than_the_stop_tool(arguments, prompt, warns, recwarn):
+    training.check_arguments(*parse([*arguments, "--stop_tools", "final_answer", "--system_prompt", prompt]))
+    assert any("asks for a call of final_answer" in str(warning.message) for warning in recwarn) == warns
+    with pytest.raises(ValueError, match="`stop_tools` names submit, expected final_answer"):
+        training.check_arguments(*parse([*arguments, "--stop_tools", "submit"]))
+
+
 def test_missing_passages_are_refused(arguments):
     script, config, model = parse(arguments)
     script.corpus = None
