@@ -59,7 +59,7 @@ def order(text, *parts):
 def test_a_rollout_is_shown_from_the_first_search_to_the_answer(ask):
     result = ask("--k", 1, "Which", "city?")
     assert result.exit_code == 0, result.output
-    assert order(result.output, "Turn 1", 'search(query="city Oslo")', "→ [1] Oslo The city. It is", "Turn 2")
+    assert order(result.output, "Turn 1", 'search(query="city Oslo")\n', "→ [1] Oslo The city. It is", "Turn 2")
     assert order(result.output, "Turn 2", "Enough.", "answer: Oslo", "Answer    Oslo")
     assert "default options" in result.output and "1 passages of at most 200 words, prompt 'think'" in result.output
     assert "belief" not in result.output.lower() and "Ended by" not in result.output
@@ -110,6 +110,15 @@ def test_why_it_ended_if_not_with_an_answer(ask, monkeypatch):
     monkeypatch.setattr(Scripted, "scripts", ([tiny.call("Rome", "final_answer").replace("query", "answer")],))
     output = ask("--stop-tools", "final_answer", QUESTION).output
     assert order(output, 'final_answer(answer="Rome")', "Answer    Rome", "Ended by  stop_tool")
+
+
+def test_what_is_read_last_is_shown_too(ask, files, tmp_path):
+    """After it there is no room for another turn."""
+    settings = make_settings({"model": str(files / "model"), "sources": ["x"], "indexes": [str(files / "index")]})
+    rollout = Asker(settings, Console(file=io.StringIO()), str(tmp_path)).ask(QUESTION)
+    room = rollout.turns[0].num_tokens + rollout.info["tokens_observed"]
+    output = ask("--max-completion-length", room, QUESTION).output
+    assert order(output, "Turn 1", "→ [1] Oslo", "Answer    none", "Ended by  length_limit") and "Turn 2" not in output
 
 
 @pytest.mark.parametrize(
@@ -166,7 +175,7 @@ def test_text_appears_token_by_token_and_is_what_igpo_eval_samples(files, tmp_pa
     monkeypatch.setattr(Live, "update", record)
     rollout = {"max_turns": 2, "max_completion_length": 24}
     settings = EvaluationSettings(str(files / "model"), ["x"], [str(files / "index")], rollout=rollout)
-    asker = Asker(settings, Console(file=io.StringIO()), str(tmp_path))
+    asker = Asker(settings, Console(file=io.StringIO(), force_terminal=True), str(tmp_path))
     trajectory = asker.ask(QUESTION)
     (turn,) = trajectory.turns
     assert len(shown) == turn.num_tokens + 1 and turn.num_tokens > 3

@@ -39,9 +39,7 @@ def asked(name, answers, titles=(), hops=2, dataset="mine", question=None):
 
 
 QUESTIONS = [
-    asked(
-        "whole", ["1986"], ["DUNE (novel)", "Frank Herbert"], question="Until which year was the writer of Dune alive?"
-    ),
+    asked("whole", ["1986"], ["DUNE (novel) ", "Frank  Herbert"], question="In what year did Dune lose its writer?"),
     asked("yes", ["yes"], ["Oslo"], question="Does Oslo lie in Norway?"),
     asked("no title", ["Tacoma"], ["Frank Herbert", "Arrakis"]),
     asked("elsewhere", ["Norway"], ["Frank Herbert"]),
@@ -167,8 +165,8 @@ def test_a_warning_before_training(index, rows, caplog, monkeypatch):
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage().startswith(
-        "5 of 8 sampled questions (62%) cannot be answered from the corpus, as 'What is asked in no title?': no passage "
-        "is titled 'Arrakis'. `igpo data audit x` shows more"
+        "5 of 8 sampled questions (62%) cannot be answered from the corpus, as 'What is asked in no title?': no "
+        "passage is titled 'Arrakis'. `igpo data audit x` shows more"
     )
     caplog.clear()
     good = [row for row in rows if row["id"] in ANSWERABLE] * 100
@@ -177,8 +175,9 @@ def test_a_warning_before_training(index, rows, caplog, monkeypatch):
     assert check_answerable(index, [*good[:99], rows[2]]) == pytest.approx(0.01)
     assert math.isnan(check_answerable(index, [row for row in rows if row["id"] == "untitled, yes"]))
     assert not caplog.records
-    monkeypatch.setattr(audit, "LARGEST_CHECKED", 3)
+    monkeypatch.setattr(audit, "LARGEST_CHECKED", len(PASSAGES))
     assert math.isnan(check_answerable(index, rows, command="igpo data audit x"))
+    assert check_answerable(index, [row for row in rows if row["supporting_titles"]][:2]) == 0  # titles take less time
     (record,) = caplog.records
     assert record.levelno == logging.INFO and "`igpo data audit x` does it" in record.getMessage()
 
@@ -211,7 +210,7 @@ def test_training_warns_with_a_command_that_works(tmp_path, monkeypatch, run, ca
     assert "--index some/index" in train.audit_command(script)
 
 
-# ----------------------------------------------------------------------------------------------------- the command line
+# ---------------------------------------------------------------------------------------------------- the command line
 
 
 def test_keep_loses_no_column(run, tmp_path):
@@ -271,6 +270,11 @@ def test_mistakes(run, tmp_path):
         ([questions, "--corpus", tmp_path / "absent.jsonl"], "absent.jsonl: no such file"),
         ([questions, "--index", tmp_path / "absent"], "no index in"),
         ([tmp_path / "absent.jsonl", "--corpus", corpus], "no such file"),
+        (
+            [questions, "--index", "http://127.0.0.1:9", "--keep", "answerable", "x"],
+            "does not show its corpus",
+        ),
+        ([questions, "--corpus", corpus, "--keep", "answerable", "x"], "ends in .jsonl or .jsonl.gz"),
         ([questions, "--corpus", corpus, "--keep", "good", "x"], "'good' is not one of 'answerable', 'unanswerable'"),
     ):
         result = run(*arguments)

@@ -1,4 +1,4 @@
-"""Corpora from the paragraphs that come with questions: every published layout, the join with questions, the command."""
+"""Corpora from the paragraphs that come with questions: published layouts, the join with questions, the command."""
 
 import gzip
 import json
@@ -70,9 +70,7 @@ def test_layouts(record, expected):
 def test_a_context_that_cannot_be_read_is_named(tmp_path, context):
     rows = [layouts.HOTPOTQA_FILE[0], {**layouts.HOTPOTQA_FILE[0], "_id": "2", "context": context}]
     out = write(tmp_path / "corpus.jsonl", [{"old": True}])
-    with pytest.raises(
-        ValueError, match=r"q.jsonl:2 \(row 1\): expected paragraphs with titles and texts in `context`"
-    ):
+    with pytest.raises(ValueError, match=r"q.jsonl:2 \(row 1\): expected paragraphs .* in `context`, got"):
         build_corpus(write(tmp_path / "q.jsonl", rows), out)
     assert read(out) == [{"old": True}]  # the old file is there, and no part of a new one
     assert {path.name for path in tmp_path.iterdir()} == {"corpus.jsonl", "q.jsonl"}
@@ -106,6 +104,14 @@ def test_sets_are_merged_and_join_to_their_questions(files, tmp_path):
     assert rows.to_list() == load_questions(files, None).to_list()
     index = BM25Index.build(tmp_path / "corpus.jsonl.gz", show_progress=False)
     assert [question.answerable for question in audit_questions(index, rows).questions] == [True, True, False, False]
+
+
+def test_a_distractor_with_a_supporting_title_does_not_support(tmp_path):
+    other = {"idx": 3, "title": "Frank Herbert", "paragraph_text": "A page of that name.", "is_supporting": False}
+    row = layouts.MUSIQUE[0] | {"paragraphs": [*layouts.MUSIQUE[0]["paragraphs"], other]}
+    build_corpus(write(tmp_path / "q.jsonl", [row]), tmp_path / "corpus.jsonl", tmp_path / "questions.jsonl")
+    ids = [passage["id"] for passage in read(tmp_path / "corpus.jsonl")]
+    assert read(tmp_path / "questions.jsonl")[0]["supporting_ids"] == ids[1:3]
 
 
 def test_ids_do_not_depend_on_order_or_company(files, tmp_path):

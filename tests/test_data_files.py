@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from igpo_trl.files import cache_dir, looks_like_path, read_records, replace_when_complete
+from igpo_trl.files import cache_dir, looks_like_path, read_records, replace_when_complete, write_json_lines
 
 RECORDS = [{"id": "1", "text": "a"}, {"id": "2", "text": "b"}]
 
@@ -152,6 +152,24 @@ def test_a_file_or_folder_is_replaced_when_it_is_complete(tmp_path):
     with pytest.raises(OSError), replace_when_complete(tmp_path / "folder") as temporary:  # the folder is not empty
         temporary.mkdir()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("name", ["new/lines.jsonl", "new/lines.jsonl.gz"])
+def test_written_lines_are_read_back(tmp_path, name):
+    records = [{"text": "é\u2028\n", "list": [1, None, True]}, {"lone": "\ud800"}, {}]
+    with write_json_lines(tmp_path / name) as write:
+        for record in records:
+            write(record)
+        assert not (tmp_path / name).exists()
+    first = (tmp_path / name).read_bytes()
+    assert [record for _, record in read_records(tmp_path / name)] == records
+    with write_json_lines(tmp_path / name) as write:
+        list(map(write, records))
+    assert (tmp_path / name).read_bytes() == first  # no time or name in it
+    with pytest.raises(KeyError), write_json_lines(tmp_path / name) as write:
+        write({"half": 1})
+        raise KeyError
+    assert (tmp_path / name).read_bytes() == first and len(list((tmp_path / "new").iterdir())) == 1
 
 
 def test_cache_dir_and_model_names(monkeypatch, tmp_path):

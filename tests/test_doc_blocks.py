@@ -116,7 +116,7 @@ TURNS = [f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>", tiny.answer("Frank He
 
 @pytest.fixture
 def trained(reader, monkeypatch):
-    """What training leaves, an index, and somebody who says `TURNS`: the model, and a server of chat completions."""
+    """What training leaves, an index, and somebody who says `TURNS`: the model, and a server in the form of vLLM's."""
     tokenizer, model = tiny.make_tokenizer(), tiny.make_model("qwen2", max_position_embeddings=8192)
     prepare_for_tools(tokenizer)
     model.save_pretrained("outputs/run")
@@ -135,12 +135,19 @@ def trained(reader, monkeypatch):
     class Completions(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            assert self.path == "/v1/chat/completions" and request["tools"][0]["function"]["name"] == "search"
-            message = {"role": "assistant", "content": TURNS[1], "tool_calls": []}
-            if request["messages"][-1]["role"] == "user":
-                function = {"name": "search", "arguments": json.dumps(CALL["arguments"])}
-                message |= {"content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]}
-            body = json.dumps({"choices": [{"index": 0, "message": message}]}).encode()
+            turn = turns.pop(0)
+            if self.path == "/v1/chat/completions":
+                assert request["tools"][0]["function"]["name"] == "search"
+                message = {"role": "assistant", "content": turn, "tool_calls": []}
+                if turn != TURNS[-1]:
+                    function = {"name": "search", "arguments": json.dumps(CALL["arguments"])}
+                    message |= {"content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+                choice = {"index": 0, "message": message}
+            else:
+                assert self.path == "/v1/completions"
+                assert tokenizer.decode(request["prompt"]).endswith("<|im_start|>assistant\n")
+                choice = {"index": 0, "text": turn}
+            body = json.dumps({"choices": [choice]}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()

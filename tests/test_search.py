@@ -106,9 +106,9 @@ def test_saved_and_loaded_gives_the_same_results(index, saved, mmap):
 def test_mapped_index_leaves_arrays_and_text_on_disk(saved):
     loaded = BM25Index.load(saved)
     assert all(isinstance(loaded._scorer.scores[name].base, np.memmap) for name in ("data", "indices", "indptr"))
-    assert [p.id for p in loaded._passages[-2:]] == ["c", "4"]
+    assert [p.id for p in loaded.passages[-2:]] == ["c", "4"]
     with pytest.raises(IndexError):
-        loaded._passages[4]
+        loaded.passages[4]
 
 
 def test_index_goes_to_another_process(saved, index):

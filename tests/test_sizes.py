@@ -130,9 +130,11 @@ def test_the_context_of_a_model_is_known_before_it_is_loaded(tmp_path):
     assert context_before_loading(args, str(tmp_path / "absent")) > 10**9  # loading it says what is wrong
 
 
-@pytest.mark.parametrize("name", ["hotpotqa_cpu", "qwen2.5-3b-lora"])
-def test_the_recipes_fit(tmp_path, index, repository: Path, name):
-    values = yaml.safe_load((repository / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_recipes_fit(tmp_path, index, path):
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
     names = ("max_turns", "max_tool_calling_iterations", "max_tool_response_tokens", "max_completion_length")
     args = config(tmp_path, **{key: values[key] for key in names if key in values})
     tool = SearchTool(index, values["search_k"], values["search_max_words"])

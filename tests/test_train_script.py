@@ -24,6 +24,7 @@ from igpo_trl.cli import train as training
 from igpo_trl.cli.app import app
 from igpo_trl.cli.arguments import ScriptArguments, TrainParser
 from igpo_trl.data import SYSTEM_PROMPTS
+from igpo_trl.data.english import world_file
 from igpo_trl.evaluation.settings import settings_of_training
 from igpo_trl.rollout.tool_failures import ToolUnavailable
 from igpo_trl.sandbox.tiny_model import SYSTEM_PROMPT, make_tiny_model
@@ -352,6 +353,14 @@ def test_the_corpus_of_a_recipe_may_be_missing_where_an_index_is_given(arguments
     training.check_arguments(script, config, model)
 
 
+@pytest.mark.parametrize(("prompt", "warns"), [("think", True), ("no_think", True), ("Call final_answer.", False)])
+def test_a_prompt_that_asks_for_another_form_of_answer_than_the_stop_tool(arguments, prompt, warns, recwarn):
+    training.check_arguments(*parse([*arguments, "--stop_tools", "final_answer", "--system_prompt", prompt]))
+    assert any("asks for a call of final_answer" in str(warning.message) for warning in recwarn) == warns
+    with pytest.raises(ValueError, match="`stop_tools` names submit, expected final_answer"):
+        training.check_arguments(*parse([*arguments, "--stop_tools", "submit"]))
+
+
 def test_missing_passages_are_refused(arguments):
     script, config, model = parse(arguments)
     script.corpus = None
@@ -415,3 +424,8 @@ def test_recipes_hold_known_arguments(path):
     assert isinstance(yaml.safe_load(path.read_text()), dict)
     if path.stem == "hotpotqa_cpu":
         assert script.system_prompt == SYSTEM_PROMPT
+
+
+def test_the_corpus_may_be_the_world_in_english():
+    assert ScriptArguments("world", corpus="world").corpus == str(world_file("corpus"))
+    assert ScriptArguments("world").corpus is None

@@ -117,7 +117,7 @@ def _typed_questions() -> Iterator[str]:
 
 def _show_settings(console: "Console", settings: "EvaluationSettings", config: Path | None) -> None:
     words = "whole" if settings.max_words is None else f"of at most {settings.max_words} words"
-    limits = ", ".join(f"{name} {value}" for name, value in settings.rollout.items() if value is not None)
+    limits = ", ".join(f"{name} {value!r}" for name, value in settings.rollout.items() if value is not None)
     adapter = f" with {settings.adapter}" if settings.adapter else ""
     prompt = settings.system_prompt if len(settings.system_prompt) < 40 else f"{settings.system_prompt[:60]}…"
     for line in (

@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 
 from transformers import AutoConfig
@@ -39,7 +40,13 @@ def check_arguments(script: ScriptArguments, training: IGPOConfig, model: ModelC
             except (FileNotFoundError, ValueError) as error:
                 raise type(error)(f"`{name}`: {error}") from error
     resolve_system_prompt(script.system_prompt)
-    make_stop_tools(training.stop_tools)
+    if make_stop_tools(training.stop_tools) and script.system_prompt in ("think", "no_think"):
+        warnings.warn(
+            f"The system prompt `{script.system_prompt}` asks for an answer inside <answer> and </answer>, and "
+            "`stop_tools` has final_answer. Give a `system_prompt` that asks for a call of final_answer.",
+            UserWarning,
+            stacklevel=2,
+        )
     if script.method not in ("igpo", "grpo"):
         raise ValueError(f"`method` must be igpo or grpo, got {script.method!r}.")
     if script.num_eval_questions < 0:

@@ -117,9 +117,8 @@ def corpus(
 
     from ..data import build_corpus
 
-    for name, path in (("--out", out), ("--questions", questions)):
-        if path is not None and not path.name.endswith((".jsonl", ".jsonl.gz")):
-            raise typer.BadParameter(f"got {path}, expected a file that ends in .jsonl or .jsonl.gz", param_hint=name)
+    _check_ending("--out", out)
+    _check_ending("--questions", questions)
     with one_line_errors():
         track = partial(tqdm, unit=" questions", leave=False, disable=not sys.stderr.isatty())
         counts = build_corpus(_one_or_all(sources), out, questions, split=split, limit=limit, track=track)
@@ -162,34 +161,34 @@ def audit(
 
     if (index is None) == (corpus is None):
         raise typer.BadParameter("give the passages: either --index (an index of them) or --corpus (a file of them).")
+    if keep is not None and "://" in str(index):
+        raise typer.BadParameter("a search server does not show its corpus. Give an index or --corpus.")
+    _check_ending("--keep", keep and keep[1])
     rows = _load(questions, split, limit)
     with one_line_errors():
         searchable = index if index is not None else index_of_corpus(str(corpus))
         track = partial(tqdm, unit="", leave=False, disable=not sys.stderr.isatty())
         result = audit_questions(searchable, rows, k, track=track)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), ensure_ascii=False))
+    else:
+        console = Console() if sys.stdout.isatty() else Console(width=200)
+        console.print(result.table().render(console.width))
+        for question in result.unanswerable[:examples]:
+            about = f"{question.question}  {question.answers[0]}\n    {question.reason}"
+            console.print(f"{question.id}: {about}", markup=False, highlight=False)
+        judged = share_of(result.questions, "answerable")["of"]
+        if result.passages is not None and judged < len(rows):
+            typer.echo(f"{len(rows) - judged} yes-no questions without titles cannot be judged.")
     if keep is not None:
-        kept, out = keep
         ids = {question.id for question in result.unanswerable}
-        if kept == Kept.ANSWERABLE:
+        if keep[0] == Kept.ANSWERABLE:
             ids = {question.id for question in result.questions} - ids
-        if result.passages is None:
-            raise typer.BadParameter("a search server does not show its corpus. Give an index or --corpus.")
         with one_line_errors():
             if not ids:
-                raise ValueError(f"none of the {len(rows)} questions is {kept}, so {out} was not written.")
-            write_questions(out, _one_or_all(questions), ids, split=split, limit=limit)
-    if as_json:
-        return typer.echo(json.dumps(result.to_dict(), ensure_ascii=False))
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(result.table().render(console.width))
-    for question in result.unanswerable[:examples]:
-        about = f"{question.question}  {question.answers[0]}\n    {question.reason}"
-        console.print(f"{question.id}: {about}", markup=False, highlight=False)
-    judged = share_of(result.questions, "answerable")["of"]
-    if result.passages is not None and judged < len(rows):
-        typer.echo(f"{len(rows) - judged} yes-no questions without titles cannot be judged.")
-    if keep is not None:
-        typer.echo(f"Wrote {len(ids):,} of {len(rows):,} questions to {out}.")
+                raise ValueError(f"none of the {len(rows)} questions is {keep[0]}, so {keep[1]} was not written.")
+            write_questions(keep[1], _one_or_all(questions), ids, split=split, limit=limit)
+        typer.echo(f"Wrote {len(ids):,} of {len(rows):,} questions to {keep[1]}.", err=as_json)
 
 
 def _load(sources: list[str], split: str | None, limit: int | None) -> "Dataset":
@@ -197,6 +196,11 @@ def _load(sources: list[str], split: str | None, limit: int | None) -> "Dataset"
 
     with one_line_errors(OSError, ValueError, param_hint="SOURCE"):
         return load_questions(_one_or_all(sources), None, split=split, limit=limit)
+
+
+def _check_ending(option: str, path: Path | None) -> None:
+    if path is not None and not path.name.endswith((".jsonl", ".jsonl.gz")):
+        raise typer.BadParameter(f"got {path}, expected a file that ends in .jsonl or .jsonl.gz.", param_hint=option)
 
 
 def _one_or_all(sources: list[str]) -> str | list[str]:

@@ -40,6 +40,11 @@ class ContextCounts(NamedTuple):
     passages: int
 
 
+def title_keys(titles: Iterable[str]) -> set[str]:
+    """What titles are compared by: neither case nor extra space counts."""
+    return {" ".join(title.casefold().split()) for title in titles}
+
+
 def build_corpus(
     source: str | Path | Sequence[str | Path],
     out: str | Path,
@@ -100,11 +105,11 @@ def build_corpus(
 
 
 def _question(raw: RawRecord, row: dict[str, Any], paragraphs: Sequence[Paragraph]) -> Record:
-    titles = {title.casefold() for title in row["supporting_titles"]}
+    titles = title_keys(row["supporting_titles"])
     supporting = [
         paragraph.id
         for paragraph in paragraphs
-        if (paragraph.title.casefold() in titles if paragraph.supporting is None else paragraph.supporting)
+        if (title_keys([paragraph.title]) <= titles if paragraph.supporting is None else paragraph.supporting)
     ]
     record = {name: value for name, value in raw.record.items() if name not in ("context", "paragraphs", *_LISTS)}
     if isinstance(metadata := decode(record.get("metadata")), dict):

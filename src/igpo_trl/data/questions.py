@@ -39,7 +39,8 @@ def load_questions(
       the layouts in which NQ-open, TriviaQA, HotpotQA, 2WikiMultihopQA, MuSiQue, Bamboogle, PopQA and SQuAD are
       published; FlashRAG's and Search-R1's (`golden_answers`); verl's, which the IGPO authors use
       (`reward_model.ground_truth`); DPR's (`nq-test.csv`); or KILT's (`input`, `output`);
-    - one of the seven sets by name: `nq`, `triviaqa`, `popqa`, `hotpotqa`, `2wiki`, `musique`, `bamboogle`;
+    - one of the seven sets by name: `nq`, `triviaqa`, `popqa`, `hotpotqa`, `2wiki`, `musique`, `bamboogle`; or
+      `world`, questions about a made-up world (docs/world.md);
     - `owner/name` or `owner/name/configuration` of another data set on the hub in one of these layouts, or a folder
       with such a data set.
 

@@ -1,6 +1,7 @@
 """One rollout at a time, shown while it is made."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ class Asker:
         self._sample, self.trainer._generate_single_turn = self.trainer._generate_single_turn, self._show_sampling
         self._context: list[int] = []  # that has been shown
         self._num_turns = 0
+        set_seed(settings.seed)  # once: the same question, asked again, may be answered in another way
 
     def ask(self, question: str, answers: Sequence[str] = ()) -> Trajectory:
         """
@@ -69,10 +71,9 @@ class Asker:
             "answers": list(answers) or ["-"],  # a right answer is needed, though nothing is compared with it
             **{"dataset": "asked", "id": "0", "sample": 0, "hops": None},
         }
-        set_seed(self.settings.seed)
         (rollout,) = self.trainer.rollouts([row], self.settings)
-        if rollout.turns[-1].observation:  # after which there was no room for another turn
-            self.console.print(render_observation(rollout.turns[-1].observation, self._longest))
+        if last := rollout.turns[self._num_turns - 1].observation:  # after which there was no room for another turn
+            self.console.print(render_observation(last, self._longest))
         rollout.answers = list(answers)
         self._show_end(rollout)
         return rollout
@@ -88,11 +89,13 @@ class Asker:
         self._num_turns += 1
         model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
         generate, instance_attribute = model.generate, vars(model).get("generate")
-        with Live(console=self.console, refresh_per_second=8) as live:
 
-            def show(ids: Sequence[int]) -> None:
-                live.update(render_turn(self._num_turns, Turn(decode(list(ids)), num_tokens=len(ids))))
+        def rendered(ids: Sequence[int]) -> Any:
+            return render_turn(self._num_turns, Turn(decode(list(ids)), num_tokens=len(ids)))
 
+        # Only a terminal can replace what it has shown.
+        with Live(console=self.console, refresh_per_second=8) if self.console.is_terminal else nullcontext() as live:
+            show = (lambda ids: live.update(rendered(ids))) if live is not None else (lambda ids: None)
             model.generate = partial(generate, streamer=_Streamer(show))
             try:
                 turns, logprobs = self._sample(prompt_ids, *args, **kwargs)
@@ -102,6 +105,8 @@ class Asker:
                 else:
                     model.generate = instance_attribute
             show(turns[0])
+        if live is None:
+            self.console.print(rendered(turns[0]))
         self._context = [*context, *turns[0]]
         return turns, logprobs
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.contexts import title_keys
 from ..search import Searchable, open_search
 from ..search.passages import Passage
 from .intervals import Interval, bootstrap_interval
@@ -63,7 +64,8 @@ def score_retrieval(
     """
     Searches with each question, and looks for its answers and supporting titles among the results.
 
-    Answers are looked for in title and text, see [`has_answer`]. Titles are compared without regard to case.
+    Answers are looked for in title and text, see [`has_answer`]. Titles are compared without regard to case and
+    extra space.
 
     Args:
         index (`Searchable`, `str` or `Path`): What to search: an index, or what [`open_search`] opens.
@@ -119,11 +121,6 @@ def answer_rank(passages: Sequence[Passage], answers: Sequence[str]) -> float:
     """Position, from 0, of the first passage whose title or text contains an answer; infinity if none does."""
     texts = (f"{passage.title}\n{passage.text}" for passage in passages)
     return next((float(i) for i, text in enumerate(texts) if has_answer([text], answers)), math.inf)
-
-
-def title_keys(titles: Iterable[str]) -> set[str]:
-    """What titles are compared by: their case does not count."""
-    return {title.casefold() for title in titles}
 
 
 def _intervals(curve: dict[int, list[float]]) -> dict[int, Interval]:

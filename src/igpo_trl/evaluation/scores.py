@@ -76,10 +76,9 @@ class AnswerFinder:
     def find(self, text: str) -> set[str]:
         """Those of the answers that the text contains, as they were given."""
         words = plain_words(text).split()
-        if self._lengths.keys().isdisjoint(words):
-            return set()
-        phrases = (" ".join(words[i : i + n]) for i, first in enumerate(words) for n in self._lengths.get(first, ()))
-        return {answer for phrase in phrases for answer in self._answers.get(phrase, ())}
+        starts = [i for i, word in enumerate(words) if word in self._lengths]
+        phrases = {" ".join(words[i : i + n]) for i in starts for n in self._lengths[words[i]]}
+        return {answer for phrase in phrases & self._answers.keys() for answer in self._answers[phrase]}
 
 
 def is_searchable(answers: Sequence[str]) -> bool:
@@ -92,8 +91,9 @@ def plain_words(text: str) -> str:
     plain = text.casefold()
     if not plain.isascii():
         plain = unicodedata.normalize("NFKD", plain)
-        plain = "".join(character for character in plain if not unicodedata.combining(character))
-    return f" {' '.join(word for word in _WORD.findall(plain) if word not in _ARTICLES)} "
+        for mark in filter(unicodedata.combining, set(plain)):
+            plain = plain.replace(mark, "")
+    return f" {' '.join([word for word in _WORD.findall(plain) if word not in _ARTICLES])} "
 
 
 _words = lru_cache(maxsize=1 << 14)(plain_words)

@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from ..report import plot_curves
-from ..trajectory import write_jsonl
+from ..report import plot_curves, plot_rollout, render_trajectory
+from ..trajectory import Trajectory, read_jsonl, write_jsonl
 from .evaluate import Scores, roll_out
 from .train import LABELS, Budget, TrainingRun, make_trainer, train_with_curve
 from .warm_start import WarmStartConfig, cache_entry, warm_start
@@ -87,7 +88,8 @@ def _run(output_dir: Path, seed: int, plan: DemoPlan, console: Console) -> dict[
     origin = "cached in" if entry.exists() else f"trained once on {warm.demonstrations:,} demonstrations, saved to"
     console.print(f"[bold]1. Warm start[/bold]: a policy that searches poorly, {origin} {entry}", soft_wrap=True)
     model = warm_start(warm)
-    questions = list(make_dataset(seed + _TEST, plan.test_questions))
+    kind = plan.warm.kind
+    questions = list(make_dataset(seed + _TEST, plan.test_questions, kind=kind))
     files: dict[Path, str] = {}
     table: list[tuple[str, TrainingRun | None, Scores, Scores]] = []
     for number, (method, beta) in enumerate(plan.methods, start=2):
@@ -98,18 +100,32 @@ def _run(output_dir: Path, seed: int, plan: DemoPlan, console: Console) -> dict[
         )
         rollouts = folder / "trajectories" / "rank0.jsonl"
         rollouts.unlink(missing_ok=True)
-        seeds: dict[str, Any] = {"seed": seed, "data_seed": seed + _TRAIN}
-        trainer = make_trainer(method, model, folder, beta=beta, budget=budget, save_trajectories=True, **seeds)
+        data: dict[str, Any] = {"seed": seed, "data_seed": seed + _TRAIN, "kind": kind}
+        trainer = make_trainer(method, model, folder, beta=beta, budget=budget, save_trajectories=True, **data)
         if not table:
             table.append(("Warm start", None, *_evaluate(trainer, questions, seed, output_dir / "warm_start", files)))
-        run = train_with_curve(trainer, method, budget, seed + _CURVE)
+        run = train_with_curve(trainer, method, budget, seed + _CURVE, kind=kind)
         files[rollouts] = "every training rollout"
         table.append((LABELS[method], run, *_evaluate(trainer, questions, seed, folder, files)))
     console.print(_table(table, plan))
     runs = [run for _, run, _, _ in table if run is not None]
     plot_curves(_panels(runs), output_dir / "curves.png")
     files[output_dir / "curves.png"] = "held-out EM, reward and collapse during training"
+    rollout = _most_telling(read_jsonl(folder / "test_greedy.jsonl"))
+    console.print(f"\n[bold]A rollout of {LABELS[method]}[/bold]")
+    console.print(render_trajectory(rollout))
+    plot_rollout(rollout, output_dir / "rollout.png")
+    files[output_dir / "rollout.png"] = f"this rollout; others: igpo view {folder / 'test_greedy.jsonl'} --index N"
     return files
+
+
+def _most_telling(rollouts: Iterable[Trajectory]) -> Trajectory:
+    """Of the rollouts with the right answer, the one with the most searches, and of these with the largest gain."""
+
+    def telling(rollout: Trajectory) -> tuple[float, ...]:
+        return rollout.outcome or 0.0, len(rollout.turns), max(turn.info_gain or 0.0 for turn in rollout.turns)
+
+    return max(rollouts, key=telling)
 
 
 def _evaluate(

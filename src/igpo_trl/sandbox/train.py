@@ -28,6 +28,7 @@ from .world import DEFAULT_KIND, MAX_SEARCHES, SearchEnvironment, make_dataset
 METHODS: dict[str, dict[str, Any]] = {
     "grpo": {"igpo": False, "scale_rewards": "group"},
     "grpo_batch": {"igpo": False, "scale_rewards": "batch"},
+    "igpo_paper": {"igpo": True, "recipe": "paper"},
     "igpo_separate": {"igpo": True, "normalization": "separate"},
     "igpo_returns": {"igpo": True, "normalization": "returns"},
     "igpo_critic": {"igpo": True, "normalization": "critic", "info_gain_weight": 1.0, "gae_lambda": 0.9},
@@ -36,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
 LABELS = {
     "grpo": "GRPO",
     "grpo_batch": "GRPO batch std",
+    "igpo_paper": "IGPO as published",
     "igpo_separate": "IGPO separate",
     "igpo_returns": "IGPO returns",
     "igpo_critic": "IGPO critic",

@@ -9,6 +9,7 @@ that its passages state.
 import gzip
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,7 @@ def make_world(
         raise ValueError(f"`size` must be at least {round(FEWEST / _TEST_SHARE)} passages, got {size}.")
     if min(train, test) < 0:
         raise ValueError(f"the number of questions must not be negative, got {train} and {test}.")
-    if len(hops) > MAX_HOPS or not hops or min(hops) < 0 or sum(hops) <= 0:
+    if len(hops) > MAX_HOPS or not all(share >= 0 for share in hops) or not 0 < sum(hops) < math.inf:
         raise ValueError(f"`hops` must be one to {MAX_HOPS} weights that are not all 0, got {list(hops)}.")
     corpus: list[dict[str, str]] = []
     questions: dict[str, list[dict[str, Any]]] = {}

@@ -96,7 +96,7 @@ class World:
             raise ValueError(f"a world of {size} passages is too small: expected at least {FEWEST} in each part.")
         self._draw = Draw("graph", seed, part)
         self._words = Words(self._draw, part)
-        share = {"region": 0.02, "river": 0.04, "town": 0.14, "organisation": 0.14, "work": 0.24}
+        share = {"region": 0.03, "river": 0.05, "town": 0.14, "organisation": 0.14, "work": 0.24}
         count = {kind: max(4, round(size * part_of)) for kind, part_of in share.items()}
         self._add_places(count["region"], count["river"], count["town"])
         self._add_people(size - sum(count.values()))
@@ -157,8 +157,9 @@ class World:
             entity = Entity("organisation", f"{word} {ending}", kind, article=ending not in _BARE)
             entity.facts |= {"founder": founder, "founded": founded, "seat": draw.pick(self.towns)}
             entity.facts["size"] = draw.between(120, 2_900)
-            if director := self._born.pick(draw, founded - 55, founded - 28, but=founder):
-                entity.facts["director"] = director
+            if director := self._born.pick(draw, founded - 55, founded - 28, alive=founded):
+                if director is not founder:
+                    entity.facts["director"] = director
             self.organisations.append(entity)
         self._founded = {
             kind: _ByYear(sorted(((o.number("founded"), o) for o in self.organisations if o.sort == kind), key=_year))
@@ -204,14 +205,15 @@ class World:
         married = set[int]()
         for person in self.people:
             born = person.number("birth_year")
-            if draw.chance(0.8) and (teacher := fields[FIELD_OF[person.sort]].pick(draw, born - 40, born - 14)):
+            teacher = fields[FIELD_OF[person.sort]].pick(draw, born - 40, born - 14, alive=born + 16)
+            if teacher is not None and draw.chance(0.8):
                 person.facts["teacher"] = teacher
             house = self._founded[_ORGANISATIONS[FIELD_OF[person.sort]][0]].pick(draw, 0, born + 40)
             if house is not None and person not in house.facts.values():
                 person.facts["employer"] = house
             # Only one of the two passages says so: the other would answer questions about a name that it repeats.
             if id(person) not in married and draw.chance(0.6):
-                other = self._born.pick(draw, born - 9, born + 9, but=person)
+                other = self._born.pick(draw, born - 9, born + 9)
                 if other and other.gender != person.gender and id(other) not in married:
                     married |= {id(person), id(other)}
                     person.facts["spouse"] = other
@@ -233,11 +235,11 @@ class _ByYear:
         self._years = [year for year, _ in dated]
         self._entities = [entity for _, entity in dated]
 
-    def pick(self, draw: Draw, first: int, last: int, but: Entity | None = None) -> Entity | None:
-        """One of the years `first` to `last`, if there is any besides `but`."""
+    def pick(self, draw: Draw, first: int, last: int, alive: int | None = None) -> Entity | None:
+        """One of the years `first` to `last`, if there is any; a person who was `alive` in a certain year."""
         start, stop = bisect_left(self._years, first), bisect_right(self._years, last)
         for _ in range(3 if stop > start else 0):
             entity = self._entities[draw.between(start, stop - 1)]
-            if entity is not but:
+            if alive is None or entity.number("death_year") > alive:
                 return entity
         return None

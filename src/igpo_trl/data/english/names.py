@@ -1,5 +1,6 @@
 """Invented names: pronounceable, never repeated where they must not be, and apart for training and test."""
 
+import math
 import random
 import re
 import zlib
@@ -52,10 +53,10 @@ _ENDINGS = {
     "undy uvier wain worrell".split(),
     "town": "avale ebeck ecombe edell efield ehaven emarsh emouth eport ester estow ewold igate inholm inster "
     "iswick obrook ocastle oford omere oness orough osted".split(),
-    "region": "alia andria ania avia ennia eria esia ica idia imar onia oria ovia umbra undy ysia".split(),
-    "other": "abel adon aris ast avel edon eril ethis ida igo imel iron odel olan onde oris uro usk yra yth".split(),
+    "region": "alia andria ania avia ennia eria esia idia imar onia oria ovia umbra undy ysia".split(),
+    "other": "abel adon aris ast avel edon eril ethis ida ivo imel iron odel olan onde oris uro usk yra yth".split(),
 }
-# What the parts above give, and what has a meaning or a bearer.
+# What the parts above would give, and what has a meaning or a bearer already; and what is rude, or close to it.
 _KNOWN = frozenset(
     "adela adelina alan amelia bernard bevan brian carina carissa cecilia celia corina corsica costa damian "
     "darian darrell davida davina delia doma dora dorina doris drina fiona flora florian forester gena gloria "
@@ -64,7 +65,10 @@ _KNOWN = frozenset(
     "sara sena sierra silesia simeon sina sonic tamara tania tasmania teresa tina tora valor vera verona vila "
     "zara".split()
 )
-_RUDE = re.compile("Cu[mn]|Pis|Sem|Sod|Pen|Hom|Hel|Dam|Coc|Tur|anus|nazi")
+_RUDE = re.compile(
+    "cu[mn]|pis|sem|sod|pen|hom|hel|dam|coc|tur|anus|anal|nazi|vulv|porn|molest|^yid|fann|^bum|perv|stalin|lenin|boner|"
+    "^nud|gonor|rape|slut|lust|tit[aeio]|ass[aeo]hol|bastar|dild|fart|suck|sadis|maso|tumo|nigr|negr|rect|vagi"
+)
 
 
 class Words:
@@ -88,7 +92,7 @@ class Words:
             for _ in range(tries // 50):
                 word += draw.pick(_MIDDLES) + draw.pick(_LINKS)
             word += draw.pick(_ENDINGS[kind])
-            unusable = word in self._taken or word.lower() in _KNOWN or _RUDE.search(word)
+            unusable = word in self._taken or word.lower() in _KNOWN or _RUDE.search(word.lower())
             if unusable or zlib.crc32(word.encode()) % 2 != self._part:
                 continue
             self._taken.add(word)
@@ -101,7 +105,7 @@ def full_names(draw: Draw, words: Words, number: int) -> Iterator[tuple[str, str
 
     Several people share a given name, and about four a surname, so neither tells who is meant.
     """
-    given = {gender: [words.new(gender) for _ in range(max(4, round(number**0.7 / 2)))] for gender in GENDERS}
+    given = {gender: [words.new(gender) for _ in range(max(4, 2 * math.isqrt(number)))] for gender in GENDERS}
     surnames = [words.new("surname") for _ in range(max(6, number // 4))]
     taken = set[tuple[str, str, str]]()
     while len(taken) < number:

@@ -23,7 +23,7 @@ Question = dict[str, Any]
 
 class Questions:
     """
-    Makes questions about a world, no two with the same text.
+    Makes questions about a world. No two ask for the same, and none has the text of another.
 
     Args:
         world ([`World`]): Its entities have the facts that their passages state, and no others.
@@ -34,7 +34,8 @@ class Questions:
 
     def __init__(self, world: World, texts: dict[Entity, str], ids: dict[Entity, str], draw: Draw) -> None:
         self._world, self._texts, self._ids, self._draw = world, texts, ids, draw
-        self._asked: set[str] = set()
+        self._asked: set[object] = set()
+        self._made = 0
         self._by_kind: dict[str, list[Entity]] = defaultdict(list)
         self._leading_to: dict[Entity, list[tuple[Entity, str]]] = defaultdict(list)
         self._sharing: dict[tuple[str, Value], list[Entity]] = defaultdict(list)
@@ -53,33 +54,39 @@ class Questions:
             ValueError: There are not so many different questions about this world.
         """
         plan: list[tuple[int, str]] = []
+        more_yes, more_first = 0, 0
         for hops, count in enumerate(_allot(number, weights), start=1):
-            shares = (_YES_NO_SHARE / 2, _YES_NO_SHARE / 2, _COMPARISON_SHARE if hops > 1 else 0.0)
-            kinds = ("yes", "no", "comparison", "chain")
-            plan += [
-                (hops, kind)
-                for kind, part in zip(kinds, _allot(count, (*shares, 1 - sum(shares))), strict=True)
-                for _ in range(part)
-            ]
+            shares = (_YES_NO_SHARE, _COMPARISON_SHARE if hops > 1 else 0.0)
+            verdicts, comparisons, chains = _allot(count, (*shares, 1 - sum(shares)))
+            # Half of each; an odd one goes to the side that has had fewer.
+            yes, first = (verdicts + 1 - more_yes) // 2, (comparisons + 1 - more_first) // 2
+            more_yes, more_first = more_yes + 2 * yes - verdicts, more_first + 2 * first - comparisons
+            parts = {"yes": yes, "no": verdicts - yes, "first": first, "second": comparisons - first, "chain": chains}
+            plan += [(hops, kind) for kind, part in parts.items() for _ in range(part)]
         for hops, kind in self._draw.shuffled(plan):
             yield self._make_one(hops, kind)
 
     def _make_one(self, hops: int, kind: str) -> Question:
         for _ in range(_TRIES):
-            if kind == "comparison":
-                question = self._compare(hops)
+            if kind in ("first", "second"):
+                question = self._compare(hops, winner=("first", "second").index(kind))
             elif kind == "chain":
                 question = self._follow(hops)
             elif hops > 1 and self._draw.chance(0.5):
                 question = self._match(hops, kind == "yes")
             else:
                 question = self._follow(hops, kind)
-            if question is not None and question["question"] not in self._asked:
-                self._asked.add(question["question"])
+            if question is None:
+                continue
+            facts = frozenset((step["title"], step["answer"]) for step in question["question_decomposition"])
+            asked = {question["question"], (question["type"], question["answers"][0], facts)}
+            if not asked & self._asked:
+                self._asked |= asked
+                self._made += 1
                 return question
         raise ValueError(
             f"no more different questions of {hops} hops about {len(self._texts):,} passages, after "
-            f"{len(self._asked):,}. Ask for fewer questions or more passages."
+            f"{self._made:,}. Ask for fewer questions or more passages."
         )
 
     def _follow(self, hops: int, verdict: str = "") -> Question | None:
@@ -113,6 +120,8 @@ class Questions:
         if verdict:
             assert isinstance(value, Entity)
             claimed = value if verdict == "yes" else self._other(value, path)
+            if claimed is None:
+                return None
             described = self._describe(path[0], relations[:-1], at_the_end=False)
             text = _fill(draw.pick(phrases.claims), path[-1], described, reference(claimed))
             return self._question(text, [verdict], "yes_no", steps)
@@ -126,7 +135,7 @@ class Questions:
         answers = _answers(value, relations[-1], phrases.unit)
         return self._question(text, answers, "bridge" if hops > 1 else "lookup", steps)
 
-    def _compare(self, hops: int) -> Question | None:
+    def _compare(self, hops: int, winner: int) -> Question | None:
         draw = self._draw
         kind, relation, smaller, texts = draw.pick(COMPARISONS)
         pair = [draw.pick(self._by_kind[kind]) for _ in range(2)]
@@ -135,11 +144,12 @@ class Questions:
         values = [entity.number(relation) for entity in pair]
         if values[0] == values[1]:
             return None
+        if values.index(min(values) if smaller else max(values)) != winner:
+            pair.reverse()
         ends = self._ends(pair, hops)
         if ends is None:
             return None
         (first, steps), (second, more) = ends
-        winner = values.index(min(values) if smaller else max(values))
         steps = [*steps, self._step(pair[0], relation), *more, self._step(pair[1], relation)]
         answers = _answers(pair[winner], "", "")
         if (description := (first, second)[winner]) not in answers:
@@ -225,15 +235,15 @@ class Questions:
             "question_decomposition": steps,
         }
 
-    def _other(self, value: Entity, path: Sequence[Entity]) -> Entity:
-        """Another entity that might as well be the value."""
+    def _other(self, value: Entity, path: Sequence[Entity]) -> Entity | None:
+        """Another entity that might as well be the value, if there is any."""
         same = [
             entity
             for entity in self._by_kind[value.kind]
             if entity is not value and entity not in path and entity.gender == value.gender
             if value.kind != "organisation" or entity.sort == value.sort
         ]
-        return self._draw.pick(same)
+        return self._draw.pick(same) if same else None
 
 
 def _allot(number: int, weights: Sequence[float]) -> list[int]:
