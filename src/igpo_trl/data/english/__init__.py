@@ -130,5 +130,5 @@ def world_file(name: str) -> Path:
 
 
 def find_corpus(corpus: str | Path) -> Path:
-    """The path of a corpus, which may be the name [`WORLD`] where there is no such file."""
-    return world_file("corpus") if str(corpus) == WORLD and not Path(corpus).exists() else Path(corpus)
+    """The path of a corpus, which may be the name [`WORLD`]; `./world` is a file of that name."""
+    return world_file("corpus") if str(corpus) == WORLD else Path(corpus)
