@@ -92,8 +92,8 @@ def train(run: Run, args: argparse.Namespace) -> None:
         "max_steps": run.steps,
     }
     if torch.cuda.is_available():
-        options |= {"use_cpu": False, "num_generations": 8, "per_device_train_batch_size": 32}
-        options |= {"gradient_accumulation_steps": 2, "gradient_checkpointing": False}
+        options |= {"use_cpu": False, "num_generations": 8, "per_device_train_batch_size": 8}
+        options |= {"gradient_accumulation_steps": 8}
     if any((folder / "train").glob("checkpoint-*")):
         options["resume_from_checkpoint"] = "true"
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
