@@ -55,5 +55,5 @@ evaluate "$out/train" "$out/after"
 say "6 of 6: a rollout of the trained model"
 "$igpo" view "$out/after/trajectories/rank0.jsonl" --save "$out/rollout.png"
 
-say "Ask it yourself, for example a question of outputs/demo-lm/after:"
+say "Ask it yourself; \`$igpo data show world:test\` has questions:"
 echo "  $igpo ask --model $out/train --index $out/index"
