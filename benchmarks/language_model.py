@@ -30,7 +30,7 @@ import torch
 from igpo_trl.evaluation import compare_runs, load_trajectories, score_run
 
 METHODS = {
-    "grpo_batch": ["--method", "grpo", "--scale_rewards", "batch"],
+    "grpo_batch": ["--method", "grpo", "--scale_rewards", "batch", "--pad_to_longest", "false"],
     "igpo_paper": ["--recipe", "paper"],
     "igpo": [],
 }

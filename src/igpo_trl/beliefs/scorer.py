@@ -248,12 +248,13 @@ class KVCapture:
         cache = _Cache()  # without a config, because layers with a window would drop tokens
         output = self._model(input_ids=input_ids, past_key_values=cache, **inputs)
         size = len(input_ids)
-        starts = inputs["position_ids"][0].eq(0).nonzero()[:, 0] if "position_ids" in inputs else None
+        shared = inputs.get("packed_lengths", (0,))[0]  # tokens with which every rollout of a packed row begins
+        starts = inputs["position_ids"][0].eq(shared).nonzero()[:, 0] if "position_ids" in inputs else None
         if starts is not None:
             size = len(starts)
         if cache.get_seq_length() == input_ids.shape[1]:  # some models fill no cache unless they are asked to
             if starts is not None:
-                _unpack(cache, starts)
+                _unpack(cache, starts, shared)
             self._on_forward(cache, self._num_rows, size)
         self._num_rows += size
         return output
@@ -262,11 +263,12 @@ class KVCapture:
         return getattr(self._model, name)
 
 
-def _unpack(cache: DynamicCache, starts: torch.Tensor) -> None:
-    """Give every rollout of a packed row, which begins at one of `starts` (B,), a row of its own."""
+def _unpack(cache: DynamicCache, starts: torch.Tensor, shared: int) -> None:
+    """Give every rollout of a packed row, which goes from the shared tokens to one of `starts` (B,), its own row."""
     ends = torch.cat([starts[1:], starts.new_tensor([cache.get_seq_length()])])
     slots = starts[:, None] + torch.arange(int((ends - starts).max()), device=starts.device)
     slots.clamp_(max=cache.get_seq_length() - 1)  # what follows a rollout is never seen
+    slots = torch.cat([torch.arange(shared, device=starts.device).expand(len(starts), -1), slots], dim=1)
     for layer in cache.layers:
         index = slots.to(layer.keys.device)
         layer.keys = layer.keys[0][:, index].transpose(0, 1).contiguous()

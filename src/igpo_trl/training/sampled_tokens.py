@@ -7,9 +7,10 @@ attends to itself alone, and the head runs on the hidden states before sampled t
     TRL         · · p p s s o o s s · ·        packed     p p s s o o s s p p p p s s s
                 p p p p s s s · · · · ·        head         x x     x x         x x x
 
-FlashAttention knows packed rows; PyTorch's attention learns them from this module. With another attention, and for
-models that have not been tested with packed rows, a microbatch has rows that begin at the left and end with the
-longest.
+FlashAttention knows packed rows; PyTorch's attention learns them from this module. It also learns to let all rollouts
+read the tokens with which all of them begin, such as the prompt of their group, from one copy. With another attention,
+and for models that have not been tested with packed rows, a microbatch has rows that begin at the left and end with
+the longest.
 """
 
 from collections.abc import Callable, Iterator
@@ -65,14 +66,18 @@ class SampledTokensModel:
         row, column = is_scored.nonzero(as_tuple=True)
         before = position[row, column] - 1  # whose hidden state scores the token
         lengths = attention_mask.sum(dim=1)
+        slot = torch.arange(int(lengths.max()), device=input_ids.device)
+        mask = slot < lengths[:, None]
+        ids = input_ids.gather(1, (padding[:, None] + slot).clamp(max=width - 1)).masked_fill(~mask, 0)
         if self._packs:
-            ids = input_ids[is_real][None]
-            inputs |= _packed_inputs(self._backbone, position[is_real][None], lengths)
-            place = (torch.zeros_like(row), before + (lengths.cumsum(dim=0) - lengths)[row])
+            shared = _shared_tokens(self._backbone, ids, lengths)
+            mask[1:, :shared] = False
+            rest = lengths - shared
+            in_rest = before + (rest.cumsum(dim=0) - rest)[row]
+            place = (torch.zeros_like(row), torch.where(before < shared, before, in_rest))
+            ids, positions = ids[mask][None], slot.expand(size, -1)[mask][None]
+            inputs |= _packed_inputs(self._backbone, positions, shared, rest)
         else:
-            slot = torch.arange(int(lengths.max()), device=input_ids.device)
-            mask = slot < lengths[:, None]
-            ids = input_ids.gather(1, (padding[:, None] + slot).clamp(max=width - 1)).masked_fill(~mask, 0)
             inputs["attention_mask"] = mask.to(attention_mask.dtype)
             place = (row, before)
         self.num_computed += ids.numel()
@@ -105,13 +110,28 @@ def _hidden_states_at(backbone: nn.Module, row: torch.Tensor, column: torch.Tens
         handle.remove()
 
 
-def _packed_inputs(backbone: Any, position_ids: torch.Tensor, lengths: torch.Tensor) -> dict[str, Any]:
-    """Arguments that make a backbone take one row (1, N) for several of these lengths (B,)."""
+def _shared_tokens(backbone: Any, ids: torch.Tensor, lengths: torch.Tensor) -> int:
+    """
+    How many tokens all rows (B, L) begin with, of which one copy is enough.
+
+    None where attention cannot share them, where dropout would be shared too, and where a router counts its tokens.
+    """
+    config = backbone.config
+    if len(ids) == 1 or config._attn_implementation != "sdpa" or getattr(config, "output_router_logits", False):
+        return 0
+    if backbone.training and any(isinstance(module, nn.Dropout) and module.p for module in backbone.modules()):
+        return 0
+    equal = (ids == ids[:1]).all(dim=0).long().cumprod(dim=0).sum()
+    return int(torch.minimum(equal, lengths.min() - 1))  # each row keeps a token of its own
+
+
+def _packed_inputs(backbone: Any, position_ids: torch.Tensor, shared: int, lengths: torch.Tensor) -> dict[str, Any]:
+    """Arguments that make a backbone take one row (1, N): the shared tokens, and then each row's rest (B,)."""
     # A mask without padding is dropped. Without any, one of N × N would be made from the positions.
     inputs = {"position_ids": position_ids, "attention_mask": torch.ones_like(position_ids)}
     if backbone.config._attn_implementation == "sdpa":
         _teach_sdpa()
-        return inputs | {"packed_lengths": tuple(lengths.tolist())}
+        return inputs | {"packed_lengths": (shared, *lengths.tolist())}
     ends = nn.functional.pad(lengths.cumsum(dim=0), (1, 0)).to(torch.int32)
     longest = int(lengths.max())
     return inputs | {
@@ -153,10 +173,15 @@ def _packed_sdpa(
 ) -> Any:
     if packed_lengths is None:
         return attend(module, query, key, value, attention_mask, **options)
-    parts = zip(*(states.split(packed_lengths, dim=2) for states in (query, key, value)), strict=True)
+    shared, *rests = zip(*(states.split(packed_lengths, dim=2) for states in (query, key, value)), strict=True)
     window = options.get("sliding_window")
-    # Without a mask the kernel for causal attention runs, which skips what lies above the diagonal.
-    outputs = [attend(module, *part, _window_mask(part[0], window), **options)[0] for part in parts]
+    outputs: list[torch.Tensor] = []
+    for rest in rests:
+        # What the shared tokens see is computed again with every row: the kernel for causal attention, which runs
+        # without a mask and skips what lies above the diagonal, takes as many queries as keys.
+        row = [torch.cat(part, dim=2) for part in zip(shared, rest, strict=True)] if packed_lengths[0] else rest
+        output = attend(module, *row, _window_mask(row[0], window), **options)[0]
+        outputs.append(output[:, packed_lengths[0] :] if outputs else output)
     return torch.cat(outputs, dim=1), None
 
 
