@@ -101,7 +101,7 @@ def test_every_loss_is_that_of_padded_rows(tmp_path):
 
 def masked_rows(vocabulary, shared=0):
     """
-    Token ids of three rollouts of different lengths, padded as TRL pads them, and which tokens were sampled. They begin
+    Token ids of three rollouts of different lengths, padded as TRL pads them, and which tokens were sampled. All begin
     with the same `shared` tokens.
     """
     generator = torch.Generator().manual_seed(0)
