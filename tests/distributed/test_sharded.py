@@ -91,7 +91,7 @@ def check_parameters(one, ranks, pads):
     for expected, log in zip(one["logs"], ranks[0]["logs"], strict=True):
         assert log["loss"] == pytest.approx(expected["loss"], abs=1e-5)
         assert log["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
-        assert (log["perf/padding"] == 1) != pads, "the forwards of the case are of the other kind"
+        assert (log["perf/padding"] <= 1) != pads, "the forwards of the case are of the other kind"
     moved = 0.0
     for name, expected in one["end"].items():
         first, second = (rank["end"][name] for rank in ranks)

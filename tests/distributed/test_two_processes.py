@@ -84,7 +84,7 @@ def test_padding_changes_rounding_only(single, ranks):
                     difference = (run["parameters"][name] - value).abs().max().item()
                     assert difference < 1e-4 * moved + ROUNDING, (name, difference, moved)
             for logs, other in zip(padded["logs"][:2], real["logs"][:2], strict=True):
-                assert other["perf/padding"] == 1 < logs["perf/padding"]
+                assert other["perf/padding"] <= 1 < logs["perf/padding"]
                 for name in ("loss", "grad_norm", "entropy"):
                     assert other[name] == pytest.approx(logs[name], rel=1e-5, abs=1e-7), name
 
