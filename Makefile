@@ -1,5 +1,5 @@
 # make demo   set up and run the demonstration (GRPO against IGPO on a CPU)
-# make demo-lm   set up and train a real language model of 135 M parameters on a CPU (about 25 minutes)
+# make demo-lm   set up and train a real language model of 135 M parameters on a CPU
 # make test   set up and run every check: ruff, mypy, pytest
 # make test-data   only the tests that read the folder ../shared, which are skipped where it is missing
 # make docs   set up and build the documentation site; open site/index.html
