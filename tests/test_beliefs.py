@@ -675,3 +675,12 @@ def test_alias_reductions_by_hand():
     torch.testing.assert_close(reduce_aliases(log_probs, "first").exp(), torch.tensor([0.5, 0.1]))
     with pytest.raises(ValueError, match="got 'min'"):
         reduce_aliases(log_probs, "min")
+
+
+def test_a_gpu_runs_more_probes_in_a_forward():
+    targets = [packing.Target(limit, [1] * 20, [1], []) for limit in range(100, 200)]
+    unit = packing.Unit(list(range(200)), targets)
+    forwards = [
+        packing.pack_trunks([unit], packing.ForwardBudget(16384, None, 300, on_gpu)) for on_gpu in (False, True)
+    ]
+    assert [len(batch.chunks) for (batch,) in forwards] == [9, 1]

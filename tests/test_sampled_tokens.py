@@ -152,6 +152,18 @@ def test_scores_and_gradients_of_every_model(case, shared):
         assert called.num_scored == sampled.sum()
 
 
+def test_rows_do_not_share_a_prompt_whose_dropout_they_would_share():
+    model = tiny.make_model("gpt2", resid_pdrop=0.1)
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    ids, attention_mask, sampled = masked_rows(300, shared=12)
+    computed = []
+    for training in (True, False):
+        called = SampledTokensModel(model.train(training), backbone_of(model), sampled, packs=True)
+        called(input_ids=ids, attention_mask=attention_mask, labels=ids, fused_lm_head=True)
+        computed.append(called.num_computed)
+    assert computed == [attention_mask.sum(), attention_mask.sum() - 2 * 12]
+
+
 @pytest.mark.parametrize("name", ["mamba", "lfm2", "qwen3_next"])
 def test_recurrent_models_are_not_packed(name):
     assert not can_pack(make_model(*PER_TURN[name]))
