@@ -122,7 +122,8 @@ def scores_and_gradients(model, called, compute, sampled):
     return log_probs * sampled, entropy * sampled, gradients / gradients.abs().max()
 
 
-@pytest.mark.parametrize("shared", [0, 12])  # 12 are more than the shortest prompt: a sampled token is among them
+# 12 are more than the shortest prompt: a sampled token is among them. 20 are more than any row has of its own.
+@pytest.mark.parametrize("shared", [0, 12, 20])
 @pytest.mark.parametrize("case", PACKED)
 def test_scores_and_gradients_of_every_model(case, shared):
     model = make_model(*PACKED[case])

@@ -173,25 +173,33 @@ def _packed_sdpa(
 ) -> Any:
     if packed_lengths is None:
         return attend(module, query, key, value, attention_mask, **options)
+    first = packed_lengths[0]
     shared, *rests = zip(*(states.split(packed_lengths, dim=2) for states in (query, key, value)), strict=True)
     window = options.get("sliding_window")
+    # Causal attention skips what lies above the diagonal but takes as many queries as keys, so that what the shared
+    # tokens see is computed again with every row. Attention with a mask pays off where they are more than a row's own.
+    apart = first > max(packed_lengths[1:])
     outputs: list[torch.Tensor] = []
+    if apart:
+        outputs = [attend(module, *shared, _mask(first, 0, window, query), **options)[0]]
     for rest in rests:
-        # What the shared tokens see is computed again with every row: the kernel for causal attention, which runs
-        # without a mask and skips what lies above the diagonal, takes as many queries as keys.
-        row = [torch.cat(part, dim=2) for part in zip(shared, rest, strict=True)] if packed_lengths[0] else rest
-        output = attend(module, *row, _window_mask(row[0], window), **options)[0]
-        outputs.append(output[:, packed_lengths[0] :] if outputs else output)
+        row = [torch.cat(part, dim=2) for part in zip(shared, rest, strict=True)] if first else rest
+        if apart:
+            mask = _mask(row[1].shape[2], first, window, query)
+            output = attend(module, rest[0], *row[1:], mask, **options)[0]
+        else:
+            output = attend(module, *row, _mask(row[0].shape[2], 0, window, query), **options)[0]
+            output = output[:, first:] if outputs else output
+        outputs.append(output)
     return torch.cat(outputs, dim=1), None
 
 
-def _window_mask(query: torch.Tensor, window: int | None) -> torch.Tensor | None:
-    """What each token of a rollout sees if the rollout is longer than the window, of shape (1, 1, L, L)."""
-    length = query.shape[2]
-    if window is None or length <= window:
+def _mask(length: int, first: int, window: int | None, query: torch.Tensor) -> torch.Tensor | None:
+    """What the tokens of a rollout see from number `first` on, (1, 1, length − first, length); `None` if all before."""
+    if not first and (window is None or length <= window):
         return None
-    ones = torch.ones(length, length, dtype=torch.bool, device=query.device)
-    return ones.tril().triu(1 - window)[None, None]
+    mask = torch.ones(length - first, length, dtype=torch.bool, device=query.device).tril(first)
+    return mask[None, None] if window is None else mask.triu(first + 1 - window)[None, None]
 
 
 def backbone_of(model: Any) -> nn.Module | None:
