@@ -70,8 +70,8 @@ def igpo(*words: object, log: Path) -> None:
 
 def warm_start(args: argparse.Namespace) -> None:
     """The model that all runs start from."""
-    words = ["--data", args.questions, "--index", args.index, "--out", args.warm, "--traces", args.traces]
-    words += ["--eval-questions", 0]  # the test questions tell more
+    words = ["--data", args.questions, "--index", args.index, "--out", args.warm]
+    words += ["--traces", args.traces, "--epochs", args.epochs, "--eval-questions", 0]  # the test questions tell more
     igpo("warm-start", args.model, *words, log=args.out / "warm-start.log")
 
 
@@ -224,6 +224,9 @@ def main() -> None:
     parser.add_argument("--index", type=Path, help="by default one of the world is made")
     parser.add_argument("--out", type=Path, default=Path("outputs/language-model"))
     parser.add_argument("--traces", type=int, default=400, help="of the warm start")
+    parser.add_argument(
+        "--epochs", type=float, default=1.0, help="of the warm start: the form, and most still to learn"
+    )
     parser.add_argument("--limit", type=int, default=200, help="test questions")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--tuning-steps", type=int, default=40)

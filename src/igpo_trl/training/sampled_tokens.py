@@ -195,7 +195,7 @@ def _packed_sdpa(
 
 
 def _mask(length: int, first: int, window: int | None, query: torch.Tensor) -> torch.Tensor | None:
-    """What the tokens of a rollout see from number `first` on, (1, 1, length − first, length); `None` if all before."""
+    """What a rollout's tokens from number `first` on see, (1, 1, length − first, length); `None`: all before them."""
     if not first and (window is None or length <= window):
         return None
     mask = torch.ones(length - first, length, dtype=torch.bool, device=query.device).tril(first)
