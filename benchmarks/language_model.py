@@ -224,9 +224,7 @@ def main() -> None:
     parser.add_argument("--index", type=Path, help="by default one of the world is made")
     parser.add_argument("--out", type=Path, default=Path("outputs/language-model"))
     parser.add_argument("--traces", type=int, default=400, help="of the warm start")
-    parser.add_argument(
-        "--epochs", type=float, default=1.0, help="of the warm start, which leaves much to learn"
-    )
+    parser.add_argument("--epochs", type=float, default=1.0, help="of the warm start, which leaves much to learn")
     parser.add_argument("--limit", type=int, default=200, help="test questions")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--tuning-steps", type=int, default=40)
