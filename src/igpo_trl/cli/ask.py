@@ -3,21 +3,20 @@
 import contextlib
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import rollout_options
 from .errors import describe, one_line_errors
+from .rollout_options import option
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..evaluation import EvaluationSettings
-
-_option = partial(typer.Option, rich_help_panel="Rollout")
 
 
 def ask(
@@ -29,40 +28,32 @@ def ask(
     question: Annotated[
         list[str] | None, typer.Argument(help="The question; without one you are asked, and Ctrl-D ends.")
     ] = None,
-    adapter: Annotated[str | None, typer.Option(help="PEFT adapter on top of the model.")] = None,
+    adapter: rollout_options.Adapter = None,
     answer: Annotated[
         list[str] | None, typer.Option(help="Right answer, to show the belief in it; repeatable for its aliases.")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Show passages whole.")] = False,
     config: Annotated[
         Path | None,
-        _option(
+        option(
             help="Configuration of a training run (YAML): its limits, prompt and search options are the defaults.",
             exists=True,
             dir_okay=False,
             show_default="igpo.yaml beside the model",
         ),
     ] = None,
-    k: Annotated[int | None, _option(help="Passages per search.", show_default="3")] = None,
-    max_words: Annotated[int | None, _option(help="Longest passage, in words.", show_default="200")] = None,
-    system_prompt: Annotated[
-        str | None, _option(help="think, no_think, none, a text, or a file with a text.", show_default="think")
-    ] = None,
-    max_turns: Annotated[int | None, _option(help="Turns, including the answer.", show_default="8")] = None,
-    max_turn_length: Annotated[int | None, _option(help="Sampled tokens of one turn.")] = None,
-    max_completion_length: Annotated[
-        int | None, _option(help="Tokens of a rollout, including passages.", show_default="8192")
-    ] = None,
-    forced_answer: Annotated[
-        bool | None, _option("--forced-answer/--no-forced-answer", help="Ask for an answer at a limit.")
-    ] = None,
-    stop_tools: Annotated[
-        list[str] | None, _option(help="Tool whose call ends a rollout: final_answer, which is then added.")
-    ] = None,
-    many_queries: Annotated[bool | None, _option("--many-queries", help="Allow several queries per search.")] = None,
-    temperature: Annotated[float, _option(help="0 takes the most likely token.", min=0.0)] = 0.0,
-    seed: Annotated[int, _option(help="Seed of the sampling.")] = 0,
-    dtype: Annotated[str | None, _option(help="Type of the weights; bfloat16 on a GPU, else float32.")] = None,
+    k: Annotated[int | None, option(help="Passages per search.", show_default="3")] = None,
+    max_words: rollout_options.MaxWords = None,
+    system_prompt: rollout_options.SystemPrompt = None,
+    max_turns: rollout_options.MaxTurns = None,
+    max_turn_length: rollout_options.MaxTurnLength = None,
+    max_completion_length: rollout_options.MaxCompletionLength = None,
+    forced_answer: rollout_options.ForcedAnswer = None,
+    stop_tools: rollout_options.StopTools = None,
+    many_queries: rollout_options.ManyQueries = None,
+    temperature: rollout_options.Temperature = 0.0,
+    seed: rollout_options.Seed = 0,
+    dtype: rollout_options.DType = None,
 ) -> None:
     """
     Ask a model a question, and watch it search: each search, what it finds, the answer.

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..rewards import Variant
+from . import rollout_options
 from .errors import one_line_errors
+from .rollout_options import option
 
 if TYPE_CHECKING:
     from ..evaluation.tables import Table
@@ -20,7 +22,6 @@ commands = typer.Typer(
     invoke_without_command=True,
 )
 
-_option = partial(typer.Option, rich_help_panel="Rollouts")
 _judge_option = partial(typer.Option, rich_help_panel="Judge")
 _URL_HELP = "Endpoint of the chat-completions protocol, up to /v1."
 _MODEL_HELP = "Name of the judge's model."
@@ -40,7 +41,7 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the run. An existing run is resumed.")] = None,
     model: Annotated[str | None, typer.Option(help="Model: a directory, or a name on the hub.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="PEFT adapter on top of the model.")] = None,
+    adapter: rollout_options.Adapter = None,
     limit: Annotated[int | None, typer.Option(help="Questions per data set, chosen by a hash of their ids.")] = None,
     variant: _Variant = "squad",
     k: Annotated[
@@ -51,38 +52,30 @@ def evaluate(
     ] = None,
     config: Annotated[
         Path | None,
-        _option(
+        option(
             help="Configuration of a training run (YAML): its limits, template and search options are the defaults.",
             exists=True,
             dir_okay=False,
         ),
     ] = None,
-    temperature: Annotated[float, _option(help="0 takes the most likely token.", min=0.0)] = 0.0,
-    num_samples: Annotated[int, _option(help="Rollouts per question.", min=1)] = 1,
-    seed: Annotated[int, _option(help="Seed of the sampling.")] = 0,
-    batch_size: Annotated[int | None, _option(help="Rollouts at a time; 16, or 256 with vLLM.", min=1)] = None,
-    max_turns: Annotated[int | None, _option(help="Turns, including the answer.", show_default="8")] = None,
-    max_turn_length: Annotated[int | None, _option(help="Sampled tokens of one turn.")] = None,
-    max_completion_length: Annotated[
-        int | None, _option(help="Tokens of a rollout, including passages.", show_default="8192")
-    ] = None,
-    forced_answer: Annotated[
-        bool | None, _option("--forced-answer/--no-forced-answer", help="Ask for an answer at a limit.")
-    ] = None,
-    stop_tools: Annotated[
-        list[str] | None, _option(help="Tool whose call ends a rollout: final_answer, which is then added.")
-    ] = None,
-    max_words: Annotated[int | None, _option(help="Longest passage shown, in words.", show_default="200")] = None,
-    many_queries: Annotated[bool | None, _option("--many-queries", help="Allow several queries per search.")] = None,
-    system_prompt: Annotated[
-        str | None, _option(help="think, no_think, none, a text, or a file with a text.", show_default="think")
-    ] = None,
-    beliefs: Annotated[bool, _option(help="Score the belief in the right answer before every turn.")] = True,
-    vllm: Annotated[bool, _option("--vllm", help="Sample with vLLM.")] = False,
-    dtype: Annotated[str | None, _option(help="Type of the weights; bfloat16 on a GPU, else float32.")] = None,
+    temperature: rollout_options.Temperature = 0.0,
+    num_samples: Annotated[int, option(help="Rollouts per question.", min=1)] = 1,
+    seed: rollout_options.Seed = 0,
+    batch_size: Annotated[int | None, option(help="Rollouts at a time; 16, or 256 with vLLM.", min=1)] = None,
+    max_turns: rollout_options.MaxTurns = None,
+    max_turn_length: rollout_options.MaxTurnLength = None,
+    max_completion_length: rollout_options.MaxCompletionLength = None,
+    forced_answer: rollout_options.ForcedAnswer = None,
+    stop_tools: rollout_options.StopTools = None,
+    max_words: rollout_options.MaxWords = None,
+    many_queries: rollout_options.ManyQueries = None,
+    system_prompt: rollout_options.SystemPrompt = None,
+    beliefs: Annotated[bool, option(help="Score the belief in the right answer before every turn.")] = True,
+    vllm: Annotated[bool, option("--vllm", help="Sample with vLLM.")] = False,
+    dtype: rollout_options.DType = None,
     retrieval_only: Annotated[
         bool,
-        _option("--retrieval-only", help="Search with the questions alone.", rich_help_panel="Index alone"),
+        option("--retrieval-only", help="Search with the questions alone.", rich_help_panel="Index alone"),
     ] = False,
     judge_url: Annotated[str | None, _judge_option(help=_URL_HELP)] = None,
     judge_model: Annotated[str | None, _judge_option(help=_MODEL_HELP)] = None,
