@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import tiny  # noqa: E402
 
 WIDEST = 4096  # tokens of a completion
+COMMON = 150  # tokens that all prompts begin with: system prompt and tools
 
 
 class Rollout(NamedTuple):
@@ -80,7 +81,7 @@ def describe(rollouts: Sequence[Rollout]) -> str:
 
 
 def make_batch(rollouts: Sequence[Rollout], vocab_size: int, device: str, per_token: bool) -> dict[str, Any]:
-    """The generation batch of these rollouts with random tokens, padded as TRL pads."""
+    """The generation batch of these rollouts with random tokens and one system prompt, padded as TRL pads."""
     generator = torch.Generator().manual_seed(0)
     number, masks = len(rollouts), [rollout.mask for rollout in rollouts]
     left, right = max(rollout.prompt for rollout in rollouts), max(map(len, masks))
@@ -88,6 +89,9 @@ def make_batch(rollouts: Sequence[Rollout], vocab_size: int, device: str, per_to
     completion_mask = torch.stack([(torch.arange(right) < len(mask)).long() for mask in masks])
     tool_mask = torch.stack([torch.tensor(mask + [0] * (right - len(mask))) for mask in masks])
     ids = torch.randint(5, vocab_size - 1, (number, left + right), generator=generator)
+    for row, rollout in zip(ids, rollouts, strict=True):
+        length = min(COMMON, rollout.prompt - 1)
+        row[left - rollout.prompt :][:length] = ids[0, left - rollouts[0].prompt :][:length]
     advantages = torch.randn(number, 1, generator=generator) * tool_mask
     batch = {
         "prompt_ids": ids[:, :left] * prompt_mask,
