@@ -1,0 +1,380 @@
+"""A run in figures: its verdict, curves over the steps, beliefs and gains by turn, and questions lost and gained."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ...trajectory import Trajectory
+from ..text import format_belief
+from .measures import (
+    Estimate,
+    Question,
+    all_equal,
+    difference,
+    estimate,
+    first_and_last_belief,
+    group_of,
+    is_right,
+    largest_fall,
+    quantiles,
+    question_of,
+    searches,
+    separation,
+)
+
+Runs = Mapping[str, Sequence[Trajectory]]
+
+MAX_POINTS = 40  # of a curve; more steps are drawn together
+MAX_TURNS = 12
+MAX_QUESTIONS = 200  # in a list
+FEW = 5  # rollouts that a point of the charts by turn needs
+BELIEVED = 0.5
+
+
+class Groups(NamedTuple):
+    """Rollouts by group; those of a group were sampled from the same prompt."""
+
+    groups: list[list[Trajectory]]
+
+    @classmethod
+    def of(cls, rollouts: Sequence[Trajectory]) -> "Groups":
+        by_key = defaultdict(list)
+        for rollout in rollouts:
+            by_key[group_of(rollout)].append(rollout)
+        return cls(list(by_key.values()))
+
+    def outcomes(self) -> list[float]:
+        """The mean outcome of each group: rollouts of a group are not independent, groups are."""
+        return self.means([[rollout.outcome for rollout in group] for group in self.groups])
+
+    @staticmethod
+    def means(values: Sequence[Sequence[float | None]]) -> list[float]:
+        """Means of groups, without missing values and without groups that have nothing else."""
+        present = [[value for value in group if value is not None] for group in values]
+        return [sum(group) / len(group) for group in present if group]
+
+
+def figures(runs: Runs) -> dict[str, Any]:
+    """Everything that the page says about whole runs, as plain values for JSON."""
+    kind, lost, gained = lost_and_gained(runs)
+    return {
+        "verdict": verdict(runs, kind, len(lost), len(gained)),
+        "facts": [facts(rollouts) for rollouts in runs.values()],
+        "curves": [curve(rollouts) for rollouts in runs.values()],
+        "turns": [by_turn(rollouts) for rollouts in runs.values()],
+        "stops": [stop_reasons(rollouts) for rollouts in runs.values()],
+        "sets": [by_data_set(rollouts) for rollouts in runs.values()],
+        "questions": {
+            "kind": kind,
+            "counts": [len(lost), len(gained)],
+            "lost": lost[:MAX_QUESTIONS],
+            "gained": gained[:MAX_QUESTIONS],
+        },
+    }
+
+
+def steps_of(rollouts: Sequence[Trajectory]) -> list[int]:
+    """The steps of a run, ascending."""
+    return sorted({rollout.step for rollout in rollouts})
+
+
+def first_and_last_fifth(rollouts: Sequence[Trajectory]) -> tuple[list[Trajectory], list[Trajectory]]:
+    """The rollouts of the first and of the last fifth of the steps, of one step each at least."""
+    steps = steps_of(rollouts)
+    count = max(1, len(steps) // 5)
+    early, late = set(steps[:count]), set(steps[-count:])
+    return [each for each in rollouts if each.step in early], [each for each in rollouts if each.step in late]
+
+
+# ------------------------------------------------------------------------------------------------------------- verdict
+
+
+def verdict(runs: Runs, kind: str, lost: int, gained: int) -> dict[str, Any]:
+    """One sentence with numbers, `good`, `bad` or `unclear`, and what else a reader should know first."""
+    if len(runs) == 2:
+        headline, tone, notes = _compared(runs, lost, gained)
+    else:
+        headline, tone, notes = _of_one(next(iter(runs.values())))
+    if kind == "repeated":
+        notes.append(f"Of the questions that came up again, {gained} went better the last time and {lost} worse.")
+    return {"headline": headline, "tone": tone, "notes": notes}
+
+
+def _of_one(rollouts: Sequence[Trajectory]) -> tuple[str, str, list[str]]:
+    if len(steps_of(rollouts)) > 1:
+        early, late = first_and_last_fifth(rollouts)
+        before, after = Groups.of(early).outcomes(), Groups.of(late).outcomes()
+        change = difference(before, after)
+        if change is None:
+            return "No reward was recorded.", "unclear", _belief_notes(late)
+        tone = _tone(change)
+        word = {"good": "It learned", "bad": "It got worse", "unclear": "No clear change"}[tone]
+        span = "the first to the last fifth of its steps" if len(steps_of(rollouts)) > 9 else "its first to its last step"
+        a, b = sum(before) / len(before), sum(after) / len(after)
+        return f"{word}: reward {a:.2f} → {b:.2f} ({_signed(change)}) from {span}.", tone, _belief_notes(late)
+    overall, right = estimate(Groups.of(rollouts).outcomes()), [is_right(rollout) for rollout in rollouts]
+    if overall is None:
+        return "No reward was recorded.", "unclear", _belief_notes(rollouts)
+    questions = len({question_of(rollout) for rollout in rollouts})
+    share = sum(map(bool, right)) / len(right)
+    each = f"{questions:,} questions" if questions == len(rollouts) else f"{len(rollouts):,} rollouts, {questions:,} questions"
+    headline = f"Right in {100 * share:.0f} % of {each}: reward {_plain(overall)}."
+    return headline, "plain", _belief_notes(rollouts)
+
+
+def _compared(runs: Runs, lost: int, gained: int) -> tuple[str, str, list[str]]:
+    (a, first), (b, second) = runs.items()
+    values = [_by_question(rollouts) for rollouts in (first, second)]
+    common = values[0].keys() & values[1].keys()
+    training = all(len(steps_of(rollouts)) > 1 for rollouts in (first, second))
+    if training:
+        before, after = (Groups.of(first_and_last_fifth(rollouts)[1]).outcomes() for rollouts in (first, second))
+        where = "in the last fifth of the steps"
+    else:
+        before, after = ([value[q] for q in common] or list(value.values()) for value in values)
+        where = f"on {len(common):,} questions that both have" if common else "on different questions"
+    if training or not common:
+        change = difference(before, after)
+    else:
+        change = estimate([values[1][q] - values[0][q] for q in common])
+    if change is None:
+        return "No reward was recorded.", "unclear", []
+    tone = _tone(change)
+    word = {"good": f"{b} does better than {a}", "bad": f"{b} does worse than {a}"}.get(tone, f"{a} or {b}: no clear difference")
+    means = sum(before) / len(before), sum(after) / len(after)
+    headline = f"{word}: reward {means[0]:.2f} → {means[1]:.2f} ({_signed(change)}) {where}."
+    notes = []
+    if common:
+        notes.append(f"Of {len(common):,} questions, {b} gained {gained}, lost {lost}, and left {len(common) - gained - lost} as they were.")
+    for name, rollouts in runs.items():
+        if training:
+            notes.append(f"{name}: {_of_one(rollouts)[0]}")
+        notes += [f"{name}: {note}" for note in _belief_notes(first_and_last_fifth(rollouts)[1] if training else rollouts)[:1]]
+    return headline, tone, notes
+
+
+def _belief_notes(rollouts: Sequence[Trajectory]) -> list[str]:
+    """What the policy believed, and whether that agrees with its answers."""
+    scored = [(pair, is_right(rollout)) for rollout in rollouts if (pair := first_and_last_belief(rollout))]
+    if not scored:
+        return ["No beliefs were recorded."]
+    start, end = (quantiles([pair[i] for pair, _ in scored])[1] for i in (0, 1))
+    notes = [
+        f"Median belief in the right answer: {format_belief(start)} before the first search, "
+        f"{format_belief(end)} before the last turn."
+    ]
+    wrong = [pair[1] for pair, right in scored if right is False]
+    believed = sum(end >= BELIEVED for end in wrong)
+    if wrong:
+        notes.append(
+            f"{believed:,} of {len(wrong):,} wrong answers came although the belief in the right one was {BELIEVED} or more."
+        )
+    return notes
+
+
+def _tone(change: Estimate) -> str:
+    if change.low is None or change.high is None or change.low <= 0 <= change.high:
+        return "unclear"
+    return "good" if change.mean > 0 else "bad"
+
+
+def _signed(value: Estimate) -> str:
+    text = f"{value.mean:+.2f}" if value.low is None else f"{value.mean:+.2f}, 95 % [{value.low:+.2f}, {value.high:+.2f}]"
+    return text.replace("-", "−")
+
+
+def _plain(value: Estimate) -> str:
+    text = f"{value.mean:.2f}" if value.low is None else f"{value.mean:.2f}, 95 % [{value.low:.2f}, {value.high:.2f}]"
+    return text.replace("-", "−")
+
+
+def facts(rollouts: Sequence[Trajectory]) -> list[dict[str, Any]]:
+    """The figures under the headline: of an evaluation as they are, of training from the first to the last fifth."""
+    if len(steps_of(rollouts)) > 1:
+        early, late = map(_measure, first_and_last_fifth(rollouts))
+    else:
+        early, late = {}, _measure(rollouts)
+    return [
+        {"name": name, "before": early.get(name), "now": value}
+        for name, value in late.items()
+        if value is not None or early.get(name) is not None
+    ]
+
+
+def _measure(rollouts: Sequence[Trajectory]) -> dict[str, float | None]:
+    groups = [group for group in Groups.of(rollouts).groups if len(group) > 1]
+    right = [known for rollout in rollouts if (known := is_right(rollout)) is not None]
+    beliefs = [(pair, is_right(rollout)) for rollout in rollouts if (pair := first_and_last_belief(rollout))]
+    ends = [pair[1] for pair, known in beliefs if known is not None]
+    reward = estimate(Groups.of(rollouts).outcomes())
+    return {
+        "reward": reward and reward.mean,
+        "right": sum(right) / len(right) if right else None,
+        "belief_start": quantiles([pair[0] for pair, _ in beliefs])[1] if beliefs else None,
+        "belief_end": quantiles([pair[1] for pair, _ in beliefs])[1] if beliefs else None,
+        "separation": separation(ends, [bool(known) for _, known in beliefs if known is not None]),
+        "searches": sum(map(searches, rollouts)) / len(rollouts),
+        "equal": sum(_equal_outcomes(group) for group in groups) / len(groups) if groups else None,
+    }
+
+
+def _equal_outcomes(group: Sequence[Trajectory]) -> bool:
+    return all_equal(rollout.outcome for rollout in group)
+
+
+def _only_gains_differ(group: Sequence[Trajectory]) -> bool:
+    """Equal outcomes, but gains that differ: the group teaches nothing by outcomes alone."""
+    return _equal_outcomes(group) and not all_equal(turn.info_gain for rollout in group for turn in rollout.turns)
+
+
+# -------------------------------------------------------------------------------------------------------------- curves
+
+
+def curve(rollouts: Sequence[Trajectory]) -> list[dict[str, Any]]:
+    """The course of training: one point per step, or per span of steps if there are many. Intervals are over groups."""
+    steps = steps_of(rollouts)
+    if len(steps) < 2:
+        return []
+    span = -(-len(steps) // MAX_POINTS)
+    point_of = {step: i // span for i, step in enumerate(steps)}
+    by_point = defaultdict(list)
+    for rollout in rollouts:
+        by_point[point_of[rollout.step]].append(rollout)
+    return [_point(by_point[i], steps[i * span : (i + 1) * span]) for i in sorted(by_point)]
+
+
+def _point(rollouts: Sequence[Trajectory], steps: Sequence[int]) -> dict[str, Any]:
+    groups = Groups.of(rollouts)
+    several = [group for group in groups.groups if len(group) > 1]
+    beliefs = [[first_and_last_belief(rollout) for rollout in group] for group in groups.groups]
+    return {
+        "steps": [steps[0], steps[-1]],
+        "rollouts": len(rollouts),
+        "reward": estimate(groups.outcomes()),
+        "belief_start": estimate(groups.means([[pair and pair[0] for pair in group] for group in beliefs])),
+        "belief_end": estimate(groups.means([[pair and pair[1] for pair in group] for group in beliefs])),
+        "searches": estimate(groups.means([list(map(searches, group)) for group in groups.groups])),
+        "tokens": estimate(groups.means([[_tokens(rollout) for rollout in group] for group in groups.groups])),
+        "equal": estimate([float(_equal_outcomes(group)) for group in several]),
+        "only_gains": estimate([float(_only_gains_differ(group)) for group in several]),
+        "stops": stop_reasons(rollouts),
+    }
+
+
+def _tokens(rollout: Trajectory) -> float:
+    return float(sum(turn.num_tokens for turn in rollout.turns))
+
+
+def stop_reasons(rollouts: Sequence[Trajectory]) -> dict[str, float]:
+    """Shares of the reasons why rollouts ended."""
+    counts = Counter(rollout.stop_reason or "unknown" for rollout in rollouts)
+    return {reason: count / len(rollouts) for reason, count in counts.most_common()}
+
+
+def by_turn(rollouts: Sequence[Trajectory]) -> list[dict[str, Any]]:
+    """Of each turn: quartiles of the belief before it, of right and of wrong rollouts; gains; who still searches."""
+    found = []
+    for k in range(min(MAX_TURNS, max(len(rollout.turns) for rollout in rollouts))):
+        here = [rollout for rollout in rollouts if len(rollout.turns) > k]
+        if k and len(here) < FEW:
+            break
+        beliefs: dict[str, list[float]] = {"right": [], "wrong": []}
+        for rollout in here:
+            if (belief := rollout.turns[k].belief) is not None and (right := is_right(rollout)) is not None:
+                beliefs["right" if right else "wrong"].append(belief)
+        gains = [gain for rollout in here if (gain := rollout.turns[k].info_gain) is not None]
+        found.append(
+            {
+                "beliefs": {name: [*quantiles(each), len(each)] for name, each in beliefs.items() if len(each) >= FEW},
+                "gain": estimate(gains),
+                "gains": len(gains),
+                "searching": sum(bool(rollout.turns[k].observation) for rollout in here) / len(rollouts),
+            }
+        )
+    return found
+
+
+def by_data_set(rollouts: Sequence[Trajectory]) -> list[dict[str, Any]]:
+    """The figures of each data set, if there are several."""
+    sets = defaultdict(list)
+    for rollout in rollouts:
+        sets[rollout.data_set or ""].append(rollout)
+    return [
+        {"name": name, "rollouts": len(each), **_measure(each), "interval": estimate(Groups.of(each).outcomes())}
+        for name, each in sorted(sets.items())
+        if len(sets) > 1
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- questions
+
+
+def _by_question(rollouts: Sequence[Trajectory], last: bool = True) -> dict[Question, float]:
+    """The mean outcome of each question in the last step, or in the first, in which it came up."""
+    values: dict[Question, tuple[int, list[float]]] = {}
+    for rollout in rollouts:
+        if rollout.outcome is None:
+            continue
+        question = question_of(rollout)
+        step, outcomes = values.get(question, (rollout.step, []))
+        if step == rollout.step:
+            outcomes.append(rollout.outcome)
+        elif (rollout.step > step) == last:
+            step, outcomes = rollout.step, [rollout.outcome]
+        values[question] = step, outcomes
+    return {question: sum(outcomes) / len(outcomes) for question, (_, outcomes) in values.items()}
+
+
+def lost_and_gained(runs: Runs) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
+    """
+    Which questions went worse and which went better, the largest change first.
+
+    Of two runs (`"runs"`): in the second than in the first. Of a run of which most questions come up in several
+    steps (`"repeated"`): in the last of these steps than in the first. Otherwise (`"beliefs"`), by what the policy believed:
+    lost are rollouts that ended wrong with a belief that had been high or that fell, gained those that ended right
+    with a belief that had risen.
+    """
+    if len(runs) == 2:
+        first, second = (_by_question(rollouts) for rollouts in runs.values())
+        return "runs", *_changes(first, second)
+    rollouts = next(iter(runs.values()))
+    steps = defaultdict(set)
+    for rollout in rollouts:
+        steps[question_of(rollout)].add(rollout.step)
+    repeated = {question for question, seen in steps.items() if len(seen) > 1}
+    if len(repeated) * 2 > len(steps):
+        again = [rollout for rollout in rollouts if question_of(rollout) in repeated]
+        return "repeated", *_changes(_by_question(again, last=False), _by_question(again))
+    return "beliefs", *_turned(rollouts)
+
+
+def _changes(
+    first: Mapping[Question, float], second: Mapping[Question, float]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    entries = [
+        {"question": question, "before": before, "after": second[question]}
+        for question, before in first.items()
+        if question in second and abs(second[question] - before) > 1e-6
+    ]
+    entries.sort(key=lambda entry: entry["after"] - entry["before"])
+    return (
+        [entry for entry in entries if entry["after"] < entry["before"]],
+        [entry for entry in reversed(entries) if entry["after"] > entry["before"]],
+    )
+
+
+def _turned(rollouts: Sequence[Trajectory]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    lost: dict[Question, dict[str, Any]] = {}
+    gained: dict[Question, dict[str, Any]] = {}
+    for rollout in rollouts:
+        pair, right = first_and_last_belief(rollout), is_right(rollout)
+        if pair is None or right is None:
+            continue
+        highest = max(belief for belief in rollout.beliefs if belief is not None)
+        size = pair[1] - pair[0] if right else max(highest if highest >= BELIEVED else 0.0, largest_fall(rollout))
+        entry = {"question": question_of(rollout), "before": pair[0] if right else highest, "after": pair[1], "size": size}
+        kept = gained if right else lost
+        if size > 0.1 and size > kept.get(entry["question"], {"size": 0})["size"]:
+            kept[entry["question"]] = entry
+    by_size = (sorted(kept.values(), key=lambda entry: -entry["size"]) for kept in (lost, gained))
+    return next(by_size), next(by_size)
