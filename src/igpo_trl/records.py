@@ -77,7 +77,8 @@ def turns_of(step: Step, i: int, tokenizer: PreTrainedTokenizerBase) -> list[Tur
                 num_tokens=length,
                 belief=None if step.beliefs is None else _number_or_none(step.beliefs[i, k].item()),
                 info_gain=None if step.gains is None else _number_or_none(step.gains[i, k].item()),
-                calls=calls[i][k] if calls else _calls_in(text),
+                # An observation that leaves no room is followed by a turn without tokens, which was never sampled.
+                calls=[*calls[i], []][k] if calls else _calls_in(text),
                 observation_tokens=end - start - length,
                 alias_beliefs=alias_beliefs.get(k, []),
             )
