@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...files import encodable
-from ...trajectory import Trajectory
+from ...trajectory import Trajectory, Turn
 from ..text import pieces, plain_text
-from .figures import Groups, Runs, figures
+from .figures import Groups, figures
 from .measures import Question, group_of, is_right, question_of
+from .questions import Runs
 
 MAX_ROLLOUTS = 5000
 
@@ -84,18 +85,23 @@ def _chosen(run: Sequence[Trajectory], count: int, listed: set[Question]) -> lis
     return [rollout for rollout in run if id(rollout) in kept][:count]
 
 
-def _turn(turn: Any, texts: Interned) -> list[Any]:
-    """`[pieces, observations, tokens, belief, gain, advantage, belief of each alias]`, shortened from the end."""
+def _turn(turn: Turn, texts: Interned) -> list[Any]:
+    """`[pieces, observations, tokens, belief, gain, advantage, beliefs of aliases, errors]`, without an empty end."""
     values = [
         [[piece.kind, piece.text] for piece in pieces(turn.text)],
         [texts(text) for part in turn.observation.split("\n\n") if (text := _paragraph(part))],
         turn.num_tokens,
-        *(None if value is None else float(f"{value:.4g}") for value in (turn.belief, turn.info_gain, turn.advantage)),
-        [float(f"{value:.4g}") for value in turn.alias_beliefs if value is not None],
+        *map(_short, (turn.belief, turn.info_gain, turn.advantage)),
+        [*map(_short, turn.alias_beliefs)],
+        [call.error for call in turn.calls if call.error is not None],
     ]
     while values and values[-1] in (None, []):
         values.pop()
     return values
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
 
 
 def _paragraph(text: str) -> str:

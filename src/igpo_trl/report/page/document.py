@@ -8,7 +8,7 @@ from typing import Any
 
 from ...files import replace_when_complete
 from .compact import MAX_ROLLOUTS, page_data, to_json
-from .figures import Runs
+from .questions import Runs
 
 SCRIPTS = ("state.js", "charts.js", "list.js", "rollout.js", "overview.js", "main.js")
 
@@ -48,7 +48,9 @@ def render_page(title: str, data: dict[str, Any] | None) -> str:
         from markupsafe import Markup
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise ImportError('The page needs jinja2 and plotly. Install the extra: pip install "igpo-trl[page]".') from error
+        raise ImportError(
+            'The page needs jinja2 and plotly. Install the extra: pip install "igpo-trl[page]".'
+        ) from error
     folder = files(__package__)
     own = "\n".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
     script, plotly = f'"use strict";\n(() => {{\n{own}\n}})();\n', get_plotlyjs()

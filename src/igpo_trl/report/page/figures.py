@@ -8,27 +8,23 @@ from ...trajectory import Trajectory
 from ..text import format_belief
 from .measures import (
     Estimate,
-    Question,
     all_equal,
     difference,
     estimate,
     first_and_last_belief,
     group_of,
     is_right,
-    largest_fall,
     quantiles,
     question_of,
     searches,
     separation,
 )
-
-Runs = Mapping[str, Sequence[Trajectory]]
+from .questions import BELIEVED, Runs, by_question, lost_and_gained
 
 MAX_POINTS = 40  # of a curve; more steps are drawn together
 MAX_TURNS = 12
 MAX_QUESTIONS = 200  # in a list
 FEW = 5  # rollouts that a point of the charts by turn needs
-BELIEVED = 0.5
 
 
 class Groups(NamedTuple):
@@ -109,7 +105,8 @@ def _of_one(rollouts: Sequence[Trajectory]) -> tuple[str, str, list[str]]:
             return "No reward was recorded.", "unclear", _belief_notes(late)
         tone = _tone(change)
         word = {"good": "It learned", "bad": "It got worse", "unclear": "No clear change"}[tone]
-        span = "the first to the last fifth of its steps" if len(steps_of(rollouts)) > 9 else "its first to its last step"
+        fifths = len(steps_of(rollouts)) > 9
+        span = "the first to the last fifth of its steps" if fifths else "its first to its last step"
         a, b = sum(before) / len(before), sum(after) / len(after)
         return f"{word}: reward {a:.2f} → {b:.2f} ({_signed(change)}) from {span}.", tone, _belief_notes(late)
     overall, right = estimate(Groups.of(rollouts).outcomes()), [is_right(rollout) for rollout in rollouts]
@@ -117,14 +114,14 @@ def _of_one(rollouts: Sequence[Trajectory]) -> tuple[str, str, list[str]]:
         return "No reward was recorded.", "unclear", _belief_notes(rollouts)
     questions = len({question_of(rollout) for rollout in rollouts})
     share = sum(map(bool, right)) / len(right)
-    each = f"{questions:,} questions" if questions == len(rollouts) else f"{len(rollouts):,} rollouts, {questions:,} questions"
-    headline = f"Right in {100 * share:.0f} % of {each}: reward {_plain(overall)}."
+    of = "" if questions == len(rollouts) else f"{len(rollouts):,} rollouts on "
+    headline = f"Right in {100 * share:.0f} % of {of}{questions:,} questions: reward {_plain(overall)}."
     return headline, "plain", _belief_notes(rollouts)
 
 
 def _compared(runs: Runs, lost: int, gained: int) -> tuple[str, str, list[str]]:
     (a, first), (b, second) = runs.items()
-    values = [_by_question(rollouts) for rollouts in (first, second)]
+    values = [by_question(rollouts) for rollouts in (first, second)]
     common = values[0].keys() & values[1].keys()
     training = all(len(steps_of(rollouts)) > 1 for rollouts in (first, second))
     if training:
@@ -140,16 +137,19 @@ def _compared(runs: Runs, lost: int, gained: int) -> tuple[str, str, list[str]]:
     if change is None:
         return "No reward was recorded.", "unclear", []
     tone = _tone(change)
-    word = {"good": f"{b} does better than {a}", "bad": f"{b} does worse than {a}"}.get(tone, f"{a} or {b}: no clear difference")
+    words = {"good": f"{b} does better than {a}", "bad": f"{b} does worse than {a}"}
+    word = words.get(tone, f"{a} or {b}: no clear difference")
     means = sum(before) / len(before), sum(after) / len(after)
     headline = f"{word}: reward {means[0]:.2f} → {means[1]:.2f} ({_signed(change)}) {where}."
     notes = []
     if common:
-        notes.append(f"Of {len(common):,} questions, {b} gained {gained}, lost {lost}, and left {len(common) - gained - lost} as they were.")
+        same = len(common) - gained - lost
+        notes.append(f"Of {len(common):,} questions, {b} gained {gained}, lost {lost}, and left {same} as they were.")
     for name, rollouts in runs.items():
         if training:
             notes.append(f"{name}: {_of_one(rollouts)[0]}")
-        notes += [f"{name}: {note}" for note in _belief_notes(first_and_last_fifth(rollouts)[1] if training else rollouts)[:1]]
+        last = first_and_last_fifth(rollouts)[1] if training else rollouts
+        notes += [f"{name}: {note}" for note in _belief_notes(last)[:1]]
     return headline, tone, notes
 
 
@@ -167,7 +167,8 @@ def _belief_notes(rollouts: Sequence[Trajectory]) -> list[str]:
     believed = sum(end >= BELIEVED for end in wrong)
     if wrong:
         notes.append(
-            f"{believed:,} of {len(wrong):,} wrong answers came although the belief in the right one was {BELIEVED} or more."
+            f"{believed:,} of {len(wrong):,} wrong answers came although the policy believed in the right one "
+            f"({BELIEVED} or more)."
         )
     return notes
 
@@ -179,13 +180,16 @@ def _tone(change: Estimate) -> str:
 
 
 def _signed(value: Estimate) -> str:
-    text = f"{value.mean:+.2f}" if value.low is None else f"{value.mean:+.2f}, 95 % [{value.low:+.2f}, {value.high:+.2f}]"
-    return text.replace("-", "−")
+    return _text(value, "{:+.2f}")
 
 
 def _plain(value: Estimate) -> str:
-    text = f"{value.mean:.2f}" if value.low is None else f"{value.mean:.2f}, 95 % [{value.low:.2f}, {value.high:.2f}]"
-    return text.replace("-", "−")
+    return _text(value, "{:.2f}")
+
+
+def _text(value: Estimate, form: str) -> str:
+    mean, *ends = (form.format(each) for each in value if each is not None)
+    return f"{mean}{f', 95 % [{ends[0]}, {ends[1]}]' if ends else ''}".replace("-", "−")
 
 
 def facts(rollouts: Sequence[Trajectory]) -> list[dict[str, Any]]:
@@ -231,7 +235,7 @@ def _only_gains_differ(group: Sequence[Trajectory]) -> bool:
 
 
 def curve(rollouts: Sequence[Trajectory]) -> list[dict[str, Any]]:
-    """The course of training: one point per step, or per span of steps if there are many. Intervals are over groups."""
+    """The course of training: a point per step, or per span of steps if there are many. Intervals are over groups."""
     steps = steps_of(rollouts)
     if len(steps) < 2:
         return []
@@ -304,77 +308,3 @@ def by_data_set(rollouts: Sequence[Trajectory]) -> list[dict[str, Any]]:
         for name, each in sorted(sets.items())
         if len(sets) > 1
     ]
-
-
-# ----------------------------------------------------------------------------------------------------------- questions
-
-
-def _by_question(rollouts: Sequence[Trajectory], last: bool = True) -> dict[Question, float]:
-    """The mean outcome of each question in the last step, or in the first, in which it came up."""
-    values: dict[Question, tuple[int, list[float]]] = {}
-    for rollout in rollouts:
-        if rollout.outcome is None:
-            continue
-        question = question_of(rollout)
-        step, outcomes = values.get(question, (rollout.step, []))
-        if step == rollout.step:
-            outcomes.append(rollout.outcome)
-        elif (rollout.step > step) == last:
-            step, outcomes = rollout.step, [rollout.outcome]
-        values[question] = step, outcomes
-    return {question: sum(outcomes) / len(outcomes) for question, (_, outcomes) in values.items()}
-
-
-def lost_and_gained(runs: Runs) -> tuple[str, list[dict[str, Any]], list[dict[str, Any]]]:
-    """
-    Which questions went worse and which went better, the largest change first.
-
-    Of two runs (`"runs"`): in the second than in the first. Of a run of which most questions come up in several
-    steps (`"repeated"`): in the last of these steps than in the first. Otherwise (`"beliefs"`), by what the policy believed:
-    lost are rollouts that ended wrong with a belief that had been high or that fell, gained those that ended right
-    with a belief that had risen.
-    """
-    if len(runs) == 2:
-        first, second = (_by_question(rollouts) for rollouts in runs.values())
-        return "runs", *_changes(first, second)
-    rollouts = next(iter(runs.values()))
-    steps = defaultdict(set)
-    for rollout in rollouts:
-        steps[question_of(rollout)].add(rollout.step)
-    repeated = {question for question, seen in steps.items() if len(seen) > 1}
-    if len(repeated) * 2 > len(steps):
-        again = [rollout for rollout in rollouts if question_of(rollout) in repeated]
-        return "repeated", *_changes(_by_question(again, last=False), _by_question(again))
-    return "beliefs", *_turned(rollouts)
-
-
-def _changes(
-    first: Mapping[Question, float], second: Mapping[Question, float]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    entries = [
-        {"question": question, "before": before, "after": second[question]}
-        for question, before in first.items()
-        if question in second and abs(second[question] - before) > 1e-6
-    ]
-    entries.sort(key=lambda entry: entry["after"] - entry["before"])
-    return (
-        [entry for entry in entries if entry["after"] < entry["before"]],
-        [entry for entry in reversed(entries) if entry["after"] > entry["before"]],
-    )
-
-
-def _turned(rollouts: Sequence[Trajectory]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    lost: dict[Question, dict[str, Any]] = {}
-    gained: dict[Question, dict[str, Any]] = {}
-    for rollout in rollouts:
-        pair, right = first_and_last_belief(rollout), is_right(rollout)
-        if pair is None or right is None:
-            continue
-        highest = max(belief for belief in rollout.beliefs if belief is not None)
-        size = pair[1] - pair[0] if right else max(highest if highest >= BELIEVED else 0.0, largest_fall(rollout))
-        entry = {"question": question_of(rollout), "before": pair[0] if right else highest, "after": pair[1], "size": size}
-        kept = gained if right else lost
-        if size > 0.1 and size > kept.get(entry["question"], {"size": 0})["size"]:
-            kept[entry["question"]] = entry
-    by_size = (sorted(kept.values(), key=lambda entry: -entry["size"]) for kept in (lost, gained))
-    return next(by_size), next(by_size)

@@ -122,6 +122,7 @@ function turnCard(rollout, turn, k, pattern, column) {
     el("header", {},
       el("strong", {}, `Turn ${k + 1}`), el("span", { class: "muted" }, `${plural(turn.tokens, "token")}`),
       isNumber(turn.advantage) && el("span", { class: "muted", title: "what its tokens were trained with" }, `advantage ${minus((turn.advantage >= 0 ? "+" : "") + turn.advantage.toFixed(2))}`),
+      turn.errors.length > 0 && el("span", { class: "tag failed" }, `failed call: ${turn.errors.map(words).join(", ")}`),
       belief),
     said.length ? said : el("div", { class: "piece text muted" }, "(no text)"),
     read.length > 0 && el("div", { class: "read" },

@@ -65,8 +65,8 @@ function push(map, key, value) {
 
 function understand(record, id, data) {
   const [text, set, answers] = data.questions[record.question];
-  const turns = record.turns.map(([pieces, observations = [], tokens = 0, belief, gain, advantage, aliases = []]) => ({
-    pieces, observations, tokens, belief, gain, advantage, aliases,
+  const turns = record.turns.map(([pieces, observations = [], tokens = 0, belief, gain, advantage, aliases = [], errors = []]) => ({
+    pieces, observations, tokens, belief, gain, advantage, aliases, errors,
   }));
   const beliefs = turns.map((turn) => turn.belief);
   const known = beliefs.filter(isNumber);
