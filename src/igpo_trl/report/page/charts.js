@@ -2,6 +2,7 @@
 // else on the page.
 
 const drawn = new Map(); // element -> function that draws it again, in other colours
+const cards = new Map(); // place and title -> element of a chart
 
 function colours() {
   const style = getComputedStyle(document.documentElement);
@@ -13,8 +14,8 @@ function colours() {
 // What Plotly takes for markup is text here.
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 
-function draw(element, make, onClick) {
-  let heard = false;
+// Draws a chart now and whenever the colours change. `make(colours)` gives its traces and layout.
+function draw(element, make) {
   const again = () => {
     if (!window.Plotly) return;
     const { traces, layout = {} } = make(colours());
@@ -32,22 +33,15 @@ function draw(element, make, onClick) {
       yaxis: { ...axis, ...layout.yaxis },
     };
     Plotly.react(element, traces, full, { displayModeBar: false, responsive: true, doubleClick: false });
-    if (onClick && !heard) element.on("plotly_click", onClick);
-    heard = true;
+    if (!element.heard) element.on("plotly_click", (event) => element.onClick?.(event));
+    element.heard = true;
   };
   drawn.set(element, again);
   again();
 }
 
 function drawAllAgain() {
-  for (const [element, again] of drawn) {
-    if (element.isConnected) again();
-    else forget(element);
-  }
-}
-
-function forget(element) {
-  if (drawn.delete(element)) window.Plotly?.purge(element);
+  for (const again of drawn.values()) again();
 }
 
 function startCharts() {
@@ -70,11 +64,19 @@ const watcher = new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "200px" });
 
+// A chart with its title. One that is there already, as in a page that follows a run, takes the new data.
 function card(parent, title, note, make, onClick) {
-  const place = el("div", { class: "plot" });
-  parent.append(el("figure", { class: "chart" }, el("figcaption", {}, el("strong", {}, title), el("span", { class: "muted" }, note)), place));
-  place.drawNow = () => draw(place, make, onClick);
-  watcher.observe(place);
+  const key = `${parent.id} ${title}`;
+  let place = cards.get(key);
+  if (!place) {
+    place = el("div", { class: "plot" });
+    cards.set(key, place);
+    parent.append(el("figure", { class: "chart" }, el("figcaption", {}, el("strong", {}, title), el("span", { class: "muted" }, note)), place));
+  }
+  place.onClick = onClick;
+  place.drawNow = () => draw(place, make);
+  if (drawn.has(place)) place.drawNow();
+  else watcher.observe(place);
 }
 
 // A line with the band of its intervals. `points`: [x, [mean, low, high], hover text].
@@ -107,7 +109,7 @@ function curveChart(parent, title, note, fields, yaxis = {}) {
         const points = value.map((point) => [middle(point), point[field], `<br>${plural(point.rollouts, "rollout")}`]);
         return band(points, [name, label].filter(Boolean).join(": ") || title, colour, { dash });
       })),
-    layout: { xaxis: { title: { text: "step" } }, yaxis, showlegend: runs.length * fields.length > 1 },
+    layout: { xaxis: stepAxis(), yaxis, showlegend: runs.length * fields.length > 1 },
   });
   card(parent, title, note, make, (event) => {
     const x = event.points[0].x;
@@ -116,6 +118,7 @@ function curveChart(parent, title, note, fields, yaxis = {}) {
   });
 }
 
+const stepAxis = () => ({ title: { text: "step" }, tickformat: "d", dtick: state.steps <= 10 ? 1 : undefined });
 const middle = (point) => (point.steps[0] + point.steps[1]) / 2;
 
 function beliefChart(parent) {
@@ -184,7 +187,7 @@ function stopChart(parent) {
           line: { width: 0.5, color: palette[i % palette.length] }, fillcolor: alpha(palette[i % palette.length], 0.55),
           hovertemplate: `%{y:.0%}<extra>${plain(words(reason))}</extra>`,
         })),
-        layout: { xaxis: { title: { text: "step" } }, yaxis: { tickformat: ".0%", range: [0, 1] } },
+        layout: { xaxis: stepAxis(), yaxis: { tickformat: ".0%", range: [0, 1] } },
       };
     };
     card(parent, `Why rollouts ended${name && `: ${name}`}`, "share by step", make);

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from ...files import encodable
@@ -31,13 +32,14 @@ def page_data(runs: Runs, max_rollouts: int = MAX_ROLLOUTS) -> dict[str, Any]:
     Args:
         runs (mapping of `str` to sequence of [`Trajectory`]): One or two runs by their names, none empty.
         max_rollouts (`int`, *optional*, defaults to `5000`): How many rollouts can be read on the page. Of more, whole
-            groups are taken evenly from all steps, after those of the questions that the page lists. The figures are
-            those of all rollouts.
+            groups are taken evenly from all steps, and for up to half of the places those of the questions that the
+            page lists. The figures are those of all rollouts.
     """
     if len(runs) not in (1, 2) or not all(runs.values()):
         raise ValueError(f"expected one or two runs with rollouts, got {[*map(len, runs.values())]} rollouts.")
     about, texts, questions, groups = figures(runs), Interned(), Interned(), Interned()
-    listed = {entry["question"] for kind in ("lost", "gained") for entry in about["questions"][kind]}
+    lists = [about["questions"][kind] for kind in ("lost", "gained")]
+    listed = [entry["question"] for pair in zip_longest(*lists) for entry in pair if entry]
     rollouts = []
     for i, run in enumerate(runs.values()):
         places = {id(rollout): place for place, rollout in enumerate(run)}
@@ -58,9 +60,10 @@ def page_data(runs: Runs, max_rollouts: int = MAX_ROLLOUTS) -> dict[str, Any]:
             }
             rollouts.append({name: value for name, value in record.items() if value is not None})
     place_of = {Question(*key[:2]): place for key, place in reversed(questions.places.items())}
-    for kind in ("lost", "gained"):
-        for entry in about["questions"][kind]:
-            entry["question"] = place_of[entry["question"]]
+    for entries in lists:
+        entries[:] = [
+            {**entry, "question": place_of[entry["question"]]} for entry in entries if entry["question"] in place_of
+        ]
     return {
         "runs": [{"name": name, "rollouts": len(run)} for name, run in runs.items()],
         "figures": about,
@@ -70,19 +73,26 @@ def page_data(runs: Runs, max_rollouts: int = MAX_ROLLOUTS) -> dict[str, Any]:
     }
 
 
-def _chosen(run: Sequence[Trajectory], count: int, listed: set[Question]) -> list[Trajectory]:
-    """Whole groups, evenly from the whole run, in their order."""
+def _chosen(run: Sequence[Trajectory], count: int, listed: Sequence[Question]) -> list[Trajectory]:
+    """Whole groups in their order: for up to half of the places those of listed questions, others evenly."""
     if len(run) <= count:
         return list(run)
     groups = Groups.of(run).groups
-    first = [group for group in groups if question_of(group[0]) in listed]
-    others = [group for group in groups if question_of(group[0]) not in listed]
-    room = count - sum(map(len, first))
-    size = sum(map(len, others)) / max(1, len(others))
-    stride = max(1.0, len(others) * size / room) if room > 0 else len(others) + 1.0
-    evenly = [others[int(i * stride)] for i in range(int(len(others) / stride))]
-    kept = {id(rollout) for group in first + evenly for rollout in group}
-    return [rollout for rollout in run if id(rollout) in kept][:count]
+    rank = {question: place for place, question in enumerate(listed)}
+    of_lists = sorted(
+        (group for group in groups if question_of(group[0]) in rank), key=lambda g: rank[question_of(g[0])]
+    )
+    kept, size = [], 0
+    for group in of_lists:
+        if size + len(group) <= count / 2:
+            kept.append(group)
+            size += len(group)
+    chosen = {id(group) for group in kept}
+    others = [group for group in groups if id(group) not in chosen]
+    stride = max(1.0, sum(map(len, others)) / (count - size))
+    kept += [others[int(i * stride)] for i in range(int(len(others) / stride))]
+    ids = {id(rollout) for group in kept for rollout in group}
+    return [rollout for rollout in run if id(rollout) in ids][:count]
 
 
 def _turn(turn: Turn, texts: Interned) -> list[Any]:

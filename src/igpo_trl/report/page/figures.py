@@ -1,7 +1,7 @@
 """A run in figures: its verdict, curves over the steps, beliefs and gains by turn, and questions lost and gained."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ...trajectory import Trajectory

@@ -7,6 +7,7 @@ function show(data) {
   const beside = state.beside?.key;
   const isNew = !state.data;
   const top = $("list").scrollTop;
+  document.querySelector("main").hidden = false;
   setData(data);
   if (isNew) state.keepBeside = data.runs.length > 1;
   const find = (key) => state.rollouts.find((rollout) => rollout.key === key) ?? null;
@@ -16,6 +17,7 @@ function show(data) {
   showFilters();
   applyFilters();
   $("list").scrollTop = top;
+  if (isNew) performance.mark("igpo-shown");
   if (!state.selected) select_(interesting(), false);
   else if (isNew) { select_(state.selected, false); $("rollouts").scrollIntoView(); }
 }
@@ -85,5 +87,8 @@ new ResizeObserver(() => state.data && showRows()).observe($("list"));
 const data = JSON.parse($("data").textContent);
 $("data").remove();
 if (data) show(data);
-else follow();
+else {
+  document.querySelector("main").hidden = true;
+  follow();
+}
 addEventListener("load", () => requestAnimationFrame(() => setTimeout(startCharts)));

@@ -81,10 +81,6 @@ function openQuestion(question, kind, tone) {
 
 function showCharts() {
   const first = $("first-charts"), more = $("more-charts");
-  for (const parent of [first, more]) {
-    for (const plot of parent.querySelectorAll(".plot")) { watcher.unobserve(plot); forget(plot); }
-    parent.replaceChildren();
-  }
   const training = state.data.figures.curves.some((points) => points.length);
   if (training) curveChart(first, "Reward", "mean and 95 % interval over groups; click a point to read its rollouts", [["reward", ""]]);
   beliefChart(first);

@@ -1,5 +1,9 @@
 // One rollout: its conversation beside its beliefs, the group that it was compared with, and another rollout beside it.
 
+// The chart of the rollout that is shown. A click on a point shows its turn.
+const beliefPlot = el("div", { class: "plot belief-plot" });
+beliefPlot.onClick = ({ points: [point] }) => document.getElementById(`turn-${point.data.meta}-${point.x}`)?.scrollIntoView({ block: "nearest" });
+
 // `byHand`: the reader pointed at it, so on a narrow screen the page moves to it.
 function select_(rollout, byHand) {
   state.selected = rollout;
@@ -16,7 +20,10 @@ function select_(rollout, byHand) {
 function rivals(rollout) {
   const found = [];
   const others = state.byQuestion.get(rollout.questionKey).filter((each) => each.run !== rollout.run);
-  if (others.length) found.push([others.at(-1), `${runName(others[0].run)}, same question`]);
+  if (others.length) {
+    const nearest = others.reduce((a, b) => (Math.abs(b.step - rollout.step) < Math.abs(a.step - rollout.step) ? b : a));
+    found.push([nearest, `${runName(nearest.run)}, same question`]);
+  }
   const group = state.groups.get(rollout.group);
   const best = winner(group);
   if (best !== rollout) found.push([best, "the best of its group"]);
@@ -44,8 +51,11 @@ function showRollout() {
     el("span", { class: "muted" }, "Beside it:"),
     [[null, "nothing"], ...others].map(([each, name]) =>
       el("button", { type: "button", "aria-pressed": String(each === beside), onclick: () => { state.beside = each; state.keepBeside = Boolean(each); showRollout(); } }, name)));
-  const chart = el("div", { class: "plot belief-plot" });
-  const columns = [rollout, beside].filter(Boolean).map((each, i) => conversation(each, pattern, beside ? i : -1, chart));
+  // The first run stands on the left.
+  const shown = [rollout, beside].filter(Boolean).sort((a, b) => a.run - b.run);
+  const titles = shown.map((each) => (shown.length < 2 ? "" : shown[0].run !== shown[1].run ? runName(each.run) : each === rollout ? "this one" : others.find(([other]) => other === each)[1]));
+  const hasBeliefs = shown.some((each) => isNumber(each.start));
+  const columns = shown.map((each, i) => conversation(each, pattern, i, titles[i]));
   replace($("detail"),
     el("header", {},
       el("button", { type: "button", class: "back", onclick: () => $("rollouts").scrollIntoView() }, "↑ to the list"),
@@ -53,24 +63,19 @@ function showRollout() {
       answer !== undefined && el("p", { class: "answers" }, "Right answer: ", el("strong", {}, answer),
         aliases.length > 0 && el("span", { class: "muted" }, ` or ${aliases.join(" · ")}`)),
       choice),
-    el("div", { class: beside ? "pair" : "single" }, el("div", { class: "chart-place" }, chart), columns),
+    el("div", { class: beside ? "pair" : "single" }, el("div", { class: "chart-place" }, hasBeliefs ? beliefPlot : el("p", { class: "muted" }, "No beliefs were recorded.")), columns),
     groupOf(rollout));
   $("detail").scrollTop = 0;
-  if (![rollout, beside].some((each) => each && isNumber(each.start))) chart.parentElement.replaceChildren(el("p", { class: "muted" }, "No beliefs were recorded."));
-  else draw(chart, (c) => beliefCurves(c, [rollout, beside].filter(Boolean)), (event) => {
-    const turn = document.getElementById(`turn-${event.points[0].data.meta ?? 0}-${event.points[0].x}`);
-    turn?.scrollIntoView({ block: "nearest" });
-  });
-  for (const element of [...drawn.keys()]) if (!element.isConnected) forget(element);
+  if (hasBeliefs) draw(beliefPlot, (c) => beliefCurves(c, shown, titles));
 }
 
-function beliefCurves(c, shown) {
+function beliefCurves(c, shown, titles) {
   const traces = shown.flatMap((rollout, i) => {
     const known = rollout.beliefs.map((belief, k) => [k, belief]).filter(([, belief]) => isNumber(belief));
     const gain = ([k]) => (k ? rollout.turns[k - 1].gain : null);
     const colour = (value) => (!isNumber(value) ? c.muted : value >= NOTHING ? c.good : value <= -NOTHING ? c.bad : c.muted);
     const main = {
-      meta: i, x: known.map(([k]) => k), y: known.map(([, belief]) => belief), mode: "lines+markers", name: shown.length > 1 ? ["this one", "beside it"][i] : "belief",
+      meta: i, x: known.map(([k]) => k), y: known.map(([, belief]) => belief), mode: "lines+markers", name: plain(titles[i] || "belief"),
       line: { color: i ? c.amber : c.blue, width: 2 }, marker: { size: 10, color: known.map((each) => colour(gain(each))), line: { color: i ? c.amber : c.blue, width: 1.5 } },
       text: known.map((each) => `${probability(each[1])}${isNumber(gain(each)) ? `, gain ${signed(gain(each))}` : ""}`), hovertemplate: "%{text}<extra></extra>",
     };
@@ -90,18 +95,18 @@ function beliefCurves(c, shown) {
   };
 }
 
-function conversation(rollout, pattern, column, chart) {
+function conversation(rollout, pattern, column, title) {
   const rewards = Object.entries(rollout.rewards ?? {}).filter(([, value]) => isNumber(value));
   const facts = [
-    `run ${runName(rollout.run)}`, `step ${rollout.step}`, rollout.stop && `ended: ${words(rollout.stop)}`, plural(rollout.searches, "search"),
+    state.data.runs.length > 1 && `run ${runName(rollout.run)}`, state.steps > 1 && `step ${rollout.step}`, rollout.stop && `ended: ${words(rollout.stop)}`, plural(rollout.searches, "search"),
     plural(rollout.tokens, "sampled token"), isNumber(rollout.seconds) && `${rollout.seconds.toFixed(1)} s`,
     ...(rewards.length > 1 || rewards.some(([, value]) => value !== rollout.outcome) ? rewards.map(([name, value]) => `${words(name)} ${reward(value)}`) : []),
   ].filter(Boolean);
   return el("div", { class: "conversation" },
-    column >= 0 && el("h4", {}, column ? "Beside it" : "This one"),
+    title && el("h4", {}, title),
     el("p", { class: "outcome" }, badge(rollout), el("span", { class: "muted" }, facts.join(" · "))),
     isNumber(rollout.start) && el("p", { class: "muted start" }, "Before any search: belief ", bar(rollout.start, null), ` ${probability(rollout.start)}`),
-    rollout.turns.map((turn, k) => turnCard(rollout, turn, k, pattern, Math.max(0, column), chart)));
+    rollout.turns.map((turn, k) => turnCard(rollout, turn, k, pattern, column)));
 }
 
 function bar(before, after) {

@@ -93,7 +93,7 @@ function answerPattern(answers) {
   if (!worth.length) return null;
   const escaped = worth
     .sort((a, b) => b.length - a.length)
-    .map((answer) => answer.trim().replace(/[.*+?^${}()|[\]\\/-]/g, "\\$&").replace(/\s+/g, "\\s+"));
+    .map((answer) => answer.trim().replace(/[.*+?^${}()|[\]\\/]/g, "\\$&").replace(/\s+/g, "\\s+"));
   return new RegExp(`(?<![\\p{L}\\p{N}])(?:${escaped.join("|")})(?![\\p{L}\\p{N}])`, "giu");
 }
 
