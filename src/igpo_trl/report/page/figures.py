@@ -21,6 +21,7 @@ from .measures import (
 )
 from .questions import BELIEVED, Runs, by_question, lost_and_gained
 
+NO_REWARD = "No reward was recorded."
 MAX_POINTS = 40  # of a curve; more steps are drawn together
 MAX_TURNS = 12
 MAX_QUESTIONS = 200  # in a list
@@ -102,21 +103,22 @@ def _of_one(rollouts: Sequence[Trajectory]) -> tuple[str, str, list[str]]:
         before, after = Groups.of(early).outcomes(), Groups.of(late).outcomes()
         change = difference(before, after)
         if change is None:
-            return "No reward was recorded.", "unclear", _belief_notes(late)
+            return NO_REWARD, "unclear", []
         tone = _tone(change)
         word = {"good": "It learned", "bad": "It got worse", "unclear": "No clear change"}[tone]
         fifths = len(steps_of(rollouts)) > 9
         span = "the first to the last fifth of its steps" if fifths else "its first to its last step"
         a, b = sum(before) / len(before), sum(after) / len(after)
-        return f"{word}: reward {a:.2f} → {b:.2f} ({_signed(change)}) from {span}.", tone, _belief_notes(late)
+        headline = f"{word}: reward {a:.2f} → {b:.2f} ({_signed(change)}) from {span}."
+        return headline, tone, [f"At the end: {note}" for note in _belief_notes(late)]
     overall, right = estimate(Groups.of(rollouts).outcomes()), [is_right(rollout) for rollout in rollouts]
     if overall is None:
-        return "No reward was recorded.", "unclear", _belief_notes(rollouts)
+        return NO_REWARD, "unclear", []
     questions = len({question_of(rollout) for rollout in rollouts})
     share = sum(map(bool, right)) / len(right)
     of = "" if questions == len(rollouts) else f"{len(rollouts):,} rollouts on "
     headline = f"Right in {100 * share:.0f} % of {of}{questions:,} questions: reward {_plain(overall)}."
-    return headline, "plain", _belief_notes(rollouts)
+    return headline, "plain", [note[0].upper() + note[1:] for note in _belief_notes(rollouts)]
 
 
 def _compared(runs: Runs, lost: int, gained: int) -> tuple[str, str, list[str]]:
@@ -135,7 +137,7 @@ def _compared(runs: Runs, lost: int, gained: int) -> tuple[str, str, list[str]]:
     else:
         change = estimate([values[1][q] - values[0][q] for q in common])
     if change is None:
-        return "No reward was recorded.", "unclear", []
+        return NO_REWARD, "unclear", []
     tone = _tone(change)
     words = {"good": f"{b} does better than {a}", "bad": f"{b} does worse than {a}"}
     word = words.get(tone, f"{a} or {b}: no clear difference")
@@ -157,10 +159,10 @@ def _belief_notes(rollouts: Sequence[Trajectory]) -> list[str]:
     """What the policy believed, and whether that agrees with its answers."""
     scored = [(pair, is_right(rollout)) for rollout in rollouts if (pair := first_and_last_belief(rollout))]
     if not scored:
-        return ["No beliefs were recorded."]
+        return ["no beliefs were recorded."]
     start, end = (quantiles([pair[i] for pair, _ in scored])[1] for i in (0, 1))
     notes = [
-        f"Median belief in the right answer: {format_belief(start)} before the first search, "
+        f"median belief in the right answer: {format_belief(start)} before the first search, "
         f"{format_belief(end)} before the last turn."
     ]
     wrong = [pair[1] for pair, right in scored if right is False]

@@ -47,7 +47,7 @@ function showRollout() {
   const pattern = answerPattern(rollout.answers);
   const [answer, ...aliases] = rollout.answers;
   const others = rivals(rollout);
-  const choice = others.length && el("div", { class: "beside", role: "group", "aria-label": "Beside it" },
+  const choice = others.length > 0 && el("div", { class: "beside", role: "group", "aria-label": "Beside it" },
     el("span", { class: "muted" }, "Beside it:"),
     [[null, "nothing"], ...others].map(([each, name]) =>
       el("button", { type: "button", "aria-pressed": String(each === beside), onclick: () => { state.beside = each; state.keepBeside = Boolean(each); showRollout(); } }, name)));
@@ -149,7 +149,7 @@ function groupOf(rollout) {
   if (group.length < 2) return null;
   const rewards = group.map((each) => each.outcome ?? 0);
   const equal = Math.max(...rewards) - Math.min(...rewards) < 1e-6;
-  const best = winner(group), other = rollout === best ? winner(group, -1) : best;
+  const best = winner(group), other = rollout.outcome === best.outcome ? winner(group, -1) : best;
   return el("section", { class: "group", "aria-label": "Group" },
     el("h4", {}, `The group: ${group.length} rollouts of this question`),
     equal && el("p", { class: "muted" }, `All have the reward ${reward(rewards[0])}: compared by reward alone, they teach nothing.`),
