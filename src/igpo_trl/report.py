@@ -73,7 +73,7 @@ def _call(body: str) -> str:
 
 
 def question_text(trajectory: Trajectory) -> str:
-    """The question; in records without one, the last user message of the prompt, or all of it in an unknown template."""
+    """The question. Where the record has none: the last user message of the prompt, or the prompt if none is known."""
     if trajectory.question:
         return plain_text(trajectory.question)
     messages = _USER_MESSAGE.findall(trajectory.prompt)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..data.english import DEFAULT_HOPS, DEFAULT_SIZE, DEFAULT_TEST, DEFAULT_TRAIN, write_world
-from . import ask, data, evaluate, search, warm_start
+from . import ask, data, doctor, evaluate, search, warm_start
 from .errors import Commands, one_line_errors
 
 app = typer.Typer(
@@ -151,7 +151,9 @@ def view(
         console.print(f"\nSaved {save}")
 
 
-for command in (search.index, search.search, search.serve, ask.ask, warm_start.get, warm_start.warm_start):
+for command in (
+    *(search.index, search.search, search.serve, ask.ask, warm_start.get, warm_start.warm_start, doctor.doctor),
+):
     app.command()(command)
 app.add_typer(data.commands, name="data")
 app.add_typer(evaluate.commands, name="eval")
