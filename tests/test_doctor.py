@@ -224,7 +224,7 @@ def test_what_is_missing_is_said():
     assert diagnosis.not_checked["drift"].startswith("no `kl` in the trainer's log")
 
 
-# -------------------------------------------------------------------------------------------------------------- command
+# ------------------------------------------------------------------------------------------------------------- command
 
 
 def save(folder, change=lambda one, rng, number: None):
@@ -264,7 +264,7 @@ def test_the_log_of_the_newest_checkpoint_is_read(tmp_path):
     assert [finding.name for finding in diagnose(run).findings] == ["drift"]
 
 
-# ------------------------------------------------------------------------------------------------------- while training
+# ------------------------------------------------------------------------------------------------------ while training
 
 
 def test_the_callback_warns_once_of_each_signature(caplog):
