@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..data.english import DEFAULT_HOPS, DEFAULT_SIZE, DEFAULT_TEST, DEFAULT_TRAIN, write_world
-from . import ask, data, evaluate, search, view, warm_start
+from . import ask, data, doctor, evaluate, search, view, warm_start
 from .errors import Commands, one_line_errors
 
 app = typer.Typer(
@@ -122,7 +122,10 @@ def world(
     typer.echo(f"Index it with: igpo index --corpus {out / 'corpus.jsonl.gz'} --out {out / 'index'}")
 
 
-for command in (search.index, search.search, search.serve, ask.ask, view.view, warm_start.get, warm_start.warm_start):
+for command in (
+    *(search.index, search.search, search.serve, ask.ask, view.view, doctor.doctor),
+    *(warm_start.get, warm_start.warm_start),
+):
     app.command()(command)
 app.add_typer(data.commands, name="data")
 app.add_typer(evaluate.commands, name="eval")

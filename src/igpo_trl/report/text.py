@@ -57,7 +57,7 @@ def _call(body: str) -> str:
 
 
 def question_text(trajectory: Trajectory) -> str:
-    """The question; without one, the last user message of the prompt, or all of it if its template is not known."""
+    """The question. Where the record has none: the last user message of the prompt, or the prompt if none is known."""
     if trajectory.question:
         return plain_text(trajectory.question)
     messages = _USER_MESSAGE.findall(trajectory.prompt)
