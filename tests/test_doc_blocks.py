@@ -100,7 +100,8 @@ def reader(tmp_path, monkeypatch):
     tiny.make_tokenizer().save_pretrained("tiny-model")
     info = {"dataset": "nq", "id": "1", "sample": 0}
     rollout = Trajectory("Who?", [Turn("<answer>I</answer>", "", 3)], ["I"], stop_reason="answered", info=info)
-    write_jsonl("outputs/eval/run/trajectories/rank0.jsonl", [rollout])
+    for run in ("outputs/eval/run", "outputs/run"):
+        write_jsonl(f"{run}/trajectories/rank0.jsonl", [rollout])
     for repository, files in test_data_hub.repositories().items():
         for path, body in files.items():
             file = Path("hub", repository, path)

@@ -183,6 +183,15 @@ def test_keys(open_page):
     assert question.inner_text() == "Question 9-1?"
 
 
+def test_the_findings_of_the_doctor_are_shown(open_page, tmp_path):
+    finding = {"name": "turn_tax", "evidence": "early turns lose " + HOSTILE, "change": "Use another estimator."}
+    file = tmp_path / "page.html"
+    write_page(file, {"a": training()}, diagnoses={"a": {"findings": [finding], "healthy": ["drift"]}})
+    page = open_page(f"file://{file}")
+    found = page.locator(".findings").inner_text()
+    assert found.startswith("turn tax early turns lose </script>") and found.endswith("Use another estimator.")
+
+
 def test_the_group_shows_what_the_best_one_did_differently(open_page):
     same = dict(question="Who?", beliefs=(0.1, 0.2, 0.9), texts=["nothing", "It was Ada."])
     run = [

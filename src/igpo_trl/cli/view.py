@@ -90,13 +90,15 @@ def _print(run: Path, index: int, save: Path | None) -> None:
 
 
 def _write(runs: dict[str, Path], html: Path, max_rollouts: int) -> None:
+    from ..evaluation.doctor import diagnose
     from ..report.page import write_page
     from ..trajectory import load_run
 
     with one_line_errors(ValueError, FileNotFoundError, param_hint="RUN"):
         rollouts = {name: load_run(path) for name, path in runs.items()}
     with one_line_errors():
-        headline = write_page(html, rollouts, max_rollouts)
+        diagnoses = {name: diagnose(path).to_dict() for name, path in runs.items()}
+        headline = write_page(html, rollouts, max_rollouts, diagnoses)
     typer.echo(headline)
     typer.echo(f"Wrote {html}: open it in a browser.")
 

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,12 @@ from .questions import Runs
 SCRIPTS = ("state.js", "charts.js", "list.js", "rollout.js", "overview.js", "main.js")
 
 
-def write_page(path: str | Path, runs: Runs, max_rollouts: int = MAX_ROLLOUTS) -> str:
+def write_page(
+    path: str | Path,
+    runs: Runs,
+    max_rollouts: int = MAX_ROLLOUTS,
+    diagnoses: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
     """
     Writes the page of one or two runs: a single HTML file that needs no network.
 
@@ -22,6 +28,7 @@ def write_page(path: str | Path, runs: Runs, max_rollouts: int = MAX_ROLLOUTS) -
         runs (mapping of `str` to sequence of [`Trajectory`]): One or two runs by their names.
         max_rollouts (`int`, *optional*, defaults to `5000`): How many rollouts can be read on the page; of more, whole
             groups are taken evenly from all steps. The figures are those of all rollouts.
+        diagnoses (mapping of `str` to mapping, *optional*): By the names of runs, what `igpo doctor --json` says.
 
     Returns:
         `str`: the headline of the page.
@@ -30,7 +37,7 @@ def write_page(path: str | Path, runs: Runs, max_rollouts: int = MAX_ROLLOUTS) -
         ImportError: The extra `page` is not installed.
         ValueError: There are more than two runs, or one without rollouts.
     """
-    data = page_data(runs, max_rollouts)
+    data = page_data(runs, max_rollouts) | {"diagnoses": diagnoses or {}}
     page = render_page(" and ".join(runs), data)
     with replace_when_complete(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

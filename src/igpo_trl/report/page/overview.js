@@ -20,11 +20,19 @@ function showOverview() {
   $("headline").textContent = figures.verdict.headline;
   $("headline").className = figures.verdict.tone;
   replace($("notes"), figures.verdict.notes.map((note) => el("li", {}, note)));
+  replace($("diagnoses"), Object.entries(state.data.diagnoses ?? {}).map(([name, diagnosis]) => diagnosed(runs.length > 1 ? `${name}: ` : "", diagnosis)));
   const names = Object.keys(FACTS).filter((name) => figures.facts.some((facts) => facts.some((fact) => fact.name === name)));
   replace($("facts"), names.map(tile));
   showQuestions();
   showCharts();
   showSets();
+}
+
+// What `igpo doctor` says of a run.
+function diagnosed(name, { findings, healthy }) {
+  if (!findings.length) return el("p", { class: "muted" }, `${name}igpo doctor checked ${plural(healthy.length, "known failure")} and found none.`);
+  return el("ul", { class: "findings" }, findings.map((finding) => el("li", {},
+    el("strong", {}, `${name}${words(finding.name)}`), ` ${finding.evidence}. `, el("span", { class: "muted" }, finding.change))));
 }
 
 function tile(name) {
