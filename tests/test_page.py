@@ -13,6 +13,7 @@ from page_runs import evaluation, rollout, training
 from igpo_trl.cli.view import run_names
 from igpo_trl.report.page import page_data, write_page
 from igpo_trl.report.page.compact import to_json
+from igpo_trl.report.page.document import SCRIPTS
 from igpo_trl.report.page.figures import by_turn, curve, verdict
 from igpo_trl.report.page.live import Follower, create_app
 from igpo_trl.report.page.measures import difference, estimate, separation
@@ -48,12 +49,13 @@ def test_separation_is_the_share_of_pairs_in_order():
         ({"a": training()[::-1]}, "good", "It learned"),  # the order of the lines says nothing
         ({"a": training(rising=False)}, "unclear", r"No clear change: reward 0\.50 → 0\.50 \(\+0\.00"),
         ({"a": [rollout(f"{i}?", outcome=float(i < 8), step=i // 8) for i in range(16)]}, "bad", "It got worse"),
-        ({"a": evaluation({0, 1, 2})}, "plain", r"Right in 25 % of 12 questions: reward 0\.25, 95 % \["),
+        ({"a": evaluation({0, 1, 2})}, "plain", r"Right answers to 25 % of 12 questions: reward 0\.25, 95 % \["),
         (
             {"a": evaluation({0, 1}), "b": evaluation(range(1, 12))},
             "good",
             r"b does better than a: reward 0\.17 → 0\.92 \(\+0\.75, 95 % .* on 12 questions that both have",
         ),
+        ({"a": evaluation({0}) * 2}, "plain", "Right answers in 8 % of 24 rollouts on 12 questions"),
         ({"a": evaluation({0}), "b": evaluation({1})}, "unclear", "a or b: no clear difference"),
         ({"a": evaluation({0}), "b": [rollout("Else?")]}, "unclear", ".* on different questions"),
         ({"a": training(), "b": training(rising=False)}, "bad", "b does worse than a: .* in the last fifth"),
@@ -69,7 +71,7 @@ def test_the_verdict_is_one_sentence_with_numbers(runs, tone, headline):
 def test_notes_say_what_was_believed_and_how_often_that_did_not_help():
     run = [rollout(f"{i}?", beliefs=(0.1, 0.7), outcome=float(i < 2)) for i in range(5)]
     assert verdict({"a": run}, "beliefs", 0, 0)["notes"] == [
-        "Median belief in the right answer: 0.10 before the first search, 0.70 before the last turn.",
+        "Mean belief in the right answer: 0.10 before the first search, 0.70 before the last turn.",
         "3 of 3 wrong answers came although the policy believed in the right one (0.5 or more).",
     ]
     for each in run:
@@ -200,7 +202,7 @@ def test_the_page_is_one_file_whose_policy_names_its_scripts(tmp_path):
     pytest.importorskip("plotly")
     headline = write_page(tmp_path / "new" / "page.html", {"</title><b>": evaluation({0})})
     page = (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
-    assert headline.startswith("Right in 8 %")
+    assert headline.startswith("Right answers to 8 %")
     assert "<title>&lt;/title&gt;&lt;b&gt; · igpo</title>" in page
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
     assert "default-src 'none'" in policy and "connect-src 'none'" in policy and "unsafe-eval" not in policy
@@ -214,6 +216,7 @@ def test_the_page_is_one_file_whose_policy_names_its_scripts(tmp_path):
 
 def test_the_scripts_make_no_elements_from_text(repository):
     folder = repository / "src" / "igpo_trl" / "report" / "page"
+    assert sorted(script.name for script in folder.glob("*.js")) == sorted(SCRIPTS)
     for script in folder.glob("*.js"):
         code = script.read_text(encoding="utf-8")
         assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|new Function", code), script

@@ -116,8 +116,9 @@ def _of_one(rollouts: Sequence[Trajectory]) -> tuple[str, str, list[str]]:
         return NO_REWARD, "unclear", []
     questions = len({question_of(rollout) for rollout in rollouts})
     share = sum(map(bool, right)) / len(right)
-    of = "" if questions == len(rollouts) else f"{len(rollouts):,} rollouts on "
-    headline = f"Right in {100 * share:.0f} % of {of}{questions:,} questions: reward {_plain(overall)}."
+    one_each = questions == len(rollouts)
+    of = f"to {100 * share:.0f} % of" if one_each else f"in {100 * share:.0f} % of {len(rollouts):,} rollouts on"
+    headline = f"Right answers {of} {questions:,} questions: reward {_plain(overall)}."
     return headline, "plain", [note[0].upper() + note[1:] for note in _belief_notes(rollouts)]
 
 
@@ -160,9 +161,9 @@ def _belief_notes(rollouts: Sequence[Trajectory]) -> list[str]:
     scored = [(pair, is_right(rollout)) for rollout in rollouts if (pair := first_and_last_belief(rollout))]
     if not scored:
         return ["no beliefs were recorded."]
-    start, end = (quantiles([pair[i] for pair, _ in scored])[1] for i in (0, 1))
+    start, end = (sum(pair[i] for pair, _ in scored) / len(scored) for i in (0, 1))
     notes = [
-        f"median belief in the right answer: {format_belief(start)} before the first search, "
+        f"mean belief in the right answer: {format_belief(start)} before the first search, "
         f"{format_belief(end)} before the last turn."
     ]
     wrong = [pair[1] for pair, right in scored if right is False]
@@ -216,8 +217,8 @@ def _measure(rollouts: Sequence[Trajectory]) -> dict[str, float | None]:
     return {
         "reward": reward and reward.mean,
         "right": sum(right) / len(right) if right else None,
-        "belief_start": quantiles([pair[0] for pair, _ in beliefs])[1] if beliefs else None,
-        "belief_end": quantiles([pair[1] for pair, _ in beliefs])[1] if beliefs else None,
+        "belief_start": sum(pair[0] for pair, _ in beliefs) / len(beliefs) if beliefs else None,
+        "belief_end": sum(pair[1] for pair, _ in beliefs) / len(beliefs) if beliefs else None,
         "separation": separation(ends, [bool(known) for _, known in beliefs if known is not None]),
         "searches": sum(map(searches, rollouts)) / len(rollouts),
         "equal": sum(_equal_outcomes(group) for group in groups) / len(groups) if groups else None,

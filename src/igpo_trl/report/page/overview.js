@@ -3,8 +3,8 @@
 const FACTS = {
   reward: ["Reward", "mean over groups", reward],
   right: ["Right answers", "share of rollouts", (value) => `${Math.round(100 * value)} %`],
-  belief_start: ["Belief before searching", "median", probability],
-  belief_end: ["Belief before the last turn", "median", probability],
+  belief_start: ["Belief before searching", "mean", probability],
+  belief_end: ["Belief before the last turn", "mean", probability],
   separation: ["Belief tells right from wrong", ".5 is chance, 1 always", probability],
   searches: ["Searches", "per rollout", (value) => value.toFixed(1)],
   equal: ["Groups with equal rewards", "they teach nothing by reward", (value) => `${Math.round(100 * value)} %`],
