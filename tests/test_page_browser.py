@@ -9,7 +9,7 @@ import pytest
 from page_runs import evaluation, rollout, training
 
 from igpo_trl.report.page import write_page
-from igpo_trl.trajectory import write_jsonl
+from igpo_trl.trajectory import Trajectory, Turn, write_jsonl
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytest.importorskip("plotly", reason="plotly is not installed")
@@ -181,6 +181,24 @@ def test_keys(open_page):
     page.goto(page.url)
     page.reload()
     assert question.inner_text() == "Question 9-1?"
+
+
+def test_odd_rollouts(open_page):
+    bare = Trajectory("no template", [Turn("")])
+    endless = rollout("Long?", beliefs=[0.5] * 60, outcome=-2.0, step=1)
+    endless.turns[3].observation = "word " * 5000
+    endless.turns[4].belief = endless.turns[3].info_gain = None
+    failed = rollout("Inf?", outcome=float("inf"), step=2)
+    failed.turns[0].calls[0].error = "timeout"
+    failed.turns[0].alias_beliefs = [None]
+    page = open_page({"a": [bare, endless, failed]})
+    charts(page)
+    for number, text in enumerate(("(no text)", "more", "failed call: timeout")):
+        page.click(f".row >> nth={number}")
+        playwright.expect(page.locator("#detail")).to_contain_text(text)
+    page.click(".row >> nth=1")
+    page.click("#detail .more >> nth=0")
+    assert page.locator("#detail .folded").count() == 0
 
 
 def test_the_findings_of_the_doctor_are_shown(open_page, tmp_path):

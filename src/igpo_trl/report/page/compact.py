@@ -1,6 +1,7 @@
 """Rollouts as the page reads them: each text once, and no more rollouts than a browser opens at once."""
 
 import json
+import math
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
@@ -9,7 +10,7 @@ from ...files import encodable
 from ...trajectory import Trajectory, Turn
 from ..text import pieces, plain_text
 from .figures import Groups, figures
-from .measures import Question, group_of, is_right, question_of
+from .measures import Question, group_of, is_right, outcome_of, question_of
 from .questions import Runs
 
 MAX_ROLLOUTS = 5000
@@ -51,7 +52,7 @@ def page_data(runs: Runs, max_rollouts: int = MAX_ROLLOUTS) -> dict[str, Any]:
                 "question": question,
                 "group": groups((i, *group_of(rollout))),
                 "step": rollout.step,
-                "outcome": rollout.outcome,
+                "outcome": outcome_of(rollout),
                 "right": is_right(rollout),
                 "rewards": rollout.rewards,
                 "stop": rollout.stop_reason,
@@ -121,5 +122,17 @@ def _paragraph(text: str) -> str:
 
 def to_json(data: Any) -> str:
     """JSON that stands in a `<script>` element of a page: no text in it can end the element or open a comment."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    try:
+        text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except ValueError:  # JSON has no NaN and no infinity, which the reward of somebody's own function may be
+        text = json.dumps(_without_nan(data), ensure_ascii=False, separators=(",", ":"))
+    text = text.encode("utf-8", "backslashreplace").decode()  # a lone surrogate becomes its escape
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nan(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

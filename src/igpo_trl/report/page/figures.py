@@ -14,6 +14,7 @@ from .measures import (
     first_and_last_belief,
     group_of,
     is_right,
+    outcome_of,
     quantiles,
     question_of,
     searches,
@@ -42,7 +43,7 @@ class Groups(NamedTuple):
 
     def outcomes(self) -> list[float]:
         """The mean outcome of each group: rollouts of a group are not independent, groups are."""
-        return self.means([[rollout.outcome for rollout in group] for group in self.groups])
+        return self.means([[outcome_of(rollout) for rollout in group] for group in self.groups])
 
     @staticmethod
     def means(values: Sequence[Sequence[float | None]]) -> list[float]:
@@ -226,7 +227,7 @@ def _measure(rollouts: Sequence[Trajectory]) -> dict[str, float | None]:
 
 
 def _equal_outcomes(group: Sequence[Trajectory]) -> bool:
-    return all_equal(rollout.outcome for rollout in group)
+    return all_equal(outcome_of(rollout) for rollout in group)
 
 
 def _only_gains_differ(group: Sequence[Trajectory]) -> bool:

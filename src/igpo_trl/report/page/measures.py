@@ -39,10 +39,16 @@ def group_of(trajectory: Trajectory) -> tuple[int, int, Question]:
     return trajectory.step, trajectory.group, question_of(trajectory)
 
 
+def outcome_of(trajectory: Trajectory) -> float | None:
+    """The outcome, unless it is not a number or infinite."""
+    outcome = trajectory.outcome
+    return outcome if outcome is not None and math.isfinite(outcome) else None
+
+
 def is_right(trajectory: Trajectory) -> bool | None:
     """Whether the answer is right in full, by the reward of the answer if there is one, else by the outcome."""
     rewards = (trajectory.rewards.get(name) for name in ANSWER_REWARDS)
-    score = next((reward for reward in rewards if reward is not None), trajectory.outcome)
+    score = next((reward for reward in rewards if reward is not None), outcome_of(trajectory))
     return None if score is None else score > 1 - 1e-6
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...trajectory import Trajectory
-from .measures import Question, first_and_last_belief, is_right, largest_fall, question_of
+from .measures import Question, first_and_last_belief, is_right, largest_fall, outcome_of, question_of
 
 Runs = Mapping[str, Sequence[Trajectory]]
 Entries = list[dict[str, Any]]
@@ -18,14 +18,14 @@ def by_question(rollouts: Sequence[Trajectory], last: bool = True) -> dict[Quest
     """The mean outcome of each question in the last step, or in the first, in which it came up."""
     values: dict[Question, tuple[int, list[float]]] = {}
     for rollout in rollouts:
-        if rollout.outcome is None:
+        if (outcome := outcome_of(rollout)) is None:
             continue
         question = question_of(rollout)
         step, outcomes = values.get(question, (rollout.step, []))
         if step == rollout.step:
-            outcomes.append(rollout.outcome)
+            outcomes.append(outcome)
         elif (rollout.step > step) == last:
-            step, outcomes = rollout.step, [rollout.outcome]
+            step, outcomes = rollout.step, [outcome]
         values[question] = step, outcomes
     return {question: sum(outcomes) / len(outcomes) for question, (_, outcomes) in values.items()}
 
