@@ -1,5 +1,6 @@
 """The command line: arguments, the calls that it makes, and its output."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -119,6 +120,16 @@ def test_view_prints_one_rollout(run, rollouts, index, name):
     assert result.exit_code == 0
     assert f"answer: {name}" in result.output
     assert "belief" in result.output and "gain +0.50" in result.output
+
+
+def test_view_takes_the_folder_of_a_run(run, rollouts, tmp_path):
+    (tmp_path / "run/trajectories").mkdir(parents=True)
+    shutil.copy(rollouts, tmp_path / "run/trajectories/rank0.jsonl")
+    result = run("view", tmp_path / "run", "--index", 2)
+    assert result.exit_code == 0 and "answer: Cleo" in result.output
+    (tmp_path / "empty").mkdir()
+    result = run("view", tmp_path / "empty")
+    assert result.exit_code == 2 and "no rollouts in" in result.output
 
 
 def test_view_saves_the_picture(run, rollouts, tmp_path):

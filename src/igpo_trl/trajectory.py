@@ -55,7 +55,7 @@ class Call:
     A tool call of a turn.
 
     Attributes:
-        name (`str`): of the tool, as the policy wrote it; `"unknown"` if it wrote none that can be read.
+        name (`str`): of the tool that was meant; `"unknown"` if no name can be read.
         arguments (`dict` or `str`): as the tool got them, by parameter; their text if JSON cannot express them. Empty
             for a call that cannot be read: it is in the turn's text.
         error (`str` or `None`): why there is no result: `"malformed"`, `"unknown_tool"`, `"bad_arguments"`,

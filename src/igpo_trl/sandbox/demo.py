@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..report import plot_curves, plot_rollout, render_trajectory
 from ..report.page import write_page
-from ..trajectory import Trajectory, read_jsonl, write_jsonl
+from ..trajectory import Trajectory, read_jsonl, record_files, write_jsonl
 from .evaluate import Scores, roll_out
 from .train import LABELS, Budget, TrainingRun, make_trainer, train_with_curve
 from .warm_start import WarmStartConfig, cache_entry, warm_start
@@ -100,7 +100,8 @@ def _run(output_dir: Path, seed: int, plan: DemoPlan, console: Console) -> dict[
             f"{budget.rollouts} rollouts, KL {beta:g}"
         )
         rollouts = folder / "trajectories" / "rank0.jsonl"
-        rollouts.unlink(missing_ok=True)
+        for earlier in record_files(folder):
+            earlier.unlink()
         data: dict[str, Any] = {"seed": seed, "data_seed": seed + _TRAIN, "kind": kind}
         trainer = make_trainer(method, model, folder, beta=beta, budget=budget, save_trajectories=True, **data)
         if not table:
