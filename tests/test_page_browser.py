@@ -207,7 +207,7 @@ def test_the_findings_of_the_doctor_are_shown(open_page, tmp_path):
     write_page(file, {"a": training()}, diagnoses={"a": {"findings": [finding], "healthy": ["drift"]}})
     page = open_page(f"file://{file}")
     found = page.locator(".findings").inner_text()
-    assert found.startswith("turn tax early turns lose </script>") and found.endswith("Use another estimator.")
+    assert found.startswith("turn tax: early turns lose </script>") and found.endswith("Use another estimator.")
 
 
 def test_the_group_shows_what_the_best_one_did_differently(open_page):
@@ -296,8 +296,10 @@ def follow(page, folder):
     expect_shown(page, "24 rollouts")
     page.click(".row >> nth=3")
     question = page.locator("#detail h3").inner_text()
+    page.focus("#filters input[name=text]")
     write_jsonl(file, run[24:], append=True)
     expect_shown(page, "48 rollouts")
     assert page.locator("#detail h3").inner_text() == question
+    assert page.evaluate("document.activeElement.name") == "text"  # who is typing goes on typing
     assert page.locator("#headline").inner_text().startswith("It learned")
     charts(page)

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..report import plot_curves, plot_rollout, render_trajectory
 from ..report.page import write_page
-from ..trajectory import Trajectory, read_jsonl, record_files, write_jsonl
+from ..trajectory import Trajectory, load_run, read_jsonl, record_files, write_jsonl
 from .evaluate import Scores, roll_out
 from .train import LABELS, Budget, TrainingRun, make_trainer, train_with_curve
 from .warm_start import WarmStartConfig, cache_entry, warm_start
@@ -119,7 +119,7 @@ def _run(output_dir: Path, seed: int, plan: DemoPlan, console: Console) -> dict[
     plot_rollout(rollout, output_dir / "rollout.png")
     files[output_dir / "rollout.png"] = f"this rollout; others: igpo view {folder / 'test_greedy.jsonl'} --index N"
     try:
-        write_page(output_dir / "page.html", {LABELS[method]: list(read_jsonl(rollouts))})
+        write_page(output_dir / "page.html", {LABELS[method]: load_run(folder)})
         files[output_dir / "page.html"] = f"all training rollouts of {LABELS[method]}: open it in a browser"
     except ImportError as error:
         console.print(f"\n{error}")

@@ -119,7 +119,7 @@ def _of_one(rollouts: Sequence[Trajectory]) -> tuple[str, str, list[str]]:
     share = sum(map(bool, right)) / len(right)
     one_each = questions == len(rollouts)
     of = f"to {100 * share:.0f} % of" if one_each else f"in {100 * share:.0f} % of {len(rollouts):,} rollouts on"
-    headline = f"Right answers {of} {questions:,} questions: reward {_plain(overall)}."
+    headline = f"Right answers {of} {questions:,} question{'s' * (questions != 1)}: reward {_plain(overall)}."
     return headline, "plain", [note[0].upper() + note[1:] for note in _belief_notes(rollouts)]
 
 

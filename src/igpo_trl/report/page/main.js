@@ -14,7 +14,7 @@ function show(data) {
   state.selected = find(selected);
   state.beside = find(beside);
   showOverview();
-  showFilters();
+  if (!$("filters").contains(document.activeElement)) showFilters(); // who is typing goes on typing
   applyFilters();
   $("list").scrollTop = top;
   if (isNew) performance.mark("igpo-shown");

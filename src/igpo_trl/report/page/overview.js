@@ -32,7 +32,7 @@ function showOverview() {
 function diagnosed(name, { findings, healthy }) {
   if (!findings.length) return el("p", { class: "muted" }, `${name}igpo doctor checked ${plural(healthy.length, "known failure")} and found none.`);
   return el("ul", { class: "findings" }, findings.map((finding) => el("li", {},
-    el("strong", {}, `${name}${words(finding.name)}`), ` ${finding.evidence}. `, el("span", { class: "muted" }, finding.change))));
+    el("strong", {}, `${name}${words(finding.name)}: `), `${finding.evidence}. `, el("span", { class: "muted" }, finding.change))));
 }
 
 function tile(name) {

@@ -9,7 +9,9 @@ function select_(rollout, byHand) {
   state.selected = rollout;
   const others = rivals(rollout);
   if (!others.some(([each]) => each === state.beside)) state.beside = state.keepBeside ? (others[0]?.[0] ?? null) : null;
-  history.replaceState(null, "", `#r${rollout.key}`);
+  try {
+    history.replaceState(null, "", `#r${rollout.key}`);
+  } catch {} // a page within another one, as in a notebook, has no address
   keepInSight();
   showRows();
   showRollout();
@@ -89,7 +91,7 @@ function beliefCurves(c, shown, titles) {
   return {
     traces,
     layout: {
-      height: 220, showlegend: traces.length > 1, margin: { l: 36, r: 10, t: 8, b: 36 },
+      height: 220 + 19 * Math.max(0, traces.length - 2), showlegend: traces.length > 1, margin: { l: 36, r: 10, t: 8, b: 36 },
       xaxis: { dtick: last > 12 ? 5 : 1, range: [-0.2, last + 0.2], title: { text: "turns so far" } }, yaxis: { range: [-0.05, 1.05], dtick: 0.25, title: { text: "" } },
     },
   };

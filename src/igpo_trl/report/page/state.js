@@ -81,7 +81,7 @@ function understand(record, id, data) {
     fall: Math.max(0, ...changes.map((change) => -change)),
     rise: Math.max(0, ...changes),
     searches: searching.length,
-    idle: searching.filter((turn) => isNumber(turn.gain) && Math.abs(turn.gain) < NOTHING).length,
+    idle: searching.filter((turn) => isNumber(turn.gain) && turn.gain < NOTHING).length,
     tokens: turns.reduce((sum, turn) => sum + turn.tokens, 0),
     grade: record.right ? "right" : !isNumber(record.outcome) ? "unknown" : record.outcome > 0 ? "partly" : "wrong",
   };
