@@ -149,16 +149,16 @@ def _table(rows: list[tuple[str, TrainingRun | None, Scores, Scores]], plan: Dem
     table = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=0, caption_justify="left")
     for name in ("policy", ""):
         table.add_column(name, no_wrap=True)
-    for name in ("EM", "F1", *(f"{hops} hops" for hops in all_hops), "searches", "area", "collapse", "time"):
+    for name in ("EM", *(f"{hops} hops" for hops in all_hops), "searches", "area", "collapse"):
         table.add_column(name, justify="right", no_wrap=True)
     for label, run, greedy, sampled in rows:
-        training = ["", "", ""]
+        training = ["", ""]
         if run is not None:
             collapsed = sum(run.collapse) / len(run.collapse)
-            training = [f"{run.area:.2f}", f"{collapsed:.0%}", f"{run.seconds:.0f} s"]
-        for name, scores, rest in (("greedy", greedy, training), ("sampled", sampled, ["", "", ""])):
+            training = [f"{run.area:.2f}", f"{collapsed:.0%}"]
+        for name, scores, rest in (("greedy", greedy, training), ("sampled", sampled, ["", ""])):
             by_hops = [f"{scores.em_by_hops.get(hops, float('nan')):.2f}" for hops in all_hops]
-            cells = [f"{scores.em:.2f}", f"{scores.f1:.2f}", *by_hops, f"{scores.searches:.1f}", *rest]
+            cells = [f"{scores.em:.2f}", *by_hops, f"{scores.searches:.1f}", *rest]
             table.add_row(label if name == "greedy" else "", name, *cells)
     table.caption = (
         "2 hops, …: EM of these questions. area: mean greedy EM over training.\n"
