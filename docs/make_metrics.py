@@ -33,14 +33,23 @@ steps; a new run in the same directory moves the file of the earlier one to `met
 import pandas as pd
 
 metrics = pd.read_json("outputs/run/metrics.jsonl", lines=True).set_index("step")
-metrics[["reward", "belief/final"]].plot()
+print(metrics[["reward", "belief/final"]].dropna())
 ```
 
 In Python, both are callbacks. `StepLines` takes the place of what transformers prints, in scripts and in notebooks:
 
 ```python
+from igpo_trl import IGPOConfig, IGPOTrainer
+from igpo_trl.data import load_questions
+from igpo_trl.search import BM25Index, SearchTool
 from igpo_trl.training.console import MetricsFile, StepLines
 
+trainer = IGPOTrainer(
+    model="Qwen/Qwen2.5-3B-Instruct",
+    args=IGPOConfig(output_dir="outputs/run", num_generations=8, gradient_accumulation_steps=16, logging_steps=1),
+    train_dataset=load_questions("questions.jsonl.gz"),
+    tools=[SearchTool(BM25Index.build("corpus.jsonl.gz"))],
+)
 trainer.add_callback(MetricsFile())
 trainer.add_callback(StepLines(trainer))
 ```
@@ -50,8 +59,8 @@ each (`num_completions_to_print` says how many, 4 by default). `output_dir/compl
 parquet files, with three columns more than TRL's: the belief before each turn, and the gain and the advantage of each
 turn. There, all messages have the same keys, and the arguments of a tool call are the text of a JSON object, because
 parquet files and W&B need one type for each column. With `save_trajectories=True`, every training rollout is written
-to `output_dir/trajectories/` as JSON Lines; `igpo view FILE` prints one, and `igpo plot` draws
-curves.
+to `output_dir/trajectories/` as JSON Lines; `igpo view FILE` prints one, and
+[`igpo plot`](evaluation.md#plots) draws curves.
 
 ## How they are computed
 
