@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from igpo_trl.evaluation import compare_runs, load_trajectories, score_run
+from igpo_trl.evaluation import compare_runs, load_run, score_run
 
 METHODS = {
     "grpo_batch": ["--method", "grpo", "--scale_rewards", "batch", "--pad_to_longest", "false"],
@@ -169,7 +169,7 @@ def interval(values: list[float]) -> str:
 
 def report(args: argparse.Namespace, runs: list[Run]) -> Iterator[str]:
     """Markdown tables of the runs that are complete."""
-    start = load_trajectories(args.out / "warm-eval")
+    start = load_run(args.out / "warm-eval")
     yield from ("", f"**{args.task}**: {len(start)} test questions, greedy. Warm start:", "", *scores_of(start), "")
     head = "F1 | EM | searches | in evidence | F1 less warm start [95 % of questions]"
     yield f"| method | seed | {head} | collapse, first to last 10 steps | belief–outcome | s/step |"
@@ -178,7 +178,7 @@ def report(args: argparse.Namespace, runs: list[Run]) -> Iterator[str]:
     for run in runs:
         if not (args.out / run.name / "eval" / "results.json").exists():
             continue
-        rollouts = load_trajectories(args.out / run.name / "eval")
+        rollouts = load_run(args.out / run.name / "eval")
         metrics = score_run(rollouts).sets["average"].metrics
         kept[run.method, run.seed] = 100 * metrics["f1"].mean
         difference = next(iter(compare_runs(start, rollouts).sets.values()))["f1"].difference

@@ -22,20 +22,20 @@ from igpo_trl.evaluation import (
     check_retrieval,
     compare_runs,
     has_answer,
-    load_trajectories,
+    load_run,
     mcnemar_test,
     permutation_test,
     score_retrieval,
     score_run,
 )
 from igpo_trl.evaluation.retrieval import FEWEST_FOUND, retrieval_table
-from igpo_trl.evaluation.run import RolloutKey, RunDirectory, append_lines, drop_torn_line, key_of
+from igpo_trl.evaluation.run import RunDirectory, append_lines, drop_torn_line
 from igpo_trl.evaluation.scores import AVERAGE, measure
 from igpo_trl.evaluation.settings import choose_questions, pair_sources, questions_digest
 from igpo_trl.evaluation.tables import Table
 from igpo_trl.rewards import f1_score
 from igpo_trl.search import BM25Index
-from igpo_trl.trajectory import Trajectory, Turn
+from igpo_trl.trajectory import RolloutKey, Trajectory, Turn, key_of
 
 
 def rollout(dataset, name, said, answers=("Paris",), sample=0, observation="", belief=None, **info):
@@ -311,14 +311,14 @@ def test_only_an_incomplete_last_line_is_dropped(tmp_path):
     assert drop_torn_line(path)
     assert path.read_bytes() == whole
     append_lines(path, [lines[0]])
-    assert len(load_trajectories(tmp_path)) == 4  # without run.json, no rollout is a duplicate
+    assert len(load_run(tmp_path)) == 4  # without run.json, no rollout is a duplicate
     (tmp_path / "run.json").write_text("{}")
-    assert [key_of(t) for t in load_trajectories(tmp_path)] == [RolloutKey("nq", str(i), 0) for i in range(3)]
+    assert [key_of(t) for t in load_run(tmp_path)] == [RolloutKey("nq", str(i), 0) for i in range(3)]
     path.write_bytes(whole[:100] + b"\n" + whole)
     with pytest.raises(ValueError, match=r"rank0.jsonl, line 1: not a trajectory"):
-        load_trajectories(tmp_path)
+        load_run(tmp_path)
     with pytest.raises(FileNotFoundError, match="no rollouts"):
-        load_trajectories(tmp_path / "absent")
+        load_run(tmp_path / "absent")
 
 
 def settings(tmp_path, **changed):

@@ -9,7 +9,7 @@ from test_evaluation import rollout
 from typer.testing import CliRunner
 
 from igpo_trl.cli.app import app
-from igpo_trl.evaluation import load_trajectories
+from igpo_trl.evaluation import load_run
 from igpo_trl.evaluation.judge import Judge, Verdict, judge_run, read_verdict
 from igpo_trl.evaluation.run import append_lines
 
@@ -138,17 +138,17 @@ def test_every_verdict_is_saved_and_none_is_requested_twice(server, tmp_path):
     from igpo_trl.search.network.http_requests import SearchError
 
     with pytest.raises(SearchError, match="400") as caught:
-        judge_run(judge, load_trajectories(run), file, workers=1)
+        judge_run(judge, load_run(run), file, workers=1)
     assert KEY not in str(caught.value) and "[secret]" in str(caught.value)
     assert len(server.requests) == 3  # a missing answer is wrong without a request
     with file.open("a") as torn:
         torn.write('{"dataset": "nq", "id"')
-    assert judge_run(judge, load_trajectories(run), file) == 0
+    assert judge_run(judge, load_run(run), file) == 0
     assert len(server.requests) == 4
-    assert judge_run(judge, load_trajectories(run), file) == 0
+    assert judge_run(judge, load_run(run), file) == 0
     assert len(server.requests) == 4
     judge.close()
-    verdicts = {t.info["id"]: t.info["judge"] for t in load_trajectories(run)}
+    verdicts = {t.info["id"]: t.info["judge"] for t in load_run(run)}
     assert {name: (v["correct"], v["reason"], v["model"]) for name, v in verdicts.items()} == {
         "0": (True, "read Paris", "grader"),
         "1": (False, "read Rome", "grader"),
@@ -158,10 +158,10 @@ def test_every_verdict_is_saved_and_none_is_requested_twice(server, tmp_path):
     # Another model gets its own requests, and its verdicts replace the first ones.
     server.reply = lambda number, request: '{"correct": true, "reason": "generous"}'
     other = Judge(server.url, "other")
-    judge_run(other, load_trajectories(run), file)
+    judge_run(other, load_run(run), file)
     other.close()
     assert len(server.requests) == 7
-    assert [t.info["judge"]["correct"] for t in load_trajectories(run)] == [True, True, False, True]
+    assert [t.info["judge"]["correct"] for t in load_run(run)] == [True, True, False, True]
     assert KEY not in "".join(path.read_text() for path in tmp_path.rglob("*.json*"))
 
 
@@ -169,10 +169,10 @@ def test_unreadable_verdicts_are_counted_and_requested_again(server, tmp_path):
     run = run_of(tmp_path, "Paris", "Paris")
     server.reply = lambda number, request: "no idea"
     judge = Judge(server.url, "grader")
-    assert judge_run(judge, load_trajectories(run), run / "verdicts.jsonl") == 2
-    assert [t.info["judge"]["correct"] for t in load_trajectories(run)] == [None, None]
+    assert judge_run(judge, load_run(run), run / "verdicts.jsonl") == 2
+    assert [t.info["judge"]["correct"] for t in load_run(run)] == [None, None]
     server.reply = lambda number, request: '{"correct": true}'
-    assert judge_run(judge, load_trajectories(run), run / "verdicts.jsonl") == 0
+    assert judge_run(judge, load_run(run), run / "verdicts.jsonl") == 0
     judge.close()
 
 

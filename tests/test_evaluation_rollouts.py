@@ -19,12 +19,12 @@ from igpo_trl.beliefs import build_probes, score_beliefs
 from igpo_trl.cli.app import app
 from igpo_trl.cli.errors import one_line_errors
 from igpo_trl.data import load_questions
-from igpo_trl.evaluation import load_trajectories
+from igpo_trl.evaluation import load_run
 from igpo_trl.evaluation.rollouts import EvaluationTrainer, make_arguments, roll_out
-from igpo_trl.evaluation.run import key_of
 from igpo_trl.evaluation.settings import EvaluationSettings, settings_of_training
 from igpo_trl.rewards import make_answer_reward
 from igpo_trl.search import BM25Index, SearchError
+from igpo_trl.trajectory import key_of
 
 ROLLOUT = {"max_turns": 3, "max_completion_length": 48}
 
@@ -92,13 +92,13 @@ def test_a_killed_run_resumes_without_skipping_or_repeating_a_question(files, tm
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     assert file.read_bytes().startswith(whole)
-    keys = [key_of(trajectory) for trajectory in load_trajectories(file)]
+    keys = [key_of(trajectory) for trajectory in load_run(file)]
     assert len(keys) == len(set(keys)) == 28
     assert {key.sample for key in keys} == {0, 1, 2, 3} and len({key.id for key in keys}) == 7
     # The rollouts do not depend on the kill, because each batch has its own seed.
     fresh = roll_out(settings(files, num_samples=4, temperature=1.0), tmp_path / "fresh", batch_size=2)
     texts = {key_of(t): [turn.text for turn in t.turns] for t in fresh}
-    assert texts == {key_of(t): [turn.text for turn in t.turns] for t in load_trajectories(file)}
+    assert texts == {key_of(t): [turn.text for turn in t.turns] for t in load_run(file)}
     assert len({str(text) for text in texts.values()}) > 20  # sampled, and not all with the same seed
 
     # A complete run prints its table without loading the model.
@@ -129,10 +129,10 @@ def test_two_processes_share_the_questions(files, tmp_path):
         process.terminate()  # the launcher ends its processes
     assert process.returncode == 0, output[-3000:]
     assert output.count("Why rollouts ended") == 1
-    of_rank = [load_trajectories(tmp_path / f"run/trajectories/rank{rank}.jsonl") for rank in (0, 1)]
+    of_rank = [load_run(tmp_path / f"run/trajectories/rank{rank}.jsonl") for rank in (0, 1)]
     assert [len(trajectories) for trajectories in of_rank] == [4, 3]
     alone = roll_out(settings(files), tmp_path / "alone", batch_size=7)
-    together = {key_of(t): [turn.text for turn in t.turns] for t in load_trajectories(tmp_path / "run")}
+    together = {key_of(t): [turn.text for turn in t.turns] for t in load_run(tmp_path / "run")}
     assert together == {key_of(t): [turn.text for turn in t.turns] for t in alone}
 
 
@@ -254,7 +254,7 @@ def test_rollouts_that_a_stop_tool_ends(files, tmp_path, monkeypatch, run):
     words = command(files, tmp_path / "run", "--limit", 1, "--max-completion-length", 300)
     result = run(*words, "--stop-tools", "final_answer")
     assert result.exit_code == 0 and "stop_tool" in result.output, result.output
-    (trajectory,) = load_trajectories(tmp_path / "run")
+    (trajectory,) = load_run(tmp_path / "run")
     assert '"name": "final_answer"' in trajectory.prompt  # the policy knows of it
     assert (trajectory.info["prediction"], trajectory.info["searches"], len(trajectory.turns)) == ("Oslo", 1, 2)
     scores = json.loads((tmp_path / "run/results.json").read_text())["sets"]["rivers"]

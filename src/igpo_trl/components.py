@@ -3,6 +3,7 @@
 import logging
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -106,6 +107,7 @@ def make_step(trainer: Any, rows: list[dict[str, Any]]) -> Step:
         optimizer_step=trainer.state.global_step,
         rank=trainer.accelerator.process_index,
         num_counted=trainer.count_rollouts(len(rows)),
+        started=time.perf_counter(),
     )
     if args.uses_beliefs if training else args.belief_at_eval:
         # The parent's own condition for that forward, which has no name there.

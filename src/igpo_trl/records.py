@@ -1,15 +1,20 @@
 """Records of a generation batch: one trajectory per rollout, for training, evaluation and the sandbox alike."""
 
+import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .rollout.written_calls import find_calls
 from .step import Step
-from .trajectory import Trajectory, Turn
+from .trajectory import Call, Trajectory, Turn
 
 TURN_COLUMNS = ("belief", "info_gain", "turn_advantage")
+
+_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 
 
 def trajectories_of(
@@ -49,6 +54,9 @@ def trajectories_of(
                 step=step.optimizer_step,
                 group=(step.rank * size + i) // step.num_generations if step.training else 0,
                 stop_reason=step.round_log.stops[i] if step.round_log.stops else None,
+                question=question_of(step.rows[i]),
+                data_set=step.rows[i].get("dataset"),
+                seconds=None if step.seconds is None else step.seconds / size,
             )
         )
     return trajectories
@@ -56,20 +64,50 @@ def trajectories_of(
 
 def turns_of(step: Step, i: int, tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
     """Decoded turns of rollout i with their beliefs and gains."""
-    ids, starts = step.completion_ids[i], step.turn_starts[i]
+    ids, starts, calls = step.completion_ids[i], step.turn_starts[i], step.round_log.calls
+    alias_beliefs = _alias_beliefs(step, i)
     lengths = torch.bincount(step.turn_index[i] + 1, minlength=len(starts) + 1)[1:].tolist()  # index -1 is no turn
     turns = []
     for k, (start, end, length) in enumerate(zip(starts, [*starts[1:], len(ids)], lengths, strict=True)):
+        text = tokenizer.decode(ids[start : start + length])
         turns.append(
             Turn(
-                text=tokenizer.decode(ids[start : start + length]),
+                text=text,
                 observation=tokenizer.decode(ids[start + length : end]) if end > start + length else "",
                 num_tokens=length,
                 belief=None if step.beliefs is None else _number_or_none(step.beliefs[i, k].item()),
                 info_gain=None if step.gains is None else _number_or_none(step.gains[i, k].item()),
+                # An observation that leaves no room is followed by a turn without tokens, which was never sampled.
+                calls=[*calls[i], []][k] if calls else _calls_in(text),
+                observation_tokens=end - start - length,
+                alias_beliefs=alias_beliefs.get(k, []),
             )
         )
     return turns
+
+
+def question_of(row: Mapping[str, Any]) -> str:
+    """The last user message of a row's prompt, as plain text."""
+    prompt = row.get("prompt") or ""
+    if not isinstance(prompt, str):
+        prompt = next((message.get("content") for message in reversed(prompt) if message.get("role") == "user"), None)
+    return prompt if isinstance(prompt, str) else ""
+
+
+def _alias_beliefs(step: Step, i: int) -> dict[int, list[float | None]]:
+    """The beliefs of rollout i in each of its answers, by turn."""
+    if step.belief_batch is None or not step.belief_batch.log_probs:
+        return {}
+    table = step.belief_batch.log_probs[i].exp().tolist()
+    return {turn: [_number_or_none(x) for x in row] for turn, row in zip(step.scored_turns[i], table, strict=True)}
+
+
+def _calls_in(text: str) -> list[Call]:
+    """The calls that a turn's text holds, where no loop of ours has read them."""
+    return [
+        Call(call.name or "unknown", call.arguments if isinstance(call.arguments, dict) else str(call.arguments or ""))
+        for call in find_calls(_THOUGHT.sub("", text), {})
+    ]
 
 
 def completion_columns(step: Step) -> dict[str, list[str]]:

@@ -73,7 +73,9 @@ def _call(body: str) -> str:
 
 
 def question_text(trajectory: Trajectory) -> str:
-    """The last user message of the rendered prompt, or the whole prompt if its template is not known."""
+    """The question; in records without one, the last user message of the prompt, or all of it in an unknown template."""
+    if trajectory.question:
+        return plain_text(trajectory.question)
     messages = _USER_MESSAGE.findall(trajectory.prompt)
     return plain_text(messages[-1] if messages else trajectory.prompt)
 

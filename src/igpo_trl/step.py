@@ -1,5 +1,6 @@
 """One generation batch, from its rollouts to its advantages: what the hooks of a training step hand to each other."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -48,6 +49,7 @@ class Step:
         rank (`int`): index of this process.
         num_counted (`int`, *optional*): the first rollouts of all ranks that count in metrics. Evaluation on several
             processes fills its last batch with rows that it has already had. Defaults to all.
+        started, seconds (`float`, *optional*): when generation began, and how long it took.
 
         kv_cache ([`PrefixCache`], *optional*): of the rollouts in progress; only while they are sampled.
         belief_batch ([`BeliefBatch`], *optional*): beliefs scored so far; `None` if none are wanted.
@@ -85,6 +87,8 @@ class Step:
     optimizer_step: int = 0
     rank: int = 0
     num_counted: int | None = None
+    started: float | None = None
+    seconds: float | None = None
 
     kv_cache: PrefixCache | None = None
     belief_batch: BeliefBatch | None = None
@@ -146,6 +150,7 @@ class Step:
             sampled_masks (list of list of `int`, *optional*): 1 on sampled tokens, 0 on observations (TRL calls it
                 `tool_mask`); `None` if all were sampled.
         """
+        self.seconds = None if self.started is None else time.perf_counter() - self.started
         self.prompt_ids = [list(ids) for ids in prompt_ids]
         self.completion_ids = [list(ids) for ids in completion_ids]
         masks = sampled_masks or [[1] * len(ids) for ids in self.completion_ids]

@@ -46,11 +46,13 @@ class BeliefBatch:
         probes (list of list of [`AnswerProbe`]): of each rollout, one per alias of the answer.
         memo (`dict`): scores so far, by context and probe.
         seconds (`float`): time spent on scoring.
+        log_probs (list of `torch.Tensor` of shape (boundaries, aliases)): of each rollout, once all are scored.
     """
 
     probes: list[list[AnswerProbe]]
     memo: dict[Hashable, float] = field(default_factory=dict)
     seconds: float = 0.0
+    log_probs: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def longest_probe(self) -> int:
@@ -203,6 +205,7 @@ class BeliefScorer:
             for values in log_probs
         ]
         batch.seconds += time.perf_counter() - started
+        batch.log_probs = log_probs
         return beliefs
 
     def _compare(self, model: nn.Module, cached: dict[Hashable, float], plain: dict[Hashable, float]) -> None:

@@ -12,6 +12,7 @@ import typer
 from ..data.english import DEFAULT_HOPS, DEFAULT_SIZE, DEFAULT_TEST, DEFAULT_TRAIN, write_world
 from . import ask, data, evaluate, search, warm_start
 from .errors import Commands, one_line_errors
+from .plot import plot
 
 app = typer.Typer(
     help="IGPO for TRL: turn-level information gain for agents that search before they answer.",
@@ -124,7 +125,7 @@ def world(
 
 @app.command()
 def view(
-    trajectories: Annotated[Path, typer.Argument(help="A file of rollouts, JSON Lines.", exists=True, dir_okay=False)],
+    run: Annotated[Path, typer.Argument(help="A run, or a file of its rollouts.", exists=True)],
     index: Annotated[
         int, typer.Option(help="Number of the rollout, from 0; negative numbers count from the end.")
     ] = 0,
@@ -134,12 +135,12 @@ def view(
     from rich.console import Console
 
     from ..report import plot_rollout, render_trajectory
-    from ..trajectory import read_jsonl
+    from ..trajectory import load_run
 
-    with one_line_errors(ValueError, param_hint="TRAJECTORIES"):
-        rollouts = list(read_jsonl(trajectories))
+    with one_line_errors(ValueError, FileNotFoundError, param_hint="RUN"):
+        rollouts = load_run(run)
     if not -len(rollouts) <= index < len(rollouts):
-        raise typer.BadParameter(f"{trajectories} has {len(rollouts)} rollouts, got {index}.", param_hint="--index")
+        raise typer.BadParameter(f"{run} has {len(rollouts)} rollouts, got {index}.", param_hint="--index")
     rollout = rollouts[index]
     console = Console()
     console.print(
@@ -153,5 +154,6 @@ def view(
 
 for command in (search.index, search.search, search.serve, ask.ask, warm_start.get, warm_start.warm_start):
     app.command()(command)
+app.command()(plot)
 app.add_typer(data.commands, name="data")
 app.add_typer(evaluate.commands, name="eval")

@@ -136,11 +136,12 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Directory for compare.json and compare.md.")] = None,
 ) -> None:
     """Compare two runs question by question: differences, intervals, and tests of whether they could be chance."""
-    from ..evaluation import compare_runs, load_trajectories
-    from ..evaluation.run import RUN_FILE, differing_settings
+    from ..evaluation import compare_runs, load_run
+    from ..evaluation.run import differing_settings
+    from ..trajectory import RUN_FILE
 
     with one_line_errors():
-        comparison = compare_runs(load_trajectories(first), load_trajectories(second), variant)
+        comparison = compare_runs(load_run(first), load_run(second), variant)
         comparison_table = comparison.table((f"A: {first.name}", f"B: {second.name}"))
         _print(comparison_table)
         files = [run / RUN_FILE for run in (first, second)]
@@ -184,10 +185,10 @@ def _check_usage(context: typer.Context) -> None:
 
 def _score(run: Path, variant: Variant) -> None:
     """Prints the tables of a run, and saves them in its directory."""
-    from ..evaluation import load_trajectories, score_run
-    from ..evaluation.run import RUN_FILE
+    from ..evaluation import load_run, score_run
+    from ..trajectory import RUN_FILE
 
-    scores = score_run(load_trajectories(run), variant)
+    scores = score_run(load_run(run), variant)
     tables = scores.tables()
     for each in tables:
         _print(each)
@@ -224,11 +225,11 @@ def _ask_judge(run: Path, url: str, model: str, key_name: str, workers: int) -> 
     """Judges the rollouts of a run that have no verdict of this judge yet."""
     from tqdm.auto import tqdm
 
-    from ..evaluation import load_trajectories
+    from ..evaluation import load_run
     from ..evaluation.judge import Judge, judge_run
-    from ..evaluation.run import VERDICTS_FILE
+    from ..trajectory import VERDICTS_FILE
 
-    trajectories = load_trajectories(run)
+    trajectories = load_run(run)
     total = len(trajectories)
     with (
         closing(Judge(url, model, os.environ.get(key_name, ""))) as judge,

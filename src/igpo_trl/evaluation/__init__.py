@@ -8,13 +8,15 @@ records, and needs neither torch nor TRL.
 
 from typing import TYPE_CHECKING, Any
 
+from ..trajectory import load_run
 from .audit import Audit, audit_questions, check_answerable
 from .compare import Comparison, compare_runs
 from .intervals import bootstrap_interval, mcnemar_test, permutation_test
 from .retrieval import RetrievalScores, check_retrieval, score_retrieval
-from .run import load_trajectories
 from .scores import RunScores, has_answer, score_run
 from .settings import EvaluationSettings
+
+load_trajectories = load_run  # its former name
 
 if TYPE_CHECKING:
     from .rollouts import roll_out
@@ -31,6 +33,7 @@ __all__ = [
     "check_retrieval",
     "compare_runs",
     "has_answer",
+    "load_run",
     "load_trajectories",
     "mcnemar_test",
     "permutation_test",

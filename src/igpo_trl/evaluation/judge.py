@@ -12,8 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..trajectory import Trajectory
-from .run import RolloutKey, append_lines, drop_torn_line, key_of, read_verdicts
+from ..trajectory import RolloutKey, Trajectory, key_of, read_verdicts
+from .run import append_lines, drop_torn_line
 
 INSTRUCTIONS = """\
 You grade short answers to questions. You see a question, the accepted answers, and the answer of a candidate.

@@ -22,8 +22,8 @@ from ..search import Passage, Searchable, SearchTool, open_search
 from ..search.searchable import Retriever
 from ..tools import make_stop_tools
 from ..trainer import IGPOTrainer
-from ..trajectory import Trajectory
-from .run import RolloutKey, RunDirectory, append_lines, key_of
+from ..trajectory import RolloutKey, Trajectory, key_of
+from .run import RunDirectory, append_lines
 from .settings import EvaluationSettings, Row, load_rows, questions_digest
 
 
@@ -225,7 +225,7 @@ class EvaluationTrainer(IGPOTrainer):
         prediction = extract_answer(response, variant)
         f1, em = (score(prediction, row["answers"], variant) for score in (f1_score, exact_match))
         record.outcome, record.rewards = f1, {"f1": f1, "exact_match": em}
-        record.answers = row["answers"]
+        record.answers, record.data_set = row["answers"], row["dataset"]
         record.info = {
             **{name: row[name] for name in ("dataset", "id", "sample", "hops")},
             "question": row["prompt"][-1]["content"],

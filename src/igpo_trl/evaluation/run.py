@@ -14,36 +14,17 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from ..files import replace_when_complete
-from ..trajectory import Trajectory, read_jsonl
+from ..trajectory import RUN_FILE, TRAJECTORIES, Trajectory, load_run, record_files
 
 VERSION = 1
-RUN_FILE, VERDICTS_FILE, TRAJECTORIES = "run.json", "verdicts.jsonl", "trajectories"
 
 _WEIGHTS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
 _SMALL_FILE = 1 << 20  # bytes; hashing the contents of larger files would take minutes
-
-
-class RolloutKey(NamedTuple):
-    """Identifies a rollout of a run: the data set and the id of its question, and the number of the sample."""
-
-    dataset: str
-    id: str
-    sample: int
-
-    @classmethod
-    def of_record(cls, record: Mapping[str, Any]) -> "RolloutKey":
-        """The key of anything with these three fields: a question to roll out, or a verdict."""
-        return cls(record["dataset"], str(record["id"]), record["sample"])
-
-
-def key_of(trajectory: Trajectory) -> RolloutKey:
-    """The key in `info`. Rollouts of a training run have none there: their prompt serves as the id."""
-    return RolloutKey.of_record({"dataset": "all", "id": trajectory.prompt, "sample": 0} | trajectory.info)
 
 
 class RunDirectory:
@@ -65,7 +46,7 @@ class RunDirectory:
             "weights": {path: _digest(path, _WEIGHTS) for path in (settings["model"], settings["adapter"]) if path},
             "indexes": {path: _digest(path, ("manifest.json",)) for path in settings["indexes"]},
         }
-        file, rollouts = self.folder / RUN_FILE, trajectory_files(self.folder)
+        file, rollouts = self.folder / RUN_FILE, record_files(self.folder)
         for path in rollouts:
             drop_torn_line(path)
         if file.is_file() and any(path.stat().st_size for path in rollouts):
@@ -110,51 +91,7 @@ class RunDirectory:
 
     def trajectories(self) -> list[Trajectory]:
         """All rollouts with their verdicts; an empty list if there are none yet."""
-        return load_trajectories(self.folder) if any(map(os.path.getsize, trajectory_files(self.folder))) else []
-
-
-def trajectory_files(folder: Path) -> list[Path]:
-    """The files of a run's rollouts, one per process."""
-    return sorted((folder / TRAJECTORIES).glob("rank*.jsonl"))
-
-
-def load_trajectories(run: str | Path) -> list[Trajectory]:
-    """
-    The rollouts of an evaluation. Where a judge has read one, its verdict is `info["judge"]`.
-
-    Args:
-        run (`str` or `Path`): Directory of a run, or a file of trajectories, which may be that of a training run.
-
-    Raises:
-        FileNotFoundError: There are no rollouts.
-        ValueError: A line is not a trajectory; the message names the file and the line.
-    """
-    run = Path(run)
-    files = [run] if run.is_file() else trajectory_files(run)
-    trajectories = [trajectory for file in files for trajectory in read_jsonl(file)]
-    if not trajectories:
-        raise FileNotFoundError(
-            f"no rollouts in {run}. Expected the directory of an `igpo eval` run, or a file of trajectories."
-        )
-    if not (run / RUN_FILE).is_file():
-        return trajectories
-    by_key: dict[RolloutKey, Trajectory] = {}
-    for trajectory in trajectories:
-        by_key.setdefault(key_of(trajectory), trajectory)
-    for verdict in read_verdicts(run / VERDICTS_FILE):
-        judged = by_key.get(RolloutKey.of_record(verdict))
-        if judged is not None and verdict["prediction"] == judged.info.get("prediction"):
-            judged.info["judge"] = {name: verdict[name] for name in ("correct", "reason", "model")}
-    return list(by_key.values())
-
-
-def read_verdicts(path: Path) -> list[dict[str, Any]]:
-    """Verdicts of a judge, without an incomplete last line. Raises `ValueError` if the file is damaged."""
-    complete = path.read_bytes().rpartition(b"\n")[0] if path.is_file() else b""
-    try:
-        return [json.loads(line) for line in complete.splitlines() if line.strip()]
-    except ValueError as error:
-        raise ValueError(f"{path}: not a file of verdicts ({error}). Remove it, and judge again.") from error
+        return load_run(self.folder) if any(map(os.path.getsize, record_files(self.folder))) else []
 
 
 def append_lines(path: Path, lines: Iterable[str]) -> None:

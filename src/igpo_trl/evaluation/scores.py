@@ -9,9 +9,8 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 from ..rewards import Variant, exact_match, extract_answer, f1_score
-from ..trajectory import Trajectory
+from ..trajectory import Trajectory, key_of
 from .intervals import Interval, bootstrap_interval
-from .run import key_of
 from .tables import Table, format_interval, format_number, format_percent, format_share, to_plain
 
 T = TypeVar("T")

@@ -149,6 +149,7 @@ class RolloutLoop:
                 active = continuing
         log.stops = [rollout.stop or StopReason.ANSWERED for rollout in rollouts]
         log.tools_called = [rollout.tools_called for rollout in rollouts]
+        log.calls = [rollout.calls for rollout in rollouts]
         log.num_forced_answers = sum(rollout.answer_requested for rollout in rollouts)
         if self._failure_watch is not None:
             self._failure_watch.update(log.tools)
@@ -167,6 +168,8 @@ class RolloutLoop:
                 {"role": "tool", "name": call.name, "content": result.text}
                 for call, result in zip(rollout.pending_calls, results, strict=True)
             ]
+            pairs = zip(rollout.pending_calls, results, strict=True)
+            rollout.calls[-1] = [call.record(result) for call, result in pairs] or rollout.calls[-1]
             if self._stopped(rollout, messages, results):
                 continue
             continuing.append(rollout)
@@ -272,6 +275,7 @@ class RolloutLoop:
             rollout.append([self.tokenizer.eos_token_id], sampled=0)
         rollout.turn_starts.append(len(rollout.completion_ids))
         rollout.tools_called.append(())
+        rollout.calls.append([])
         rollout.append(ids, sampled=1, logprobs=logprobs)
         limit = self._limit_reached(rollout, ids)
         reading = None
@@ -285,6 +289,7 @@ class RolloutLoop:
                 rollout.stop = rollout.stop or StopReason.EMPTY
             return
         rollout.messages.append(reading.message)
+        rollout.calls[-1] = [call.record() for call in reading.calls]
         calls, malformed = reading.calls, reading.malformed
         if rollout.answer_requested or limit in (StopReason.LENGTH_LIMIT, StopReason.CONTEXT_LIMIT):
             rollout.stop = rollout.stop or limit

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..trajectory import StopReason
+from ..trajectory import Call, StopReason
 from .tool_failures import ToolCounts
 from .tool_results import ToolErrorKind, ToolResult
 
@@ -25,6 +25,7 @@ class RoundLog:
         tools (`dict[str, ToolCounts]`): calls that have run, by name of the tool.
         latencies (list of `float`): seconds of every call that was run.
         tools_called (list of list of tuple of `str`): names of the tools that each turn of each rollout called.
+        calls (list of list of list of [`Call`]): the calls of each turn of each rollout.
         global_num_calls, global_num_malformed (`int`): tool calls of all ranks, and those of them that could not be
             read, once there are `metrics`.
         global_num_rollouts (`int`): rollouts of all ranks that count, likewise.
@@ -38,6 +39,7 @@ class RoundLog:
     tools: dict[str, ToolCounts] = field(default_factory=dict)
     latencies: list[float] = field(default_factory=list)
     tools_called: list[list[tuple[str, ...]]] = field(default_factory=list)
+    calls: list[list[list[Call]]] = field(default_factory=list)
     global_num_calls: int = 0
     global_num_malformed: int = 0
     global_num_rollouts: int = 0

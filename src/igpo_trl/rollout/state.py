@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..trajectory import StopReason
+from ..trajectory import Call, StopReason
 from .tool_calls import ToolCall
 from .turn_reader import Message
 
@@ -66,6 +66,7 @@ class Rollout:
         turn_starts (list of `int`): completion position at which each turn begins. Once the rollout has ended they are
             those of [`turn_spans`].
         tools_called (list of tuple of `str`): names of the tools that each turn called.
+        calls (list of list of [`Call`]): the calls of each turn, as they are recorded.
         stop (`StopReason`, *optional*): why it ended, or why its last turn has been asked for.
     """
 
@@ -79,6 +80,7 @@ class Rollout:
     messages: list[Message] = field(default_factory=list)
     turn_starts: list[int] = field(default_factory=list)
     tools_called: list[tuple[str, ...]] = field(default_factory=list)
+    calls: list[list[Call]] = field(default_factory=list)
     stop: StopReason | None = None
     observation_ids: list[int] = field(default_factory=list)  # the last observation
     pending_calls: list[ToolCall] = field(default_factory=list)  # to be run before the next turn, or the last ones

@@ -13,6 +13,7 @@ from pydantic.errors import PydanticUserError
 from typing_extensions import TypedDict  # Pydantic accepts that of `typing` only from Python 3.12 on
 
 from ..files import encodable
+from ..trajectory import NOT_RUN, Call
 from .call_forms import resolve_name
 from .tool_results import ToolErrorKind, ToolResult, cut, describe, error_result, show
 
@@ -44,6 +45,15 @@ class ToolCall:
         texts = [value for value in self.arguments.values() if isinstance(value, str)]
         value = self.arguments.get("answer", texts[0] if len(texts) == 1 else None)
         return None if value is None else encodable(str(value))
+
+    def record(self, result: ToolResult | None = None) -> Call:
+        """The record of the call, with its result if it has run."""
+        result, arguments = result or self.problem, self.arguments
+        try:
+            json.dumps(arguments, allow_nan=False)
+        except Exception:  # what JSON cannot express, or nests too deeply
+            return Call(self.name, show(arguments), NOT_RUN if result is None else result.error)
+        return Call(self.name, arguments, NOT_RUN if result is None else result.error)
 
 
 def read_calls(

@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 from trl import GRPOTrainer
 
 from ..beliefs import build_probes, reduce_aliases, score_beliefs
+from ..beliefs.scorer import BeliefBatch
 from ..records import trajectories_of
 from ..rewards import exact_match, extract_answer, f1_score
 from ..step import Step
@@ -86,6 +87,7 @@ def to_trajectories(
     if beliefs:
         probes = [build_probes(trainer.processing_class, row["answers"], ANSWER_TEMPLATE) for row in rows]
         log_probs = score_beliefs(trainer.model, step.sequences, step.boundaries, probes, batch_size=len(rows))
+        step.belief_batch = BeliefBatch(probes, log_probs=log_probs)
         step.set_beliefs([reduce_aliases(rollout) for rollout in log_probs])
     records = trajectories_of(step, trainer.processing_class)
     for record, row in zip(records, rows, strict=True):

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from ..beliefs.probes import DEFAULT_TEMPLATE, NO_THINK_TEMPLATE
 from ..data import hold_out, load_questions, resolve_system_prompt
 from ..data.questions import order_by_hash
-from ..evaluation import EvaluationSettings, load_trajectories, roll_out, score_run
+from ..evaluation import EvaluationSettings, load_run, roll_out, score_run
 from ..evaluation.run import differing_settings, write_json
 from ..evaluation.scores import AVERAGE
 from ..evaluation.settings import save_options
@@ -283,7 +283,7 @@ def _evaluate(
     folder = out / "evaluation" / name
     roll_out(settings, folder)
     gc.collect()  # the trainer and its model, which refer to each other
-    rollouts = load_trajectories(folder)
+    rollouts = load_run(folder)
     metrics = score_run(rollouts).sets[AVERAGE].metrics
     shown = ("f1", "em", "answered", "searches", "in_evidence", "belief_start", "belief_end")
     first = sum(bool(rollout.info["first_call"]) for rollout in rollouts) / len(rollouts)
