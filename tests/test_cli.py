@@ -166,8 +166,8 @@ def test_tiny_model_says_which_file_is_wrong(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["view", "absent.jsonl"], 2, "file 'absent.jsonl' does not exist. `igpo view --help` shows the options."),
-        (["view"], 2, "Missing argument 'trajectories'. `igpo view --help`"),
+        (["view", "absent.jsonl"], 2, "'absent.jsonl' does not exist. `igpo view --help` shows the options."),
+        (["view"], 2, "Missing argument 'run'. `igpo view --help`"),
         (["view", "--indx", "1"], 2, "No such option: --indx"),
         (["search", "Who?"], 2, "Missing option '--index'. `igpo search --help`"),
         (["search", "Who?", "--index", "absent"], 1, "absent"),

@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from ..report import plot_curves, plot_rollout, render_trajectory
+from ..report.page import write_page
 from ..trajectory import Trajectory, read_jsonl, write_jsonl
 from .evaluate import Scores, roll_out
 from .train import LABELS, Budget, TrainingRun, make_trainer, train_with_curve
@@ -117,6 +118,11 @@ def _run(output_dir: Path, seed: int, plan: DemoPlan, console: Console) -> dict[
     console.print(render_trajectory(rollout))
     plot_rollout(rollout, output_dir / "rollout.png")
     files[output_dir / "rollout.png"] = f"this rollout; others: igpo view {folder / 'test_greedy.jsonl'} --index N"
+    try:
+        write_page(output_dir / "page.html", {LABELS[method]: list(read_jsonl(rollouts))})
+        files[output_dir / "page.html"] = f"all training rollouts of {LABELS[method]}: open it in a browser"
+    except ImportError as error:
+        console.print(f"\n{error}")
     return files
 
 
