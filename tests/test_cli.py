@@ -73,7 +73,7 @@ def test_demo_passes_its_options_on(run, monkeypatch):
 
 
 def test_a_quick_demo_does_not_replace_a_full_one(run, tmp_path):
-    for method in ("warm_start", "grpo", "grpo_batch", "igpo_critic"):
+    for method in ("warm_start", "grpo_batch", "igpo_paper", "igpo_critic"):
         (tmp_path / method).mkdir()
         (tmp_path / method / "test_greedy.jsonl").write_text("")
     result = run("demo", "--quick", "--output-dir", tmp_path)

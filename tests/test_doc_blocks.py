@@ -102,6 +102,7 @@ def reader(tmp_path, monkeypatch):
     rollout = Trajectory("Who?", [Turn("<answer>I</answer>", "", 3)], ["I"], stop_reason="answered", info=info)
     for run in ("outputs/eval/run", "outputs/run"):
         write_jsonl(f"{run}/trajectories/rank0.jsonl", [rollout])
+    Path("outputs/run/metrics.jsonl").write_text('{"step": 1, "reward": 0.5, "belief/final": 0.1}\n')
     for repository, files in test_data_hub.repositories().items():
         for path, body in files.items():
             file = Path("hub", repository, path)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import tiny
+import trl.extras.profiling
 import trl.trainer.grpo_trainer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -289,6 +290,7 @@ def test_training_goes_on_whatever_is_logged(tmp_path, monkeypatch):
     for name, table in (("wandb", WandbTable), ("trackio", TrackioTable)):
         backend = SimpleNamespace(run=object(), Table=table, log=logged.append)
         monkeypatch.setattr(trl.trainer.grpo_trainer, name, backend, raising=False)
+        monkeypatch.setattr(trl.extras.profiling, f"is_{name}_available", lambda: False)  # even if it is installed
     trainer = tiny.make_trainer(
         Scripted,
         IGPOConfig,

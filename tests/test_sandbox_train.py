@@ -147,7 +147,7 @@ def test_demo_prints_the_table_and_writes_the_files_that_it_lists(tmp_path, monk
     )
     run_demo(tmp_path / "out", plan=plan)
     printed = capsys.readouterr().out
-    for words in ("Warm start", "GRPO", "IGPO critic", "A rollout of IGPO critic", "Question  "):
+    for words in ("Warm start", "GRPO", "IGPO (default)", "A rollout of IGPO (default)", "Question  "):
         assert words in printed
     names = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert names == sorted(

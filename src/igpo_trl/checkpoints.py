@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from .files import move_aside
 from .trajectory import drop_later
 
 logger = logging.getLogger(__name__)
@@ -178,10 +179,7 @@ class OneRun(TrainerCallback):
                 for path in records:
                     drop_later(path, state.global_step)
             elif records:
-                number = 1
-                while (earlier := folder.with_name(f"{folder.name}-{number}")).exists():
-                    number += 1
-                folder.rename(earlier)
+                earlier = move_aside(folder)
                 logger.warning("The records of an earlier run in %s are now in %s.", folder, earlier)
         PartialState().wait_for_everyone()
         if state.global_step >= state.max_steps > 0:

@@ -238,6 +238,16 @@ def replace_when_complete(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def move_aside(path: Path) -> Path | None:
+    """Renames a file or directory, `name` to `name-1`, or the first number that is free. Returns its new path."""
+    if not path.exists():
+        return None
+    number = 1
+    while (earlier := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+        number += 1
+    return path.rename(earlier)
+
+
 @contextmanager
 def write_json_lines(path: str | Path) -> Iterator[Callable[[dict[str, Any]], Any]]:
     """

@@ -15,6 +15,7 @@ from .files import encodable
 from .records import TURN_COLUMNS, completion_columns
 from .rollout.tool_results import MAX_NESTING, nesting, show
 from .step import Step
+from .training.console import completions_table, say
 from .training.costs import Costs, TimesOptimizer
 from .training.diagnostics import FirstCalls, make_watches
 
@@ -113,6 +114,7 @@ class LogsRollouts(Trainer):
     _metrics: dict[str, dict[str, list[float]]]
     _logs: dict[str, Any]
     log_completions: bool
+    num_completions_to_print: int | None
     num_generations_eval: int
     reward_func_names: list[str]
     control: Any
@@ -125,6 +127,7 @@ class LogsRollouts(Trainer):
         self._watches = make_watches()
         self._first_calls = FirstCalls()
         self._rollouts_left: float | None = None  # of the evaluation in progress
+        self._has_new_rollouts = False  # since the last log
 
     @property
     def is_training(self) -> bool:
@@ -156,6 +159,7 @@ class LogsRollouts(Trainer):
                 watch.update(of_step.get(name))
         weights = denominators(step, metrics, self.reward_func_names)
         self._metric_weights[self.mode].add(metrics, len(step.global_num_turns[: step.num_counted]), weights)
+        self._has_new_rollouts = True
         if self.log_completions:
             for name, column in completion_columns(step).items():
                 self._logs["extra"][name].extend(column)
@@ -180,7 +184,15 @@ class LogsRollouts(Trainer):
         self._metric_weights[mode].reduce(self._metrics[mode])
         if self.log_completions:
             make_loggable(self._logs)
-        super().log(logs, start_time)
+        # The parent prints every completion in full, at the end of training once more.
+        wanted, self.num_completions_to_print = self.num_completions_to_print, -1
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.num_completions_to_print = wanted
+        if self.log_completions and self._has_new_rollouts and wanted != 0 and self.is_world_process_zero():
+            say(completions_table(self._logs, self.state.global_step, wanted))
+        self._has_new_rollouts = False
         self._metric_weights[mode].clear()
 
     def evaluate(

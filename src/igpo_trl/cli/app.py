@@ -12,6 +12,7 @@ import typer
 from ..data.english import DEFAULT_HOPS, DEFAULT_SIZE, DEFAULT_TEST, DEFAULT_TRAIN, write_world
 from . import ask, data, doctor, evaluate, search, view, warm_start
 from .errors import Commands, one_line_errors
+from .plot import plot
 
 app = typer.Typer(
     help="IGPO for TRL: turn-level information gain for agents that search before they answer.",
@@ -127,5 +128,6 @@ for command in (
     *(warm_start.get, warm_start.warm_start),
 ):
     app.command()(command)
+app.command()(plot)
 app.add_typer(data.commands, name="data")
 app.add_typer(evaluate.commands, name="eval")

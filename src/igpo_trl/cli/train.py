@@ -29,6 +29,7 @@ from ..evaluation.settings import save_options
 from ..search import Searchable, SearchTool, open_search
 from ..tools import make_stop_tools
 from ..trainer import IGPOTrainer
+from ..training.console import MetricsFile, StepLines
 from .arguments import ScriptArguments as ScriptArguments
 from .arguments import TrainParser, UsageError
 from .checks import check_arguments, check_best_metric, is_finished
@@ -154,6 +155,8 @@ def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConf
     if script.doctor_every:
         trainer.add_callback(DoctorCallback(trainer, script.doctor_every))
     keep_tensorboard_folder(trainer, resumes=checkpoint is not None)
+    trainer.add_callback(MetricsFile())
+    trainer.add_callback(StepLines(trainer))
     if eval_dataset is not None and checkpoint is None and trainer.is_deepspeed_enabled:
         trainer.add_callback(EvaluateFirst(trainer))
     elif eval_dataset is not None and checkpoint is None:
