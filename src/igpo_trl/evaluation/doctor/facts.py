@@ -138,9 +138,7 @@ class RunFacts:
             FileNotFoundError, ValueError: As [`load_run`].
         """
         run = Path(run)
-        states = sorted([*run.glob(STATE_FILE), *run.glob(f"checkpoint-*/{STATE_FILE}")], key=_modified)
-        log = json.loads(states[-1].read_text(encoding="utf-8")).get("log_history", []) if states else []
-        return cls.of(load_run(run), log, _options(run / OPTIONS_FILE))
+        return cls.of(load_run(run), _log_of(run), _options(run / OPTIONS_FILE))
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -171,8 +169,14 @@ class RunFacts:
         return [float(line[name]) for line in self.log if name in line and line.get("step", 0) > since]
 
 
-def _modified(path: Path) -> float:
-    return path.stat().st_mtime
+def _log_of(run: Path) -> list[dict[str, Any]]:
+    """The log history of a run, or of its last checkpoint if that is newer; none if it has neither."""
+    checkpoints = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    checkpoints.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    files = [folder / STATE_FILE for folder in (run, *checkpoints[-1:])]
+    states = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    newest = max(states, key=lambda state: state.get("global_step") or 0, default={})
+    return list(newest.get("log_history", []))
 
 
 def _options(file: Path) -> dict[str, Any]:
