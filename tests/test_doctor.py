@@ -200,6 +200,8 @@ def test_other_evidence_for_the_same_signatures():
     (priced,) = diagnose(make_run(log=[{"credit/turn_price": 0.3} for step in range(STEPS)])).findings
     assert (priced.name, priced.numbers["turn_price"]) == ("turn_tax", 0.3)
     assert "(logged); turns per rollout: first 2.50" in priced.evidence
+    (paid,) = diagnose(make_run(log=[{"credit/turn_price": -0.3} for step in range(STEPS)])).findings
+    assert "a further turn that changes nothing earns 0.30" in paid.evidence
     for believer, expected in (("policy", ["no_op"]), ("reference", [])):
         run = make_run(frozen, same_questions=True, options={"belief_model": believer})
         assert [f.name for f in diagnose(run).findings] == expected

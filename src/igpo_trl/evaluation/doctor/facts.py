@@ -175,7 +175,7 @@ def _log_of(run: Path) -> list[dict[str, Any]]:
     checkpoints.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
     files = [folder / STATE_FILE for folder in (run, *checkpoints[-1:])]
     states = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
-    newest = max(states, key=lambda state: state.get("global_step") or 0, default={})
+    newest: dict[str, Any] = max(states, key=lambda state: state.get("global_step") or 0, default={})
     return list(newest.get("log_history", []))
 
 
