@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -140,24 +141,24 @@ class RunFacts:
         run = Path(run)
         return cls.of(load_run(run), _log_of(run), _options(run / OPTIONS_FILE))
 
-    @property
+    @cached_property
     def steps(self) -> tuple[int, int]:
         """The first and the last step that there are rollouts of."""
         return self.rollouts[0].step, self.rollouts[-1].step
 
-    @property
+    @cached_property
     def last_steps(self) -> tuple[int, int]:
         """The steps that count as the end of the run: a quarter of them, or more if these have few rollouts."""
         first, last = self.steps
         quarter = last + 1 - max(1, int(WINDOW * (last - first + 1)))
         return min(quarter, self.rollouts[-min(FEW, len(self.rollouts))].step), last
 
-    @property
+    @cached_property
     def recent(self) -> list[Facts]:
         """The rollouts at the end of the run."""
         return [each for each in self.rollouts if each.step >= self.last_steps[0]]
 
-    @property
+    @cached_property
     def early(self) -> list[Facts]:
         """The rollouts at its beginning, as many steps as a quarter; none if these already belong to its end."""
         (first, last), (recent, _) = self.steps, self.last_steps
