@@ -200,6 +200,8 @@ def test_other_evidence_for_the_same_signatures():
     (priced,) = diagnose(make_run(log=[{"credit/turn_price": 0.3} for step in range(STEPS)])).findings
     assert (priced.name, priced.numbers["turn_price"]) == ("turn_tax", 0.3)
     assert "(logged); turns per rollout: first 2.50" in priced.evidence
+    (paid,) = diagnose(make_run(log=[{"credit/turn_price": -0.3} for step in range(STEPS)])).findings
+    assert "a further turn that changes nothing earns 0.30" in paid.evidence
     for believer, expected in (("policy", ["no_op"]), ("reference", [])):
         run = make_run(frozen, same_questions=True, options={"belief_model": believer})
         assert [f.name for f in diagnose(run).findings] == expected
@@ -257,11 +259,14 @@ def test_the_command_exits_with_zero_or_two(tmp_path):
 
 def test_the_log_of_the_newest_checkpoint_is_read(tmp_path):
     run = save(tmp_path)
-    for number, kl in ((8, 0.1), (16, 0.9)):
+    for number, kl in ((16, 0.9), (8, 0.1)):
         log = [{"step": step, "kl": kl} for step in range(1, number + 1)]
         (run / f"checkpoint-{number}").mkdir()
-        (run / f"checkpoint-{number}/trainer_state.json").write_text(json.dumps({"log_history": log}))
+        state = {"global_step": number, "log_history": log}
+        (run / f"checkpoint-{number}/trainer_state.json").write_text(json.dumps(state))
     assert [finding.name for finding in diagnose(run).findings] == ["drift"]
+    (run / "trainer_state.json").write_text(json.dumps({"global_step": 17, "log_history": []}))  # the end of the run
+    assert "drift" in diagnose(run).not_checked
 
 
 # ------------------------------------------------------------------------------------------------------ while training

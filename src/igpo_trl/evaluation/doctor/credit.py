@@ -35,14 +35,16 @@ def advantage_collapse(run: RunFacts) -> Seen:
 )
 def turn_tax(run: RunFacts) -> Seen:
     logged = run.logged("credit/turn_price")
-    # In a short window a single value may be anything.
-    price, source = (
-        (float(np.median(logged)), "logged") if len(logged) > 3 else (turn_price_of(run.recent), "estimated")
-    )
-    if price <= 0.2:
+    known = len(logged) > 3  # a few values may be anything
+    price = float(np.median(logged)) if known else turn_price_of(run.recent)
+    # An estimate is a little below 0 where λ discounts what comes late.
+    if price <= 0.2 and (price >= -0.2 or not known):
         return None
     numbers = {"turn_price": price}
-    text = f"a further turn that changes nothing costs {price:.2f} in units of the advantage ({source})"
+    text = (
+        f"a further turn that changes nothing {'costs' if price > 0 else 'earns'} {abs(price):.2f} in units of the "
+        f"advantage ({'logged' if known else 'estimated from the advantages'})"
+    )
     if run.early:
         by_step = defaultdict(list)
         for each in run.rollouts:
@@ -51,7 +53,7 @@ def turn_tax(run: RunFacts) -> Seen:
         before, least = mean([each.turns for each in run.early]), mean(by_step[shortest])
         now = mean([each.turns for each in run.recent])
         numbers |= {"turns_early": before, "turns_least": least, "turns": now}
-        text += f"; turns per rollout: first {before:.2f}, at least {least:.2f} (step {shortest}), now {now:.2f}"
+        text += f"; turns per rollout: first {before:.2f}, fewest {least:.2f} (step {shortest}), now {now:.2f}"
     return text, numbers
 
 
@@ -86,7 +88,7 @@ def turn_shortening(run: RunFacts) -> Seen:
     enough(before, "rollouts at the beginning of a run of several steps")
     fell = mean(now) < 0.85 * mean(before) and mean(before) - mean(now) > 0.3 and z_score(now, before) < -4
     outcomes = [[each.outcome for each in some if each.outcome is not None] for some in (run.early, run.recent)]
-    enough(outcomes[0], "outcomes at the beginning")
+    enough(min(outcomes, key=len), "outcomes at the beginning or the end")
     if not fell or mean(outcomes[1]) > 1.1 * mean(outcomes[0]):
         return None
     return (

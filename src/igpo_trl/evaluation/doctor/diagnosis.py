@@ -47,6 +47,8 @@ def diagnose(run: RunFacts | str | Path) -> Diagnosis:
         FileNotFoundError, ValueError: As [`load_run`].
     """
     facts = run if isinstance(run, RunFacts) else RunFacts.load(run)
+    if not facts.rollouts:
+        raise ValueError("there are no rollouts to diagnose.")
     findings, healthy, not_checked = [], [], {}
     for signature in SIGNATURES:
         try:

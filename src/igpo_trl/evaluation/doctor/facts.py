@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -138,28 +139,26 @@ class RunFacts:
             FileNotFoundError, ValueError: As [`load_run`].
         """
         run = Path(run)
-        states = sorted([*run.glob(STATE_FILE), *run.glob(f"checkpoint-*/{STATE_FILE}")], key=_modified)
-        log = json.loads(states[-1].read_text(encoding="utf-8")).get("log_history", []) if states else []
-        return cls.of(load_run(run), log, _options(run / OPTIONS_FILE))
+        return cls.of(load_run(run), _log_of(run), _options(run / OPTIONS_FILE))
 
-    @property
+    @cached_property
     def steps(self) -> tuple[int, int]:
         """The first and the last step that there are rollouts of."""
         return self.rollouts[0].step, self.rollouts[-1].step
 
-    @property
+    @cached_property
     def last_steps(self) -> tuple[int, int]:
         """The steps that count as the end of the run: a quarter of them, or more if these have few rollouts."""
         first, last = self.steps
         quarter = last + 1 - max(1, int(WINDOW * (last - first + 1)))
         return min(quarter, self.rollouts[-min(FEW, len(self.rollouts))].step), last
 
-    @property
+    @cached_property
     def recent(self) -> list[Facts]:
         """The rollouts at the end of the run."""
         return [each for each in self.rollouts if each.step >= self.last_steps[0]]
 
-    @property
+    @cached_property
     def early(self) -> list[Facts]:
         """The rollouts at its beginning, as many steps as a quarter; none if these already belong to its end."""
         (first, last), (recent, _) = self.steps, self.last_steps
@@ -171,8 +170,14 @@ class RunFacts:
         return [float(line[name]) for line in self.log if name in line and line.get("step", 0) > since]
 
 
-def _modified(path: Path) -> float:
-    return path.stat().st_mtime
+def _log_of(run: Path) -> list[dict[str, Any]]:
+    """The log history of a run, or of its last checkpoint if that is newer; none if it has neither."""
+    checkpoints = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    checkpoints.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    files = [folder / STATE_FILE for folder in (run, *checkpoints[-1:])]
+    states = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+    newest: dict[str, Any] = max(states, key=lambda state: state.get("global_step") or 0, default={})
+    return list(newest.get("log_history", []))
 
 
 def _options(file: Path) -> dict[str, Any]:
