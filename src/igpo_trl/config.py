@@ -328,9 +328,9 @@ class IGPOConfig(GRPOConfig):
         default=False,
         metadata={
             "help": "Write every training rollout with its beliefs, gains and advantages to "
-            "`output_dir/trajectories/` as JSON Lines, one file per process. Resumed training removes the records of "
-            "the steps that it repeats; a new run in the same directory moves those of the earlier one to "
-            "`trajectories-1`."
+            "`output_dir/trajectories/` as JSON Lines, one file per process, which continues in another after 64 MiB. "
+            "Resumed training removes the records of the steps that it repeats; a new run in the same directory "
+            "moves those of the earlier one to `trajectories-1`."
         },
     )
 
