@@ -1,17 +1,19 @@
 # make demo   set up and run the demonstration (GRPO against IGPO on a CPU)
+# make demo-lm   set up and train a real language model of 135 M parameters on a CPU
 # make test   set up and run every check: ruff, mypy, pytest
 # make test-data   only the tests that read the folder ../shared, which are skipped where it is missing
 # make docs   set up and build the documentation site; open site/index.html
 # make lint · make format · make clean
 #
 # Variables: PYTHON (an interpreter, 3.11 or newer), VENV (the environment to make), JOBS (test processes),
-# DEMO (arguments of `igpo demo`, for example DEMO=--quick).
+# DEMO (arguments of `igpo demo`, for example DEMO=--quick), STEPS (training steps of `make demo-lm`).
 
 PYTHON ?= $(shell for python in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 VENV ?= .venv
 JOBS ?= 2
 DEMO ?=
+STEPS ?=
 
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
@@ -22,7 +24,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export DS_BUILD_OPS ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-data docs lint format clean
+.PHONY: help demo demo-lm test test-data docs lint format clean
 
 help:
 	@sed '/^$$/,$$d; s/^# \{0,1\}//' Makefile
@@ -30,6 +32,10 @@ help:
 demo: $(VENV)/.installed-demo
 	@echo "==> Running the demonstration: igpo demo $(DEMO)"
 	$(BIN)/igpo demo $(DEMO)
+
+demo-lm: $(VENV)/.installed-demo
+	@echo "==> Running the demonstration with a language model: examples/demo_lm.sh $(STEPS)"
+	IGPO=$(BIN)/igpo sh examples/demo_lm.sh $(STEPS)
 
 test: lint
 	@echo "==> Testing ($(JOBS) processes; set JOBS to change that)"

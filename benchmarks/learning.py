@@ -4,7 +4,7 @@ Does IGPO learn better than GRPO? Trains every method in the sandbox on ten seed
 A cell is a kind of world and a number of groups per step. All methods share the cell's learning rate: that with which
 GRPO with batch scaling has the largest area under the learning curve on two tuning seeds, which are used for nothing
 else. Every seed has its own training questions, curve questions and test questions, which all methods share; all begin
-with the same warm start (in "families", that of `igpo demo`). Runs that the results file has are not repeated, so a
+with one warm start (in "strangers", that of `igpo demo`). Runs that the results file has are not repeated, so a
 benchmark that was stopped resumes. Seeds are completed one after the other, cells of 2 groups first.
 
     python benchmarks/learning.py            # run what is missing, and print the tables

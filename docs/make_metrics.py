@@ -59,7 +59,7 @@ each (`num_completions_to_print` says how many, 4 by default). `output_dir/compl
 parquet files, with three columns more than TRL's: the belief before each turn, and the gain and the advantage of each
 turn. There, all messages have the same keys, and the arguments of a tool call are the text of a JSON object, because
 parquet files and W&B need one type for each column. With `save_trajectories=True`, every training rollout is written
-to `output_dir/trajectories/` as JSON Lines; `igpo view FILE` prints one, and
+to `output_dir/trajectories/` as JSON Lines; `igpo view RUN --html page.html` makes [a page](view.md) of them, and
 [`igpo plot`](evaluation.md#plots) draws curves.
 
 ## How they are computed

@@ -72,7 +72,7 @@ def test_demo_passes_its_options_on(run, monkeypatch):
 
 
 def test_a_quick_demo_does_not_replace_a_full_one(run, tmp_path):
-    for method in ("warm_start", "grpo", "grpo_batch", "igpo_critic"):
+    for method in ("warm_start", "grpo_batch", "igpo_paper", "igpo_critic"):
         (tmp_path / method).mkdir()
         (tmp_path / method / "test_greedy.jsonl").write_text("")
     result = run("demo", "--quick", "--output-dir", tmp_path)
@@ -166,8 +166,8 @@ def test_tiny_model_says_which_file_is_wrong(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["view", "absent.jsonl"], 2, "file 'absent.jsonl' does not exist. `igpo view --help` shows the options."),
-        (["view"], 2, "Missing argument 'trajectories'. `igpo view --help`"),
+        (["view", "absent.jsonl"], 2, "'absent.jsonl' does not exist. `igpo view --help` shows the options."),
+        (["view"], 2, "Missing argument 'run'. `igpo view --help`"),
         (["view", "--indx", "1"], 2, "No such option: --indx"),
         (["search", "Who?"], 2, "Missing option '--index'. `igpo search --help`"),
         (["search", "Who?", "--index", "absent"], 1, "absent"),

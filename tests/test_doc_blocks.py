@@ -100,8 +100,8 @@ def reader(tmp_path, monkeypatch):
     tiny.make_tokenizer().save_pretrained("tiny-model")
     info = {"dataset": "nq", "id": "1", "sample": 0}
     rollout = Trajectory("Who?", [Turn("<answer>I</answer>", "", 3)], ["I"], stop_reason="answered", info=info)
-    write_jsonl("outputs/eval/run/trajectories/rank0.jsonl", [rollout])
-    Path("outputs/run").mkdir(parents=True, exist_ok=True)
+    for run in ("outputs/eval/run", "outputs/run"):
+        write_jsonl(f"{run}/trajectories/rank0.jsonl", [rollout])
     Path("outputs/run/metrics.jsonl").write_text('{"step": 1, "reward": 0.5, "belief/final": 0.1}\n')
     for repository, files in test_data_hub.repositories().items():
         for path, body in files.items():

@@ -19,7 +19,7 @@ SOURCE = ROOT / "src" / PACKAGE
 RULE = "a module imports only from entries above its own in README's tree"
 
 OPTIONAL = {
-    *("bm25s", "deepspeed", "faiss", "matplotlib", "numba", "sentence_transformers"),
+    *("bm25s", "deepspeed", "faiss", "jinja2", "matplotlib", "numba", "plotly", "sentence_transformers"),
     *("starlette", "trafilatura", "uvicorn", "vllm"),
 }
 # Re-exports of names that have moved; nothing in the package imports them.

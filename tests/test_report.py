@@ -143,14 +143,14 @@ def test_plot_of_a_rollout(trajectory, tmp_path):
 def test_bars_of_the_plot_are_the_beliefs(trajectory, tmp_path, monkeypatch):
     from matplotlib.patches import Rectangle
 
-    from igpo_trl import report
+    from igpo_trl.report import plots
 
     figures = []
-    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
     plot_rollout(trajectory, tmp_path / "unused.png")
     axes = figures[0].axes[0]
     bars = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
-    widths = [round(bar.get_width() / report._BAR_WIDTH, 6) for bar in bars]
+    widths = [round(bar.get_width() / plots._BAR_WIDTH, 6) for bar in bars]
     # Per bar: the track, the belief that stays, and the change: 0.1; 0.1 to 0.6; 0.6 to 0.4.
     assert widths == [1, 0.1, 0, 1, 0.1, 0.5, 1, 0.4, 0.2]
     texts = [text.get_text() for text in axes.texts]

@@ -147,11 +147,11 @@ def test_demo_prints_the_table_and_writes_the_files_that_it_lists(tmp_path, monk
     )
     run_demo(tmp_path / "out", plan=plan)
     printed = capsys.readouterr().out
-    for words in ("Warm start", "GRPO", "IGPO critic", "A rollout of IGPO critic", "Question  "):
+    for words in ("Warm start", "GRPO", "IGPO (default)", "A rollout of IGPO (default)", "Question  "):
         assert words in printed
     names = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
     assert names == sorted(
-        ["curves.png", "rollout.png"]
+        ["curves.png", "page.html", "rollout.png"]
         + [
             f"{folder}/test_{how}.jsonl"
             for folder in ("warm_start", "grpo", "igpo_critic")
@@ -161,6 +161,8 @@ def test_demo_prints_the_table_and_writes_the_files_that_it_lists(tmp_path, monk
     )
     assert len(list(read_jsonl(tmp_path / "out/grpo/test_sampled.jsonl"))) == 8
     assert printed.count(".jsonl") == 9  # one of them in the command that shows others
+    # The page is named last, as what to open.
+    assert "page.html" in printed.splitlines()[-1]
 
 
 # --- benchmarks/learning.py

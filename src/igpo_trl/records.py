@@ -1,8 +1,10 @@
 """Records of a generation batch: one trajectory per rollout, for training, evaluation and the sandbox alike."""
 
 import re
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,9 +38,10 @@ def trajectories_of(
     turn_advantages = None if step.global_advantages is None else step.local(step.global_advantages).tolist()
     outcomes = step.local(step.global_outcome).tolist() if reward_names else [None] * size
     rewards = step.local(step.global_rewards).tolist() if reward_names else [()] * size
+    # The rollouts of a group share their prompt, and many a query its results.
+    decode = lru_cache(maxsize=None)(lambda ids: tokenizer.decode(list(ids)))
     trajectories = []
-    for i in range(size):
-        turns = turns_of(step, i, tokenizer)
+    for i, turns in enumerate(_turns_of(step, decode)):
         for k, turn in enumerate(turns):
             if turn_advantages is not None:
                 turn.advantage = turn_advantages[i][k]
@@ -46,7 +49,7 @@ def trajectories_of(
                 turn.advantage = float(rollout_advantages[i])
         trajectories.append(
             Trajectory(
-                prompt=tokenizer.decode(step.prompt_ids[i]),
+                prompt=decode(tuple(step.prompt_ids[i])),
                 turns=turns,
                 answers=list(step.answers[i]) if has_answers else [],
                 outcome=_number_or_none(outcomes[i]),
@@ -62,28 +65,33 @@ def trajectories_of(
     return trajectories
 
 
-def turns_of(step: Step, i: int, tokenizer: PreTrainedTokenizerBase) -> list[Turn]:
-    """Decoded turns of rollout i with their beliefs and gains."""
-    ids, starts, calls = step.completion_ids[i], step.turn_starts[i], step.round_log.calls
-    alias_beliefs = _alias_beliefs(step, i)
-    lengths = torch.bincount(step.turn_index[i] + 1, minlength=len(starts) + 1)[1:].tolist()  # index -1 is no turn
-    turns = []
-    for k, (start, end, length) in enumerate(zip(starts, [*starts[1:], len(ids)], lengths, strict=True)):
-        text = tokenizer.decode(ids[start : start + length])
-        turns.append(
-            Turn(
-                text=text,
-                observation=tokenizer.decode(ids[start + length : end]) if end > start + length else "",
-                num_tokens=length,
-                belief=None if step.beliefs is None else _number_or_none(step.beliefs[i, k].item()),
-                info_gain=None if step.gains is None else _number_or_none(step.gains[i, k].item()),
-                # An observation that leaves no room is followed by a turn without tokens, which was never sampled.
-                calls=[*calls[i], []][k] if calls else _calls_in(text),
-                observation_tokens=end - start - length,
-                alias_beliefs=alias_beliefs.get(k, []),
+def _turns_of(step: Step, decode: Callable[[tuple[int, ...]], str]) -> Iterator[list[Turn]]:
+    """The turns of every rollout with their beliefs and gains."""
+    nothing = [[None] * step.starts.shape[1]] * len(step.completion_ids)
+    beliefs = nothing if step.beliefs is None else step.beliefs.tolist()
+    gains = nothing if step.gains is None else step.gains.tolist()
+    calls, alias_beliefs = step.round_log.calls, _alias_beliefs(step)
+    for i, (ids, starts, index) in enumerate(
+        zip(step.completion_ids, step.turn_starts, step.turn_index.tolist(), strict=True)
+    ):
+        turns, lengths = [], Counter(index)
+        for k, (start, end) in enumerate(pairwise([*starts, len(ids)])):
+            sampled_end = start + lengths[k]
+            text = decode(tuple(ids[start:sampled_end]))
+            turns.append(
+                Turn(
+                    text=text,
+                    observation=decode(tuple(ids[sampled_end:end])) if end > sampled_end else "",
+                    num_tokens=lengths[k],
+                    belief=_number_or_none(beliefs[i][k]),
+                    info_gain=_number_or_none(gains[i][k]),
+                    # An observation that leaves no room is followed by a turn without tokens, which nobody sampled.
+                    calls=[*calls[i], []][k] if calls else _calls_in(text),
+                    observation_tokens=end - sampled_end,
+                    alias_beliefs=alias_beliefs.get((i, k), []),
+                )
             )
-        )
-    return turns
+        yield turns
 
 
 def question_of(row: Mapping[str, Any]) -> str:
@@ -94,12 +102,14 @@ def question_of(row: Mapping[str, Any]) -> str:
     return prompt if isinstance(prompt, str) else ""
 
 
-def _alias_beliefs(step: Step, i: int) -> dict[int, list[float | None]]:
-    """The beliefs of rollout i in each of its answers, by turn."""
-    if step.belief_batch is None or not step.belief_batch.log_probs:
-        return {}
-    table = step.belief_batch.log_probs[i].exp().tolist()
-    return {turn: [_number_or_none(x) for x in row] for turn, row in zip(step.scored_turns[i], table, strict=True)}
+def _alias_beliefs(step: Step) -> dict[tuple[int, int], list[float | None]]:
+    """The beliefs in each of the answers, by rollout and turn."""
+    tables = step.belief_batch.log_probs if step.belief_batch is not None else []
+    return {
+        (i, turn): [_number_or_none(x) for x in row]
+        for i, (table, turns) in enumerate(zip(tables, step.scored_turns, strict=False))
+        for turn, row in zip(turns, table.exp().tolist(), strict=True)
+    }
 
 
 def _calls_in(text: str) -> list[Call]:

@@ -113,9 +113,9 @@ class Trajectory:
         info (`dict`): anything else, JSON-serialisable.
         question (`str`): the last user message of the prompt as plain text; empty if unknown.
         data_set (`str` or `None`): the set that the question is from, where the questions say so.
-        seconds (`float` or `None`): wall time in which its process generated the batch (sampling, tools, beliefs scored
-            meanwhile), divided by the number of its rollouts, so that the sum over them is the time of the batch; `None`
-            where it was not measured.
+        seconds (`float` or `None`): wall time in which its process generated the batch (sampling, tools, beliefs
+            scored meanwhile), divided by the number of its rollouts, so that the sum over them is the time of the
+            batch; `None` where it was not measured.
         version (`int`): version of the record. Older ones are brought up to date when they are read.
     """
 
@@ -200,7 +200,7 @@ def key_of(trajectory: Trajectory) -> RolloutKey:
     return RolloutKey.of_record({"dataset": "all", "id": trajectory.prompt, "sample": 0} | trajectory.info)
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# --------------------------------------------------------------------------------------------------------------- files
 
 
 def write_jsonl(

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..data.english import DEFAULT_HOPS, DEFAULT_SIZE, DEFAULT_TEST, DEFAULT_TRAIN, write_world
-from . import ask, data, evaluate, search, warm_start
+from . import ask, data, doctor, evaluate, search, view, warm_start
 from .errors import Commands, one_line_errors
 from .plot import plot
 
@@ -123,36 +123,10 @@ def world(
     typer.echo(f"Index it with: igpo index --corpus {out / 'corpus.jsonl.gz'} --out {out / 'index'}")
 
 
-@app.command()
-def view(
-    run: Annotated[Path, typer.Argument(help="A run, or a file of its rollouts.", exists=True)],
-    index: Annotated[
-        int, typer.Option(help="Number of the rollout, from 0; negative numbers count from the end.")
-    ] = 0,
-    save: Annotated[Path | None, typer.Option(help="Also save a picture of it (.png, .svg, .pdf).")] = None,
-) -> None:
-    """Print a rollout: each turn, what the search returned, and the belief in the gold answer after it."""
-    from rich.console import Console
-
-    from ..report import plot_rollout, render_trajectory
-    from ..trajectory import load_run
-
-    with one_line_errors(ValueError, FileNotFoundError, param_hint="RUN"):
-        rollouts = load_run(run)
-    if not -len(rollouts) <= index < len(rollouts):
-        raise typer.BadParameter(f"{run} has {len(rollouts)} rollouts, got {index}.", param_hint="--index")
-    rollout = rollouts[index]
-    console = Console()
-    console.print(
-        f"[dim]Rollout {index % len(rollouts)} of {len(rollouts)}, step {rollout.step}, group {rollout.group}[/dim]"
-    )
-    console.print(render_trajectory(rollout))
-    if save is not None:
-        plot_rollout(rollout, save)
-        console.print(f"\nSaved {save}")
-
-
-for command in (search.index, search.search, search.serve, ask.ask, warm_start.get, warm_start.warm_start):
+for command in (
+    *(search.index, search.search, search.serve, ask.ask, view.view, doctor.doctor),
+    *(warm_start.get, warm_start.warm_start),
+):
     app.command()(command)
 app.command()(plot)
 app.add_typer(data.commands, name="data")

@@ -70,6 +70,13 @@ class ScriptArguments:
             "`info_gain_weight` 0, whose advantages are then exactly GRPO's."
         },
     )
+    doctor_every: int = field(
+        default=20,
+        metadata={
+            "help": "Optimizer steps between two looks at what may go wrong (`igpo doctor`), which warn of each "
+            "signature once; 0 never looks."
+        },
+    )
 
     def __post_init__(self) -> None:
         if self.corpus is not None:

@@ -24,6 +24,7 @@ from ..checkpoints import checkpoint_to_resume
 from ..config import IGPOConfig
 from ..data import check_questions, hold_out, load_questions
 from ..evaluation import check_answerable, check_retrieval
+from ..evaluation.doctor import DoctorCallback
 from ..evaluation.settings import save_options
 from ..search import Searchable, SearchTool, open_search
 from ..tools import make_stop_tools
@@ -151,6 +152,8 @@ def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConf
         f"{len(train_dataset)} questions to train on, {len(eval_dataset or [])} to evaluate on, "
         + (f"{len(index)} passages." if isinstance(index, Sized) else f"searching at {script.index}.")
     )
+    if script.doctor_every:
+        trainer.add_callback(DoctorCallback(trainer, script.doctor_every))
     keep_tensorboard_folder(trainer, resumes=checkpoint is not None)
     trainer.add_callback(MetricsFile())
     trainer.add_callback(StepLines(trainer))

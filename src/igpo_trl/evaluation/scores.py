@@ -80,6 +80,11 @@ class AnswerFinder:
         return {answer for phrase in phrases & self._answers.keys() for answer in self._answers[phrase]}
 
 
+def as_evidence(observation: str) -> str:
+    """An observation without the lines in which a tool repeats the policy's own words."""
+    return _REPEATED.sub("", observation)
+
+
 def is_searchable(answers: Sequence[str]) -> bool:
     """Whether it makes sense to look for the answer in a text: not for `yes` and `no`."""
     return _words(answers[0]) not in (" yes ", " no ")
@@ -108,7 +113,7 @@ def measure(trajectory: Trajectory, variant: Variant = "squad") -> dict[str, flo
     info, turns, answers = trajectory.info, trajectory.turns, trajectory.answers
     prediction = extract_answer(info.get("response", turns[-1].text), variant)
     observations = [turn.observation for turn in turns if turn.observation]
-    evidence = (_REPEATED.sub("", observation) for observation in observations)
+    evidence = map(as_evidence, observations)
     verdict = (info.get("judge") or {}).get("correct")
     return {
         "f1": f1_score(prediction, answers, variant),

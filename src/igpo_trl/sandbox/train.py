@@ -36,12 +36,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 LABELS = {
     "grpo": "GRPO",
-    "grpo_batch": "GRPO batch std",
+    "grpo_batch": "GRPO, batch std",
     "igpo_paper": "IGPO as published",
     "igpo_separate": "IGPO separate",
     "igpo_returns": "IGPO returns",
-    "igpo_critic": "IGPO critic",
-    "igpo_critic_no_gain": "IGPO critic, weight 0",
+    "igpo_critic": "IGPO (default)",
+    "igpo_critic_no_gain": "IGPO, weight 0",
 }
 
 # A turn is a call of 6 tokens or an answer of 5; a whole rollout is 4 calls, 4 passages of 12 and an answer.

@@ -1,183 +1,22 @@
-"""Transcripts and plots: one rollout with the belief after each turn, and learning curves.
+"""Plots with matplotlib: one rollout with the belief after each turn, and learning curves."""
 
-They are made from [`Trajectory`] records, without torch and TRL. Plots need the extra `plots`.
-"""
-
-import json
 import math
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from .files import encodable
-from .trajectory import StopReason, Trajectory, Turn
+from ..files import encodable
+from ..trajectory import Trajectory, Turn
+from .text import beliefs_after, format_belief, format_gain, pieces, plain_text, question_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from rich.console import RenderableType
 
 INK, GREY, PALE, CARD = "#1f2933", "#7b8794", "#e4e7eb", "#f7f8fa"
 BLUE, GREEN, RED = "#4a7fb5", "#2f9e6b", "#d1495b"
 CURVES = ("#7b8794", "#2f9e6b", "#4a7fb5", "#d9822b", "#8e5ea2", "#d1495b")
-
-PieceKind = Literal["think", "call", "answer", "text"]
-_KINDS: dict[str, PieceKind] = {"think": "think", "tool_call": "call", "answer": "answer"}
-
-_BLOCK = re.compile(r"<(think|tool_call|answer)>(.*?)(?:</\1>|\Z)", re.DOTALL | re.IGNORECASE)
-_CHAT_MARKER = re.compile(r"<\|im_start\|>\s*(?:system|user|assistant|tool)?|<\|[^|<>]+\|>|</?tool_response>")
-_USER_MESSAGE = re.compile(
-    r"(?:<\|im_start\|>user|<\|start_header_id\|>user<\|end_header_id\|>|<\|user\|>)\s*(.*?)(?=<\||\Z)", re.DOTALL
-)
-
-
-class Piece(NamedTuple):
-    """A part of a turn: reasoning, a tool call, the answer, or other text."""
-
-    kind: PieceKind
-    text: str
-
-
-def plain_text(text: str) -> str:
-    """A text without the markers of the chat template, as a single paragraph."""
-    return " ".join(_CHAT_MARKER.sub(" ", encodable(text)).split())
-
-
-def pieces(text: str) -> list[Piece]:
-    """
-    The parts of a turn in order, in readable form: a JSON tool call becomes `search(query="…")`.
-
-    For display only. A block that is never closed extends to the end of the turn. A call that is not valid JSON is
-    shown unchanged.
-    """
-    parts: list[Piece] = []
-    end = 0
-    for match in _BLOCK.finditer(text):
-        kind, body = _KINDS[match.group(1).lower()], match.group(2)
-        parts.append(Piece("text", plain_text(text[end : match.start()])))
-        parts.append(Piece(kind, _call(body) if kind == "call" else plain_text(body)))
-        end = match.end()
-    parts.append(Piece("text", plain_text(text[end:])))
-    return [piece for piece in parts if piece.text]
-
-
-def _call(body: str) -> str:
-    try:
-        call = json.loads(body)
-        arguments = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in call["arguments"].items())
-        return encodable(f"{call['name']}({', '.join(arguments)})")
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
-        return plain_text(body)
-
-
-def question_text(trajectory: Trajectory) -> str:
-    """The question; in records without one, the last user message of the prompt, or all of it in an unknown template."""
-    if trajectory.question:
-        return plain_text(trajectory.question)
-    messages = _USER_MESSAGE.findall(trajectory.prompt)
-    return plain_text(messages[-1] if messages else trajectory.prompt)
-
-
-def beliefs_after(trajectory: Trajectory) -> list[float | None]:
-    """The belief after each turn and its observation; `None` for the last turn."""
-    return [*trajectory.beliefs[1:], None]
-
-
-def format_belief(value: float) -> str:
-    """A probability in a few characters: `0.42`, `0.003`, `2e-5`."""
-    if value == 0 or value >= 9.5e-5:
-        return f"{value:.{2 if value == 0 or value >= 0.095 else 3 if value >= 9.5e-4 else 4}f}"
-    return f"{value:.0e}".replace("e-0", "e-")
-
-
-def format_gain(value: float) -> str:
-    """A gain with its sign, in the format of [`format_belief`]."""
-    return ("+" if value >= 0 else "−") + format_belief(abs(value))
-
-
-def render_turn(number: int, turn: Turn) -> "RenderableType":
-    """What was sampled in a turn, for the terminal; it may be incomplete."""
-    from rich.console import Group
-    from rich.padding import Padding
-    from rich.text import Text
-
-    styles = {"think": "italic dim", "call": "cyan", "answer": "bold magenta", "text": ""}
-    head = Text(f"\nTurn {number}", style="bold").append(f"  {turn.num_tokens} tokens", style="dim")
-    if turn.advantage is not None:
-        head.append(f"  advantage {turn.advantage:+.2f}", style="dim")
-    lines = [
-        Padding(Text(f"{'answer: ' * (kind == 'answer')}{text}", style=styles[kind]), (0, 0, 0, 2), expand=False)
-        for kind, text in pieces(turn.text)
-    ]
-    return Group(head, *lines)
-
-
-def render_observation(observation: str, longest: int | None = None) -> "RenderableType":
-    """
-    What was read after a turn, for the terminal.
-
-    Args:
-        observation (`str`): The text, with the markers of the chat template.
-        longest (`int`, *optional*): Show each result in a paragraph of its own, cut to so many characters. By default
-            all of them are one paragraph.
-    """
-    from rich.console import Group
-    from rich.padding import Padding
-    from rich.text import Text
-
-    paragraphs = [observation] if longest is None else observation.split("\n\n")
-    texts = [text for text in map(plain_text, paragraphs) if text]
-    if longest is not None:
-        texts = [textwrap.shorten(text, longest, placeholder=" …") for text in texts]
-    return Group(*(Padding(Text(f"→ {text}", style="dim"), (0, 0, 0, 2), expand=False) for text in texts))
-
-
-def render_belief(belief: float, gain: float | None = None, width: int = 24) -> "RenderableType":
-    """A belief as a bar, and the gain that led to it."""
-    from rich.text import Text
-
-    filled = round(belief * width)
-    line = Text("  belief ", style="dim")
-    line.append("█" * filled, style="blue").append("░" * (width - filled), style="dim")
-    line.append(f" {format_belief(belief)}", style="bold")
-    if gain is not None:
-        line.append(f"  gain {format_gain(gain)}", style="green" if gain >= 0 else "red")
-    return line
-
-
-def render_trajectory(trajectory: Trajectory, width: int = 24) -> "RenderableType":
-    """
-    The transcript of a rollout for the terminal, with a bar for the belief after each turn.
-
-    Args:
-        trajectory ([`Trajectory`]): The rollout.
-        width (`int`, *optional*, defaults to `24`): Length of the bar of a belief of 1, in characters.
-
-    Returns:
-        A renderable for `rich.console.Console.print`.
-    """
-    from rich.console import Group
-    from rich.text import Text
-
-    lines: list[RenderableType] = [Text.assemble(("Question  ", "bold"), question_text(trajectory))]
-    if trajectory.answers:
-        lines.append(Text.assemble(("Answer    ", "bold"), encodable(" | ".join(trajectory.answers))))
-    if (before := trajectory.turns[0].belief) is not None:
-        lines.append(render_belief(before, None, width))
-    for number, (turn, after) in enumerate(zip(trajectory.turns, beliefs_after(trajectory), strict=True), start=1):
-        lines += [render_turn(number, turn), render_observation(turn.observation)]
-        if after is not None:
-            lines.append(render_belief(after, turn.info_gain, width))
-    rewards = ", ".join(f"{name} {value:.2f}" for name, value in trajectory.rewards.items() if value is not None)
-    if trajectory.outcome is not None:
-        rewards = f"{trajectory.outcome:.2f}" + (f"  ({rewards})" if rewards else "")
-    if rewards:
-        lines.append(Text.assemble("\n", ("Outcome   ", "bold"), rewards))
-    if trajectory.stop_reason is not None and trajectory.stop_reason != StopReason.ANSWERED:
-        lines.append(Text.assemble(("Ended by  ", "bold"), trajectory.stop_reason))
-    return Group(*lines)
 
 
 def plot_curves(
