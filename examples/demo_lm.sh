@@ -34,7 +34,7 @@ evaluate() {
 
 say "3 of 6: 20 questions before training"
 evaluate "$start" "$out/before"
-"$igpo" view "$out/before/trajectories/rank0.jsonl"
+"$igpo" view "$out/before"
 
 say "4 of 6: $steps steps of IGPO, 16 rollouts each; trained further is the adapter"
 if [ -f "$out/train/adapter_model.safetensors" ]; then
@@ -52,8 +52,10 @@ say "5 of 6: the same 20 questions after training"
 evaluate "$out/train" "$out/after"
 "$igpo" eval compare "$out/before" "$out/after"
 
-say "6 of 6: a rollout of the trained model"
-"$igpo" view "$out/after/trajectories/rank0.jsonl" --save "$out/rollout.png"
+say "6 of 6: a rollout of the trained model, and all of them on a page"
+"$igpo" view "$out/after" --save "$out/rollout.png"
+"$igpo" view "$out/before" "$out/after" --html "$out/before-and-after.html"
+"$igpo" view "$out/train" --html "$out/training.html"
 
 say "Ask it yourself; \`$igpo data show world:test\` has questions:"
 echo "  $igpo ask --model $out/train --index $out/index"

@@ -1,6 +1,7 @@
 """Transcripts and plots of rollouts."""
 
 import io
+import itertools
 import sys
 
 import pytest
@@ -16,6 +17,7 @@ from igpo_trl.report import (
     plot_rollout,
     question_text,
     render_trajectory,
+    worth_reading,
 )
 from igpo_trl.trajectory import Trajectory, Turn
 
@@ -189,3 +191,24 @@ def test_missing_matplotlib_names_the_extra(trajectory, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"igpo-trl\[plots\]"):
         plot_rollout(trajectory, tmp_path / "rollout.png")
+
+
+def test_rollouts_worth_reading():
+    def rollout(outcome, *beliefs):
+        turns = [Turn("", belief=belief) for belief in beliefs]
+        for turn, (before, after) in zip(turns, itertools.pairwise(beliefs), strict=False):
+            turn.info_gain = after - before
+        return Trajectory("", turns, outcome=outcome)
+
+    rollouts = [
+        rollout(1.0, 0.1, 0.9),
+        rollout(1.0, 0.1, 0.2, 0.9),  # the most searches
+        rollout(1.0, 0.1, 0.2, 0.3),
+        rollout(0.0, 0.1, 0.9, 0.8),  # believes
+        rollout(0.0, 0.9, 0.1, 0.1),  # drops
+        rollout(None, 0.1, 1.0),
+    ]
+    chosen = worth_reading(rollouts)
+    assert [(label.split(",")[0], i) for label, i in chosen.items()] == [("Right", 1), ("Wrong", 4), ("Wrong", 3)]
+    assert list(worth_reading(rollouts[:2]).values()) == [1, 0]  # nothing is wrong where all are alike
+    assert worth_reading(rollouts[5:]) == {}

@@ -17,9 +17,15 @@ def view(
     run: Annotated[Path, typer.Argument(help="A run, or a file of its rollouts.")],
     run2: Annotated[Path | None, typer.Argument(help="Another run, to compare with the first on the page.")] = None,
     index: Annotated[
-        int, typer.Option(help="Number of the rollout to print, from 0; negative numbers count from the end.")
-    ] = 0,
-    save: Annotated[Path | None, typer.Option(help="Also save a picture of it (.png, .svg, .pdf).")] = None,
+        int | None,
+        typer.Option(
+            help="Number of the rollout to print, from 0; negative numbers count from the end.",
+            show_default="the best, the worst and an odd one",
+        ),
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Also save a picture of it, or of the first (.png, .svg, .pdf).")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write all rollouts as a page instead, one file.")] = None,
     serve: Annotated[
         bool, typer.Option("--serve", help="Serve the page, and follow runs that are being made.")
@@ -30,7 +36,7 @@ def view(
         int, typer.Option(help="Most rollouts that can be read on the page.", min=2)
     ] = MAX_ROLLOUTS,
 ) -> None:
-    """Show what the policy believed: print a rollout, or write or serve a page of one or two runs."""
+    """Show what the policy believed: print rollouts, or write or serve a page of one or two runs."""
     paths = [run] if run2 is None else [run, run2]
     for path in paths:
         if not path.exists() and not serve:
@@ -68,25 +74,28 @@ def run_names(paths: list[Path]) -> list[str]:
     return ["/".join(each) or "run" for each in (first, second)]
 
 
-def _print(run: Path, index: int, save: Path | None) -> None:
+def _print(run: Path, index: int | None, save: Path | None) -> None:
     from rich.console import Console
 
-    from ..report import plot_rollout, render_trajectory
+    from ..report import plot_rollout, render_trajectory, worth_reading
     from ..trajectory import load_run
 
     with one_line_errors(ValueError, FileNotFoundError, param_hint="RUN"):
         rollouts = load_run(run)
-    if not -len(rollouts) <= index < len(rollouts):
+    if index is not None and not -len(rollouts) <= index < len(rollouts):
         raise typer.BadParameter(f"{run} has {len(rollouts)} rollouts, got {index}.", param_hint="--index")
-    rollout = rollouts[index]
+    chosen = (worth_reading(rollouts) or {"": 0}) if index is None else {"": index % len(rollouts)}
     console = Console()
-    console.print(
-        f"[dim]Rollout {index % len(rollouts)} of {len(rollouts)}, step {rollout.step}, group {rollout.group}[/dim]"
-    )
-    console.print(render_trajectory(rollout))
+    for label, i in chosen.items():
+        place = f"Rollout {i} of {len(rollouts)}, step {rollouts[i].step}, group {rollouts[i].group}"
+        if label:
+            console.print(f"[bold]{label}[/bold]")
+        console.print(f"[dim]{place}[/dim]")
+        console.print(render_trajectory(rollouts[i]))
+        console.print()
     if save is not None:
-        plot_rollout(rollout, save)
-        console.print(f"\nSaved {save}")
+        plot_rollout(rollouts[next(iter(chosen.values()))], save)
+        console.print(f"Saved {save}")
 
 
 def _write(runs: dict[str, Path], html: Path, max_rollouts: int) -> None:

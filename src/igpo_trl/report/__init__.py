@@ -6,7 +6,7 @@ All are made from [`Trajectory`] records, without torch and TRL. Plots need the 
 
 from .plots import plot_curves, plot_rollout
 from .terminal import render_belief, render_observation, render_trajectory, render_turn
-from .text import Piece, beliefs_after, format_belief, format_gain, pieces, plain_text, question_text
+from .text import Piece, beliefs_after, format_belief, format_gain, pieces, plain_text, question_text, worth_reading
 
 __all__ = [
     "Piece",
@@ -22,4 +22,5 @@ __all__ = [
     "render_observation",
     "render_trajectory",
     "render_turn",
+    "worth_reading",
 ]

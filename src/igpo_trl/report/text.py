@@ -2,7 +2,8 @@
 
 import json
 import re
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 from ..files import encodable
 from ..trajectory import Trajectory
@@ -67,6 +68,39 @@ def question_text(trajectory: Trajectory) -> str:
 def beliefs_after(trajectory: Trajectory) -> list[float | None]:
     """The belief after each turn and its observation; `None` for the last turn."""
     return [*trajectory.beliefs[1:], None]
+
+
+def worth_reading(trajectories: Sequence[Trajectory]) -> dict[str, int]:
+    """Positions of the rollouts to read first, by what they show: the best, the worst, an odd one, where there are."""
+
+    def outcome(i: int) -> float:
+        return trajectories[i].outcome or 0.0
+
+    def gains(i: int) -> list[float]:
+        return [turn.info_gain or 0.0 for turn in trajectories[i].turns]
+
+    def last_belief(i: int) -> float:
+        return trajectories[i].turns[-1].belief or 0.0
+
+    scored = [i for i, each in enumerate(trajectories) if each.outcome is not None]
+    highest, lowest = (choose(map(outcome, scored), default=0.0) for choose in (max, min))
+    right = [i for i in scored if outcome(i) == highest > 0]
+    wrong = [i for i in scored if outcome(i) == lowest and i not in right]
+    choices: list[tuple[str, list[int], Callable[[int], Any]]] = [
+        (
+            "Right, after the most searches and the largest gain",
+            right,
+            lambda i: (len(gains(i)), max(gains(i), default=0.0)),
+        ),
+        ("Wrong, with the largest drop of the belief", wrong, lambda i: -min(gains(i), default=0.0)),
+        ("Wrong, in spite of its belief in the right answer", wrong, last_belief),
+        ("Right, in spite of its belief in other answers", right, lambda i: -last_belief(i)),
+    ]
+    chosen: dict[str, int] = {}
+    for label, candidates, key in choices:
+        if left := [i for i in candidates if i not in chosen.values()]:
+            chosen[label] = max(left, key=key)
+    return dict(list(chosen.items())[:3])
 
 
 def format_belief(value: float) -> str:

@@ -2,7 +2,6 @@
 
 import time
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from ..report import plot_curves, plot_rollout, render_trajectory
+from ..report import plot_curves, plot_rollout, render_trajectory, worth_reading
 from ..report.page import write_page
-from ..trajectory import Trajectory, read_jsonl, write_jsonl
+from ..trajectory import read_jsonl, write_jsonl
 from .evaluate import Scores, roll_out
 from .train import LABELS, Budget, TrainingRun, make_trainer, train_with_curve
 from .warm_start import WarmStartConfig, cache_entry, warm_start
@@ -113,7 +112,8 @@ def _run(output_dir: Path, seed: int, plan: DemoPlan, console: Console) -> dict[
     runs = [run for _, run, _, _ in table if run is not None]
     plot_curves(_panels(runs), output_dir / "curves.png")
     files[output_dir / "curves.png"] = "held-out EM, reward and collapse during training"
-    rollout = _most_telling(read_jsonl(folder / "test_greedy.jsonl"))
+    answered = list(read_jsonl(folder / "test_greedy.jsonl"))
+    rollout = answered[next(iter(worth_reading(answered).values()), 0)]
     console.print(f"\n[bold]A rollout of {LABELS[method]}[/bold]")
     console.print(render_trajectory(rollout))
     plot_rollout(rollout, output_dir / "rollout.png")
@@ -124,15 +124,6 @@ def _run(output_dir: Path, seed: int, plan: DemoPlan, console: Console) -> dict[
     except ImportError as error:
         console.print(f"\n{error}")
     return files
-
-
-def _most_telling(rollouts: Iterable[Trajectory]) -> Trajectory:
-    """Of the rollouts with the right answer, the one with the most searches, and of these with the largest gain."""
-
-    def telling(rollout: Trajectory) -> tuple[float, ...]:
-        return rollout.outcome or 0.0, len(rollout.turns), max(turn.info_gain or 0.0 for turn in rollout.turns)
-
-    return max(rollouts, key=telling)
 
 
 def _evaluate(
