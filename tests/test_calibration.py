@@ -20,6 +20,10 @@ from igpo_trl.trajectory import Trajectory, Turn
 TEMPLATE = "<answer>\n{answer}\n</answer>"
 
 
+def options_rows(args, options):
+    return tuple((args[0] if args else options["input_ids"]).shape)
+
+
 def taught(tokenizer, weights):
     """A model that has learned to answer with these texts, as often as their weights say."""
     model = tiny.make_model(initializer_range=0.05)
@@ -38,9 +42,16 @@ def taught(tokenizer, weights):
     return model.eval()
 
 
-def test_the_share_of_right_answers_is_their_probability():
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_share_of_right_answers_is_their_probability(shared, monkeypatch):
     tokenizer = tiny.make_tokenizer()
     model = taught(tokenizer, {"Paris": 0.7, "Rome": 0.3})
+    rows = []
+    model.register_forward_pre_hook(
+        lambda _, args, options: rows.append(options_rows(args, options)), with_kwargs=True
+    )
+    if not shared:  # as for a model whose cache cannot be branched
+        monkeypatch.setattr("igpo_trl.evaluation.forced_answers.packed_obstacle", lambda *_: "its cache")
     contexts = [tokenizer.encode("Capital?"), tokenizer.encode("Capital?" * 3)]
     for answer in ("Paris", "Rome"):
         (probe,) = build_probes(tokenizer, [answer], TEMPLATE)
@@ -49,10 +60,11 @@ def test_the_share_of_right_answers_is_their_probability():
         probability = math.exp(float(beliefs.flatten()[0]) * length)  # beliefs are means over tokens
         torch.manual_seed(0)
         share, _ = shares_of_right_answers(
-            model, tokenizer, contexts, [probe] * 2, [[answer]] * 2, TEMPLATE, samples=400, batch_size=400
+            model, tokenizer, contexts, [probe] * 2, [[answer]] * 2, TEMPLATE, samples=400
         )
         assert share == pytest.approx(probability, abs=4 * math.sqrt(probability * (1 - probability) / 400)), answer
         assert 0.1 < share < 0.9
+    assert ((1, len(contexts[0]) + probe.answer_start - 1) in rows) == shared
     assert shares_of_right_answers(model, tokenizer, [], [], [], TEMPLATE, samples=2) == []
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..beliefs.models import packed_obstacle
 from ..beliefs.probes import AnswerProbe, split_template
 from ..rewards import Variant, exact_match
 
@@ -22,7 +23,6 @@ def shares_of_right_answers(
     *,
     samples: int,
     variant: Variant = "squad",
-    batch_size: int = 16,
 ) -> list[float]:
     """
     The share of right answers among several that are sampled after each context and the opening of the template.
@@ -39,27 +39,25 @@ def shares_of_right_answers(
         template (`str`): what the probes were made with.
         samples (`int`): answers after each context.
         variant (`str`, *optional*, defaults to `"squad"`): scorer, see [`exact_match`].
-        batch_size (`int`, *optional*, defaults to `16`): sequences at a time, at least those of one context.
     """
     end = split_template(template)[1].strip()
-    length = max(_MIN_TOKENS, *(2 * (probe.answer_end - probe.answer_start) for probe in probes)) if probes else 0
     options: dict[str, Any] = {"stop_strings": [end], "tokenizer": tokenizer} if end else {}
-    sequences = [[*ids, *probe.token_ids[: probe.answer_start]] for ids, probe in zip(contexts, probes, strict=True)]
-    # Equal lengths together, so that there is little padding.
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    at_once = max(1, batch_size // samples)
-    shares = [0.0] * len(sequences)
-    for first in range(0, len(order), at_once):
-        members = order[first : first + at_once]
-        batch = tokenizer.pad({"input_ids": [sequences[i] for i in members]}, padding_side="left", return_tensors="pt")
+    shares = []
+    for context, probe, right in zip(contexts, probes, answers, strict=True):
+        ids = torch.tensor([[*context, *probe.token_ids[: probe.answer_start]]], device=model.device)
+        length = max(_MIN_TOKENS, 2 * (probe.answer_end - probe.answer_start))
+        if packed_obstacle(model, ids.shape[1] + length) is None:  # the context runs once for all samples
+            cache = model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(samples)
+            options["past_key_values"] = cache
+        else:
+            options.pop("past_key_values", None)
+        inputs = ids.repeat(samples, 1)
         said = model.generate(
-            **batch.to(model.device), do_sample=True, temperature=1.0, top_k=0, top_p=1.0, min_p=None,
-            repetition_penalty=1.0, num_return_sequences=samples, max_new_tokens=length, disable_compile=True,
-            **options,
-        )[:, batch["input_ids"].shape[1] :]  # fmt: skip
+            inputs, attention_mask=torch.ones_like(inputs), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            min_p=None, repetition_penalty=1.0, max_new_tokens=length, disable_compile=True, **options,
+        )[:, ids.shape[1] :]  # fmt: skip
         texts = tokenizer.batch_decode(said, skip_special_tokens=True)
         texts = [(text.split(end)[0] if end else text).strip() for text in texts]
-        for row, i in enumerate(members):
-            own = texts[row * samples : (row + 1) * samples]
-            shares[i] = sum(exact_match(text or None, answers[i], variant) for text in own) / samples
+        shares.append(sum(exact_match(text or None, right, variant) for text in texts) / samples)
     return shares

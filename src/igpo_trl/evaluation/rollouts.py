@@ -223,7 +223,6 @@ class EvaluationTrainer(IGPOTrainer):
             self._belief_scorer.template,
             samples=samples,
             variant=variant,
-            batch_size=self.args.per_device_eval_batch_size,
         )
         for record in records:
             record.info[CALIBRATION] = []
