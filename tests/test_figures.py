@@ -32,7 +32,7 @@ def rollout(step=0, group=0, beliefs=(0.1, 0.5), outcome=1.0, advantage=1.0, pro
     return Trajectory(f"{prompt}{group}", turns, ["a"], outcome, {"answer_reward": outcome}, step, group)
 
 
-def make_run(folder, steps=30, seed=0, beliefs=True):
+def make_run(folder, steps=20, seed=0, beliefs=True):
     """Rollouts whose belief grows with the step, and is right about the outcome."""
     draw = random.Random(seed)
     rollouts = []
@@ -182,13 +182,13 @@ def runs(tmp_path_factory):
 
 def test_the_command_writes_every_figure(runs, tmp_path):
     words = [str(path) for path in sorted(runs.iterdir())]
-    result = CliRunner().invoke(app, ["plot", *words, "--out", str(tmp_path / "figures")], catch_exceptions=False)
+    result = CliRunner().invoke(app, ["plot", *words, "--smooth", "5", "--out", str(tmp_path / "figures")])
     assert result.exit_code == 0 and f"igpo: {words[2]}, {words[3]}, {words[4]}" in " ".join(result.output.split())
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
         f"{name}.{kind}" for name in ("curves", "collapse", "beliefs", "reliability") for kind in ("svg", "png")
     }
     texts = {path.stem: texts_of(path) for path in (tmp_path / "figures").glob("*.svg")}
-    assert {"igpo (3 seeds)", "grpo", "Reward", "Training step"} <= texts["curves"]
+    assert {"igpo (3 seeds)", "grpo", "Reward", "Training step (mean of 5)"} <= texts["curves"]
     assert "igpo" in texts["beliefs"] and "grpo" not in texts["beliefs"]
     assert {"first tenth of training", "last tenth"} <= texts["beliefs"]
     assert any("calibration error" in text for text in texts["reliability"])
@@ -199,15 +199,15 @@ def texts_of(svg):
 
 
 def test_figures_are_the_same_each_time(runs, tmp_path):
-    methods = {"$x_1$ & <b>": [read_run(runs / "igpo-0"), read_run(runs / "igpo-1")]}
+    methods = {"$x_1$ & <b>": [read_run(runs / "eval")]}
     for folder in ("a", "b"):
-        plot_runs(methods, tmp_path / folder, span=5)
+        assert set(plot_runs(methods, tmp_path / folder)) == {"beliefs", "reliability"}
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
-    assert "Training step (mean of 5)" in texts_of(tmp_path / "a" / "curves.svg")
+    assert "$x_1$ &amp; &lt;b&gt;" in texts_of(tmp_path / "a" / "beliefs.svg")
 
 
-@pytest.mark.parametrize("number", [1, 3, 9])
+@pytest.mark.parametrize("number", [1, 7])
 def test_nothing_overlaps_and_nothing_is_cut_off(runs, number, monkeypatch, tmp_path):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

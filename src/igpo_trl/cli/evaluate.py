@@ -16,6 +16,7 @@ from .rollout_options import option
 
 if TYPE_CHECKING:
     from ..evaluation.tables import Table
+    from ..trajectory import Trajectory
 
 commands = typer.Typer(
     help="Roll out a model on questions and score it; compare runs; score an index alone.",
@@ -71,6 +72,13 @@ def evaluate(
     many_queries: rollout_options.ManyQueries = None,
     system_prompt: rollout_options.SystemPrompt = None,
     beliefs: Annotated[bool, option(help="Score the belief in the right answer before every turn.")] = True,
+    calibration: Annotated[
+        int | None,
+        option(
+            help="Answers to sample before every turn, to compare the belief with the share of right ones.",
+            min=1,
+        ),
+    ] = None,
     vllm: Annotated[bool, option("--vllm", help="Sample with vLLM.")] = False,
     dtype: rollout_options.DType = None,
     retrieval_only: Annotated[
@@ -186,15 +194,34 @@ def _check_usage(context: typer.Context) -> None:
 def _score(run: Path, variant: Variant) -> None:
     """Prints the tables of a run, and saves them in its directory."""
     from ..evaluation import load_run, score_run
+    from ..evaluation.calibration import calibrate, calibration_table
+    from ..evaluation.tables import to_plain
     from ..trajectory import RUN_FILE
 
-    scores = score_run(load_run(run), variant)
-    tables = scores.tables()
+    rollouts = load_run(run)
+    scores, calibration = score_run(rollouts, variant), calibrate(rollouts)
+    tables = [*scores.tables(), *([calibration_table(calibration)] if calibration else [])]
     for each in tables:
         _print(each)
     if (run / RUN_FILE).is_file():  # nothing is written into the directory of a training run
-        _save(run / "results", scores.to_dict(), *tables)
+        results = scores.to_dict() | ({"calibration": to_plain(calibration)} if calibration else {})
+        _save(run / "results", results, *tables)
+        if calibration:
+            _plot_calibration(run, rollouts)
         typer.echo(f"Saved {run / 'results.json'} and {run / 'results.md'}")
+
+
+def _plot_calibration(run: Path, rollouts: "list[Trajectory]") -> None:
+    """Saves the reliability plot with a run, if matplotlib is installed."""
+    from ..evaluation.calibration import reliabilities
+    from ..evaluation.figures import plot_calibration
+
+    try:
+        plot_calibration(reliabilities(rollouts), run / "calibration")
+    except ImportError as error:
+        typer.echo(f"No reliability plot: {error}", err=True)
+    else:
+        typer.echo(f"Saved {run / 'calibration'}.svg and .png")
 
 
 def _score_index(sources: list[str], indexes: list[str], ks: list[int], limit: int | None, out: Path | None) -> None:

@@ -251,34 +251,46 @@ class Reliability(NamedTuple):
     beliefs: list[float]
 
 
-def reliability(rollouts: Sequence[Trajectory], limit: float = 1.0, num_bins: int = 10) -> Reliability | None:
-    """
-    The belief before the last turn against the outcome, between 0 and 1; `None` without both.
+class Point(NamedTuple):
+    """A forecast, what came of it, between 0 and 1, and the question."""
 
-    Args:
-        rollouts (sequence of [`Trajectory`]): some of them without a belief, perhaps.
-        limit (`float`, *optional*, defaults to `1.0`): where the last bin ends; larger beliefs are in it too.
-        num_bins (`int`, *optional*, defaults to `10`): bins of equal width. Those with few rollouts are not listed,
-            but count in the error.
-    """
-    from scipy.stats import spearmanr
+    belief: float
+    outcome: float
+    question: Question
 
-    known = [
-        (belief, min(max(rollout.outcome, 0.0), 1.0), question_of(rollout))
+
+def reliability(rollouts: Sequence[Trajectory], limit: float = 1.0) -> Reliability | None:
+    """The belief before the last turn against the outcome, between 0 and 1; `None` without both."""
+    points = [
+        Point(belief, min(max(rollout.outcome, 0.0), 1.0), question_of(rollout))
         for rollout in rollouts
         if (belief := rollout.beliefs[-1]) is not None and rollout.outcome is not None
     ]
-    if not known:
-        return None
+    return reliability_of(points, limit) if points else None
+
+
+def reliability_of(points: Sequence[Point], limit: float = 1.0, num_bins: int = 10) -> Reliability:
+    """
+    How far forecasts foretell what came of them.
+
+    Args:
+        points (sequence of [`Point`]): at least one.
+        limit (`float`, *optional*, defaults to `1.0`): where the last bin ends; larger beliefs are in it too.
+        num_bins (`int`, *optional*, defaults to `10`): bins of equal width. Those with few points are not listed, but
+            count in the error.
+    """
+    from scipy.stats import spearmanr
+
     bins, error = [], 0.0
-    members: dict[int, list[tuple[float, float, Question]]] = defaultdict(list)
-    for each in known:
-        members[min(int(each[0] / limit * num_bins), num_bins - 1)].append(each)
+    members: dict[int, list[Point]] = defaultdict(list)
+    for point in points:
+        members[min(int(point.belief / limit * num_bins), num_bins - 1)].append(point)
     for _, inside in sorted(members.items()):
-        belief = sum(belief for belief, *_ in inside) / len(inside)
-        error += abs(sum(belief - outcome for belief, outcome, _ in inside)) / len(known)
-        if len(inside) >= min(_MIN_ROLLOUTS, len(known) / num_bins):
-            bins.append(Bin(belief, len(inside), over_questions((question, value) for _, value, question in inside)))
-    beliefs, outcomes = [belief for belief, *_ in known], [outcome for _, outcome, _ in known]
+        belief = sum(point.belief for point in inside) / len(inside)
+        error += abs(sum(point.belief - point.outcome for point in inside)) / len(points)
+        if len(inside) >= min(_MIN_ROLLOUTS, len(points) / num_bins):
+            outcome = over_questions((point.question, point.outcome) for point in inside)
+            bins.append(Bin(belief, len(inside), outcome))
+    beliefs, outcomes = [point.belief for point in points], [point.outcome for point in points]
     constant = len(set(beliefs)) == 1 or len(set(outcomes)) == 1
     return Reliability(bins, error, math.nan if constant else float(spearmanr(beliefs, outcomes)[0]), beliefs)

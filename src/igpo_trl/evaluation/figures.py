@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .curves import COLLAPSE, CURVES, Run, band, beliefs_by_turn, curves_of, part_of, reliability
+from .curves import COLLAPSE, CURVES, Reliability, Run, band, beliefs_by_turn, curves_of, part_of, reliability
 from .intervals import Interval
 
 if TYPE_CHECKING:
@@ -141,14 +141,35 @@ def _draw_reliability(methods: Mapping[str, Sequence[Run]]) -> "Figure | None":
     beliefs = [x for rollouts in late.values() for rollout in rollouts if (x := rollout.beliefs[-1]) is not None]
     if not beliefs:
         return None
-    limit = next((edge for edge in (0.1, 0.2, 0.5) if np.quantile(beliefs, 0.99) <= edge), 1.0)
+    limit = _limit(beliefs)
     found = {name: result for name, rollouts in late.items() if (result := reliability(rollouts, limit)) is not None}
     if not found:
         return None
+    return _draw_bins(found, {label: _look(label, methods)[0] for label in found}, limit)
+
+
+def plot_calibration(found: Mapping[str, Reliability], stem: str | Path) -> None:
+    """Draws the share of right answers by the belief, a panel for each data set, as `stem` with .svg and .png."""
+    beliefs = [belief for result in found.values() for belief in result.beliefs]
+    axes_names = ("Belief", "Share of right answers")
+    _save(_draw_bins(found, dict.fromkeys(found, COLOURS[0]), _limit(beliefs), *axes_names), Path(stem))
+
+
+def _limit(beliefs: Sequence[float]) -> float:
+    """Where the axis of beliefs ends, so that small ones can be told apart."""
+    return next((edge for edge in (0.1, 0.2, 0.5) if np.quantile(beliefs, 0.99) <= edge), 1.0)
+
+
+def _draw_bins(
+    found: Mapping[str, Reliability],
+    colours: Mapping[str, str],
+    limit: float,
+    xlabel: str = "Belief before the last turn",
+    ylabel: str = "Outcome",
+) -> "Figure":
     figure, panels = _panels({label: label for label in found}, share_y=True)
     for label, axes in panels.items():
-        result = found[label]
-        colour, _ = _look(label, methods)
+        result, colour = found[label], colours[label]
         shares, edges = np.histogram(np.clip(result.beliefs, 0, limit), bins=20, range=(0, limit))
         axes.bar(edges[:-1], 0.25 * shares / max(shares), width=np.diff(edges), align="edge", color=PALE, linewidth=0)
         axes.plot([0, limit], [0, limit], color=GREY, linewidth=0.8, linestyle=(0, (2, 2)))
@@ -169,8 +190,8 @@ def _draw_reliability(methods: Mapping[str, Sequence[Run]]) -> "Figure | None":
         axes.set_xlim(-0.02 * limit, 1.02 * limit)
         axes.set_ylim(-0.03, 1.25)
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-        axes.set_xlabel("Belief before the last turn")
-    next(iter(panels.values())).set_ylabel("Outcome")
+        axes.set_xlabel(xlabel)
+    next(iter(panels.values())).set_ylabel(ylabel)
     return figure
 
 

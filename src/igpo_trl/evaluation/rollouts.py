@@ -23,6 +23,8 @@ from ..search.searchable import Retriever
 from ..tools import make_stop_tools
 from ..trainer import IGPOTrainer
 from ..trajectory import RolloutKey, Trajectory, key_of
+from .calibration import CALIBRATION
+from .forced_answers import shares_of_right_answers
 from .run import RunDirectory, append_lines
 from .settings import EvaluationSettings, Row, load_rows, questions_digest
 
@@ -203,7 +205,29 @@ class EvaluationTrainer(IGPOTrainer):
         records = trajectories_of(self.current_step, self._tokenizer)
         for i, (record, row) in enumerate(zip(records, rows, strict=True)):
             self._add_scores(record, i, row, settings.variant)
+        if settings.calibration is not None:
+            self._add_calibration(records, settings.calibration, settings.variant)
         return records
+
+    def _add_calibration(self, records: Sequence[Trajectory], samples: int, variant: Variant) -> None:
+        """Add to each record the share of right answers that are sampled in the state before each of its turns."""
+        step = self.current_step
+        assert step.belief_batch is not None  # `calibration` needs beliefs
+        states = [(i, start) for i, starts in enumerate(step.turn_starts) for start in starts]
+        shares = shares_of_right_answers(
+            self.accelerator.unwrap_model(self.model),
+            self._tokenizer,
+            [[*step.prompt_ids[i], *step.completion_ids[i][:start]] for i, start in states],
+            [step.belief_batch.probes[i][0] for i, _ in states],
+            [records[i].answers for i, _ in states],
+            self._belief_scorer.template,
+            samples=samples,
+            variant=variant,
+        )
+        for record in records:
+            record.info[CALIBRATION] = []
+        for (i, _), share in zip(states, shares, strict=True):
+            records[i].info[CALIBRATION].append(share)
 
     def _check_searches(self) -> None:
         errors = self.current_step.round_log.errors

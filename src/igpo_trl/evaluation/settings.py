@@ -57,6 +57,8 @@ class EvaluationSettings:
         many_queries (`bool`): whether one search may have several queries, see [`SearchTool`].
         system_prompt (`str`): `"think"`, `"no_think"`, `"none"`, a text, or a file with a text.
         beliefs (`bool`): whether to score the belief in the right answer before every turn.
+        calibration (`int` or `None`): answers to sample before every turn, as if it were the last one, to compare
+            their share of right ones with the belief.
         variant (`str`): scorer of the `f1` and `em` in the records; tables can be made with either scorer.
         vllm (`bool`): whether to sample with vLLM, in the same process.
         dtype (`str` or `None`): type of the weights; by default bfloat16 on a GPU, float32 elsewhere.
@@ -77,6 +79,7 @@ class EvaluationSettings:
     many_queries: bool = False
     system_prompt: str = "think"
     beliefs: bool = True
+    calibration: int | None = None
     variant: Variant = "squad"
     vllm: bool = False
     dtype: str | None = None
@@ -92,12 +95,21 @@ class EvaluationSettings:
             FileNotFoundError: The model or the adapter is a path that does not exist.
             ValueError: A number is out of range, or the numbers of sources and indexes do not match.
         """
-        for name, low in (("limit", 1), ("num_samples", 1), ("temperature", 0), ("k", 1), ("max_words", 1)):
+        for name, low in (
+            ("limit", 1),
+            ("num_samples", 1),
+            ("temperature", 0),
+            ("k", 1),
+            ("max_words", 1),
+            ("calibration", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"`{name}` must be at least {low}, got {value}.")
         if self.num_samples > 1 and self.temperature == 0:
             raise ValueError(f"{self.num_samples} samples at temperature 0 are all the same. Give a temperature.")
+        if self.calibration is not None and (self.vllm or not self.beliefs):
+            raise ValueError("`calibration` compares answers with beliefs: it needs both, and no vLLM.")
         pair_sources(self.sources, self.indexes)
         make_stop_tools(self.rollout.get("stop_tools"))
         for path in (self.model, self.adapter):
