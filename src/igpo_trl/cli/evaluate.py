@@ -186,6 +186,7 @@ def _check_usage(context: typer.Context) -> None:
 def _score(run: Path, variant: Variant) -> None:
     """Prints the tables of a run, and saves them in its directory."""
     from ..evaluation import load_run, score_run
+    from ..training.card.scores import add_evaluation
     from ..trajectory import RUN_FILE
 
     scores = score_run(load_run(run), variant)
@@ -195,6 +196,8 @@ def _score(run: Path, variant: Variant) -> None:
     if (run / RUN_FILE).is_file():  # nothing is written into the directory of a training run
         _save(run / "results", scores.to_dict(), *tables)
         typer.echo(f"Saved {run / 'results.json'} and {run / 'results.md'}")
+        if add_evaluation(run / "results.md"):
+            typer.echo(f"The table is in the model card too: {run.absolute().parent / 'README.md'}")
 
 
 def _score_index(sources: list[str], indexes: list[str], ks: list[int], limit: int | None, out: Path | None) -> None:
