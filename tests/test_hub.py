@@ -95,6 +95,9 @@ def test_push_to_hub_says_igpo_and_cites_the_paper(hub, tmp_path, repository):
     assert "- igpo" in header
     assert "- trl" in header
     assert "trained with IGPO" in text
+    assert 'from_pretrained("tester/policy"' in text
+    assert "![" in text and "beliefs_by_turn.png" in hub.files
+    assert str(tmp_path) not in card
     assert "2510.14967" in text
     assert "@inproceedings{wang2026igpo" in text
     assert "Information Gain-based Policy Optimization" in text

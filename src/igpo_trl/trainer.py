@@ -39,6 +39,7 @@ from .rollout.state import Rollout
 from .rollout.turn_reader import parser_errors_as_value_errors
 from .step import Step
 from .training.adapters import check_adapter, is_adapter, load_trainable
+from .training.card.hooks import MakesCard
 from .training.costs import timed
 from .training.counterfactuals import evidence_used, foreign_beliefs
 from .training.sampled_tokens import SampledTokensModel, backbone_of, can_pack, sampled_mask_of
@@ -46,7 +47,7 @@ from .trajectory import write_jsonl
 from .turns import FIRST_SEEN, old_log_probs_of_turn_ratios
 
 
-class IGPOTrainer(LogsRollouts, GRPOTrainer):
+class IGPOTrainer(MakesCard, LogsRollouts, GRPOTrainer):
     """
     Trainer for Information Gain-based Policy Optimization (IGPO, arXiv 2510.14967).
 
@@ -78,6 +79,7 @@ class IGPOTrainer(LogsRollouts, GRPOTrainer):
     | `_calculate_rewards` | calls the reward functions, gathers | keeps the result as the outcome | before 1.8 |
     | `_compute_loss` | loss of one microbatch | one ratio per turn with `importance_sampling_level="turn"` | before 1.8 |
     | `compute_loss`, `log` | average metrics over batches | average them over rollouts, tokens or calls | before 1.8 |
+    | `create_model_card`, `save_model` | write TRL's card; none | write one made from the run | 1.16 |
     | `train`, `_run_epoch` | resumes from the newest checkpoint; one more step at the end | takes the last whole one; takes none | 5.13 |
     | `evaluate`, `evaluation_loop` | evaluate one data set | return every metric; average over sets | before 1.8 |
 

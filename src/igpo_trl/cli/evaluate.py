@@ -196,6 +196,7 @@ def _score(run: Path, variant: Variant) -> None:
     from ..evaluation import load_run, score_run
     from ..evaluation.calibration import calibrate, calibration_table
     from ..evaluation.tables import to_plain
+    from ..training.card.scores import add_evaluation
     from ..trajectory import RUN_FILE
 
     rollouts = load_run(run)
@@ -209,6 +210,8 @@ def _score(run: Path, variant: Variant) -> None:
         if calibration:
             _plot_calibration(run, rollouts)
         typer.echo(f"Saved {run / 'results.json'} and {run / 'results.md'}")
+        if add_evaluation(run / "results.md"):
+            typer.echo(f"The table is in the model card too: {run.absolute().parent / 'README.md'}")
 
 
 def _plot_calibration(run: Path, rollouts: "list[Trajectory]") -> None:

@@ -148,6 +148,7 @@ def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConf
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
     )
+    trainer.data_sources = {"Questions": script.questions, "Searched": script.index or script.corpus or ""}
     trainer.accelerator.print(
         f"{len(train_dataset)} questions to train on, {len(eval_dataset or [])} to evaluate on, "
         + (f"{len(index)} passages." if isinstance(index, Sized) else f"searching at {script.index}.")
@@ -170,6 +171,7 @@ def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConf
         trainer.save_state()
         if eval_dataset is not None:
             record_evaluation(trainer, "after")
+            trainer.create_model_card()  # with these scores
     if training.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.print(f"Saved to {training.output_dir}.")

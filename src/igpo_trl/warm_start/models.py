@@ -85,6 +85,9 @@ def get_model(name: str, directory: str | Path) -> dict[str, Any]:
     with replace_when_complete(directory) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        # So that the card of a model made from this one can name it.
+        card = f"---\nbase_model: {packaged.hub_name}\n---\n\n{packaged.hub_name}, {packaged.about}.\n"
+        Path(unfinished, "README.md").write_text(card, encoding="utf-8")
     return {"parameters": model.num_parameters(), "hub_name": packaged.hub_name, "about": packaged.about}
 
 
