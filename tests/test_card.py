@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -18,6 +19,7 @@ from igpo_trl.training.card import hooks
 from igpo_trl.training.card.base_model import origin_of
 from igpo_trl.training.card.content import settings_of
 from igpo_trl.training.card.scores import add_evaluation
+from igpo_trl.training.card.snippet import make_snippet
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SYSTEM = 'Search, then say "done".'
@@ -114,7 +116,7 @@ def test_a_run_writes_what_it_is(run):
     card = (root / "run/README.md").read_text(encoding="utf-8")
     data = ModelCard(card).data
     assert data.base_model == HUB and {"igpo", "trl", "generated_from_trainer"} <= set(data.tags)
-    assert f"https://huggingface.co/{HUB}" in card and "None" not in card
+    assert f"https://huggingface.co/{HUB}" in card and "[None]" not in card
     assert section(card, "Tools").strip().startswith("- `search(query)`: ")
     assert section(card, "Data").strip().splitlines() == [
         "- Searched: index",
@@ -173,6 +175,31 @@ def test_the_program_in_the_card_runs(run, monkeypatch, capsys):
     assert capsys.readouterr().out.strip().endswith("Paris")
     results = [message["content"] for message in names["messages"] if message["role"] == "tool"]
     assert "Paris is the capital of France." in results[0] and results[1] == "Error: 'made_up'"
+
+
+class Environment:
+    def reset(self): ...
+    def look(self): ...
+
+
+@pytest.mark.parametrize(
+    ("tools", "line"),
+    [
+        ([tiny.search], 'tools = {"search": search}'),
+        ([Environment().look], 'tools = {"look": environment.look}'),
+        (None, "tools = {}"),
+    ],
+)
+def test_a_program_with_tools_of_others_says_where_they_are_needed(tmp_path, tools, line):
+    args = IGPOConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+    trainer = SimpleNamespace(args=args, tools=tools, train_dataset=tiny.make_dataset())
+    text = make_snippet(trainer, tmp_path, "tester/policy")
+    assert line in text and "igpo ask" not in text
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    undefined = {"search", "environment"} & set(compile(code, "card", "exec").co_names)
+    assert (
+        not undefined or f"from your_tools import {'Environment' if 'environment' in undefined else 'search'}" in code
+    )
 
 
 def test_the_table_of_an_evaluation_in_the_folder_of_the_model_is_in_its_card(run):

@@ -137,7 +137,7 @@ def _public(value: str) -> str:
 def _training(trainer: Any, badges: Sequence[str]) -> str:
     rows = [f"| `{name}` | {_cell(value)} |" for name, value in settings_of(trainer.args).items()]
     state = trainer.state
-    number = trainer.accelerator.num_processes
+    number = trainer.args.world_size
     head = f"{state.global_step} steps" + (f" on {number} processes" if number > 1 else "")
     adapter = next(iter(getattr(trainer.model, "peft_config", {}).values()), None)
     if adapter is not None:

@@ -1,6 +1,7 @@
 """The code in a model card that runs the agent with its tools."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ _LOOP = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from igpo_trl.rewards import extract_answer, last_assistant_text
-{imports}
+{imports}functions = list(tools.values()) or None
+
 tokenizer = AutoTokenizer.from_pretrained("{repository}")
 model = AutoModelForCausalLM.from_pretrained("{repository}", dtype="auto", device_map="auto")
 
@@ -19,12 +21,12 @@ messages = [
 ]
 for _ in range({turns}):  # turns
     prompt = tokenizer.apply_chat_template(
-        messages, tools=list(tools.values()), add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        messages, tools=functions, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     ).to(model.device)
     output = model.generate(**prompt, max_new_tokens={tokens}, do_sample=False)
     context, turn = output[0].tensor_split([prompt["input_ids"].shape[1]])
     try:
-        message = tokenizer.parse_response(turn, prefix=context, tools=list(tools.values()))
+        message = tokenizer.parse_response(turn, prefix=context, tools=functions)
     except ValueError:  # a call that cannot be read
         break
     messages.append(message)
@@ -50,7 +52,6 @@ def make_snippet(trainer: Any, folder: Path, repository: str) -> str:
         repository (`str`): what the program calls the model.
     """
     args, tools = trainer.args, [tool for tool in trainer.tools or () if hasattr(tool, "__name__")]
-    names = [tool.__name__ for tool in tools]
     ours = [tool.__name__ for tool in tools if getattr(tool, "__module__", "") == "igpo_trl.search.tool"]
     imports, command = "", ""
     if ours:
@@ -64,12 +65,8 @@ def make_snippet(trainer: Any, folder: Path, repository: str) -> str:
             f'```bash\nigpo ask --model {repository} --index path/to/index "Which river flows through the capital of '
             'Austria?"\n```\n\nOr in a program:\n\n'
         )
-    others = [name for name in names if name not in ours]
-    if others and not ours:
-        functions = ", ".join(f'"{name}": {name}' for name in others)
-        imports = f"from your_tools import {', '.join(others)}  # those below\n\ntools = {{{functions}}}\n"
-    elif not ours:
-        imports = "\ntools = {}\n"
+    else:
+        imports = _other_tools(tools)
     system = _system_prompt(trainer.train_dataset)
     line = f'    {{"role": "system", "content": {json.dumps(system, ensure_ascii=False)}}},\n' if system else ""
     code = _LOOP.format(
@@ -77,6 +74,19 @@ def make_snippet(trainer: Any, folder: Path, repository: str) -> str:
         tokens=args.max_turn_length or args.max_completion_length,
     )  # fmt: skip
     return f"{command}```python\n{code}\n```"
+
+
+def _other_tools(tools: Sequence[Any]) -> str:
+    """Functions, or methods of the environment of a rollout, which only their owner has the code of."""
+    owner = next((type(tool.__self__).__name__ for tool in tools if hasattr(tool, "__self__")), None)
+    names = [tool.__name__ for tool in tools]
+    entries = ", ".join(f'"{name}": {"environment." if owner else ""}{name}' for name in names)
+    head = ""
+    if owner is not None:
+        head = f"from your_tools import {owner}\n\nenvironment = {owner}()  # and `environment.reset(…)`"
+    elif names:
+        head = f"from your_tools import {', '.join(names)}  # those below\n"
+    return f"{head}\ntools = {{{entries}}}\n"
 
 
 def _saved_options(folder: Path) -> dict[str, Any]:
