@@ -72,7 +72,7 @@ def test_notes_say_what_was_believed_and_how_often_that_did_not_help():
     run = [rollout(f"{i}?", beliefs=(0.1, 0.7), outcome=float(i < 2)) for i in range(5)]
     assert verdict({"a": run}, "beliefs", 0, 0)["notes"] == [
         "Mean belief in the right answer: 0.10 before the first search, 0.70 before the last turn.",
-        "3 of 3 wrong answers came although the policy believed in the right one (0.5 or more).",
+        "3 of 3 answers that were not right came although the policy believed in the right one (0.5 or more).",
     ]
     for each in run:
         for turn in each.turns:
@@ -103,12 +103,12 @@ def test_many_steps_are_drawn_together():
     assert sum(point["rollouts"] for point in points) == 100
 
 
-def test_beliefs_by_turn_are_apart_for_right_and_wrong_answers():
+def test_beliefs_by_turn_are_apart_for_right_answers_and_others():
     run = [rollout(beliefs=(0.1, 0.6, 0.9), outcome=1.0) for _ in range(6)]
     run += [rollout(beliefs=(0.1, 0.2), outcome=0.0) for _ in range(6)]
     turns = by_turn(run)
     assert [turn["beliefs"].get("right", [0, None])[1] for turn in turns] == [0.1, 0.6, 0.9]
-    assert [turn["beliefs"].get("wrong", [0, None])[1] for turn in turns] == [0.1, 0.2, None]
+    assert [turn["beliefs"].get("not right", [0, None])[1] for turn in turns] == [0.1, 0.2, None]
     assert [turn["searching"] for turn in turns] == [1.0, 0.5, 0.0]
     assert turns[0]["gain"].mean == pytest.approx(0.3) and turns[0]["gains"] == 12 and turns[2]["gain"] is None
 
