@@ -103,7 +103,7 @@ def test_the_first_screen_says_what_was_learned_lost_and_believed(open_page):
     charts(page)
     assert page.locator("figcaption strong").all_inner_texts()[:2] == [
         "Reward",
-        "What the policy believed after each search",
+        "What the policy believed after each turn",
     ]
     found = page.locator(".questions").nth(1)
     assert found.locator("h3").inner_text().startswith("Found by searching")

@@ -33,6 +33,7 @@ function draw(element, make) {
       yaxis: { ...axis, ...layout.yaxis },
     };
     Plotly.react(element, traces, full, { displayModeBar: false, responsive: true, doubleClick: false });
+    if (element.clientWidth && Math.abs(element._fullLayout.width - element.clientWidth) > 1) Plotly.Plots.resize(element);
     if (!element.heard) element.on("plotly_click", (event) => element.onClick?.(event));
     element.heard = true;
   };
@@ -135,11 +136,11 @@ function beliefChart(parent) {
         return band(points, name ? `${name}, ${kind}` : kind === "right" ? "answered right" : "answered not right (partly or wrong)", colour, { dash: runs.length > 1 && run === 0 ? "dot" : "solid" });
       })),
     layout: {
-      xaxis: { title: { text: "searches so far" }, dtick: 1 },
+      xaxis: { title: { text: "turns so far" }, dtick: 1 },
       yaxis: { range: [-0.02, 1.02], title: { text: "belief" } },
     },
   });
-  card(parent, "What the policy believed after each search", "median and quartiles, by how the rollout ended", make);
+  card(parent, "What the policy believed after each turn", "median and quartiles, by how the rollout ended", make);
 }
 
 function turnChart(parent) {

@@ -106,7 +106,7 @@ def first_and_last_fifth(rollouts: Sequence[Trajectory]) -> tuple[list[Trajector
 
 
 def verdict(runs: Runs, kind: str, lost: int, gained: int) -> dict[str, Any]:
-    """One sentence with numbers, `good`, `bad` or `unclear` (`likely good` if barely so), and what else to know first."""
+    """One sentence with numbers, `good`, `bad` or `unclear` (`likely good` if barely so), and what else to know."""
     training = all(len(steps_of(rollouts)) > 1 for rollouts in runs.values())
     if len(runs) == 2:
         headline, tone, notes = _compared(runs, lost, gained)
@@ -210,8 +210,8 @@ def _belief_notes(rollouts: Sequence[Trajectory]) -> list[str]:
     believed = sum(end >= BELIEVED for end in wrong)
     if wrong:
         notes.append(
-            f"{believed:,} of {len(wrong):,} answers that were not right came although the policy believed in the right one "
-            f"({BELIEVED} or more)."
+            f"{believed:,} of {len(wrong):,} answers that were not right came although the policy believed in the "
+            f"right one ({BELIEVED} or more)."
         )
     return notes
 
@@ -259,7 +259,8 @@ def _measure(rollouts: Sequence[Trajectory]) -> dict[str, float | None]:
     return {
         "reward": reward and reward.mean,
         **shares,
-        "believed": len(beliefs) / len(rollouts),
+        "believed": len(beliefs),
+        "rollouts": len(rollouts),
         "belief_start": sum(pair[0] for pair, _ in beliefs) / len(beliefs) if beliefs else None,
         "belief_end": sum(pair[1] for pair, _ in beliefs) / len(beliefs) if beliefs else None,
         "separation": separation(ends, [bool(known) for _, known in beliefs if known is not None]),
@@ -350,7 +351,7 @@ def by_data_set(rollouts: Sequence[Trajectory]) -> list[dict[str, Any]]:
     for rollout in rollouts:
         sets[rollout.data_set or ""].append(rollout)
     return [
-        {"name": name, "rollouts": len(each), **_measure(each), "interval": estimate(Groups.of(each).outcomes())}
+        {"name": name, **_measure(each), "interval": estimate(Groups.of(each).outcomes())}
         for name, each in sorted(sets.items())
         if len(sets) > 1
     ]

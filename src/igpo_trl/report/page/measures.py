@@ -77,7 +77,7 @@ def reward_line(rollouts: Sequence[Trajectory]) -> str:
 
 def gain_meaning(rollouts: Sequence[Trajectory], most: int = 2000) -> str | None:
     """Whether recorded gains are rises of the `"belief"` or of its `"logarithm"`; `"other"` if neither."""
-    found = []
+    found: list[list[bool]] = []
     for rollout in rollouts:
         for turn, after in pairwise(rollout.turns):
             if turn.info_gain is not None and turn.belief and after.belief and len(found) < most:

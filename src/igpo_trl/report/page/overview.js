@@ -61,7 +61,7 @@ function showDefinitions() {
   replace($("definitions"),
     el("b", {}, "Belief"), ": the probability that the policy gives the right answer. ",
     rise && [el("b", {}, "Gain"), `: ${rise}. The colour of a card is its gain. `],
-    trained && [el("b", { class: "advantage-word" }, "Advantage"), ": what training pushed the tokens of a turn with, up or down. "],
+    trained && [el("b", { class: "advantage-word" }, "Advantage"), ": how strongly training pushed the tokens of a turn, up (+) or down (−). "],
     grouped && [el("b", {}, "Group"), `: the rollouts of one question${state.steps > 1 ? " in one step" : ""}. `],
     "Bar of a turn: ", el("b", { class: "kept" }, "blue"), " the belief that stayed, ", el("b", { class: "up" }, "green"), " what the turn added, ", el("b", { class: "down" }, "red"), " what it took away.");
 }
@@ -75,21 +75,25 @@ function tile(name) {
     return el("div", { class: "value" }, state.data.runs.length > 1 && el("span", { class: "muted run", title: runName(run) }, runName(run)),
       el("span", {}, isNumber(fact.before) && el("span", { class: "before" }, `${form(fact.before)} → `), el("b", {}, value)));
   });
-  const believed = name.startsWith("belief") ? state.data.figures.facts.map((facts) => facts.find((each) => each.name === "believed")?.now) : [];
-  const some = believed.some((share) => isNumber(share) && share < 1) && `, ${believed.map((share) => percent(share ?? 0)).join(" and ")} of rollouts have one`;
+  const count = (facts, what) => facts.find((each) => each.name === what)?.now ?? 0;
+  const known = name.startsWith("belief") ? state.data.figures.facts.map((facts) => [count(facts, "believed"), count(facts, "rollouts")]) : [];
+  const some = known.some(([n, all]) => n < all) && ` of ${known.map(([n, all]) => `${n.toLocaleString("en")} of ${plural(all, "rollout")}`).join("; ")}`;
   return el("div", { class: "tile" }, el("div", { class: "name" }, title), lines, el("div", { class: "muted" }, note, some));
 }
 
 // Right, partly right and wrong answers in one tile.
 function gradesTile() {
-  const lines = state.data.figures.facts.flatMap((facts, run) => {
-    const get = (name) => facts.find((each) => each.name === name);
-    const shown = ["right", "partly", "wrong"].filter((name) => get(name) && (name !== "partly" || get(name).now || get(name).before));
-    const text = (name) => [`${name} `, isNumber(get(name).before) && el("span", { class: "before" }, `${percent(get(name).before)} → `), el("b", {}, isNumber(get(name).now) ? percent(get(name).now) : "–")];
-    return [state.data.runs.length > 1 && el("div", { class: "muted run", title: runName(run) }, runName(run)),
-      el("div", { class: "grades" }, shown.map((name) => el("span", {}, text(name))))];
-  });
-  return el("div", { class: "tile" }, el("div", { class: "name" }, "Answers"), lines, el("div", { class: "muted" }, "share of rollouts"));
+  const { facts } = state.data.figures, several = facts.length > 1;
+  const get = (run, name) => facts[run].find((each) => each.name === name) ?? {};
+  const shown = ["right", "partly", "wrong"].filter((name) => name !== "partly" || facts.some((_, run) => get(run, name).now || get(run, name).before));
+  const value = (run, name) => {
+    const { before, now } = get(run, name);
+    return el("span", {}, isNumber(before) && el("span", { class: "before" }, `${percent(before)} → `), el("b", {}, isNumber(now) ? percent(now) : "–"));
+  };
+  return el("div", { class: "tile" }, el("div", { class: "name" }, "Answers"),
+    several && el("div", { class: "value" }, el("span"), el("span", { class: "muted" }, `${runName(0)} · ${runName(1)}`)),
+    shown.map((name) => el("div", { class: "value grade" }, el("span", {}, name), " ", el("span", {}, facts.flatMap((_, run) => [run > 0 && " · ", value(run, name)])))),
+    el("div", { class: "muted" }, "share of rollouts"));
 }
 
 function showQuestions() {
@@ -120,7 +124,7 @@ function questionList(title, entries, count, kind, tone, fates) {
       el("span", { class: `numbers ${tone}` }, numbers)));
   });
   return el("div", { class: "questions" }, el("h3", {}, title, el("span", { class: `pill ${tone}` }, plural(count, "question"))),
-    Object.keys(fates).length > 0 && el("p", { class: "muted" }, Object.entries(fates).map(([fate, n]) => `${n.toLocaleString("en")} ${FATES[fate][0]}`).join(" · ")),
+    Object.keys(fates).length > 0 && el("p", { class: "muted" }, Object.entries(fates).map(([fate, n]) => `${n.toLocaleString("en")}: ${FATES[fate][0]}`).join(" · ")),
     rows.length ? el("ol", {}, rows) : el("p", { class: "muted" }, "None."),
     count > entries.length && el("p", { class: "muted" }, `The first ${entries.length} are listed.`));
 }

@@ -54,8 +54,8 @@ def lost_and_gained(runs: Runs) -> tuple[str, Entries, Entries]:
 
     Of two runs (`"runs"`): in the second than in the first. Of a run of which most questions come up in several
     steps (`"repeated"`): in the last of these steps than in the first. Otherwise (`"beliefs"`), by what the policy
-    believed: lost are rollouts that did not end right with a belief that had been high or that fell, gained those that ended
-    right with a belief that had risen.
+    believed: lost are rollouts that did not end right with a belief that had been high or that fell, gained those
+    that ended right with a belief that had risen.
     """
     if len(runs) == 2:
         before, after = runs.values()

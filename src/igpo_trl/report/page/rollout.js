@@ -98,7 +98,7 @@ function parted(a, b) {
 }
 
 // Why a rollout has no beliefs to show.
-const unbelieved = (rollout) => (rollout.turns.length === 1 && !rollout.searches ? "It answered without searching: there is no turn between whose ends the belief could change." : "No belief was recorded.");
+const unbelieved = (rollout) => (rollout.turns.length === 1 && !rollout.turns[0].pieces.some(([kind]) => kind === "call") && given(rollout) !== "nothing" ? "It answered without searching: no turn could change its belief, and none was recorded." : "No belief was recorded.");
 
 function beliefCurves(c, shown, titles) {
   const traces = shown.flatMap((rollout, i) => {
@@ -121,7 +121,7 @@ function beliefCurves(c, shown, titles) {
     traces,
     layout: {
       height: 220 + 19 * Math.max(0, traces.length - 2), showlegend: traces.length > 1, margin: { l: 36, r: 10, t: 8, b: 36 },
-      xaxis: { dtick: last > 12 ? 5 : 1, range: [-0.2, last + 0.2], title: { text: "searches so far" } }, yaxis: { range: [-0.05, 1.05], dtick: 0.25, title: { text: "belief" } },
+      xaxis: { dtick: last > 12 ? 5 : 1, range: [-0.2, last + 0.2], title: { text: "turns so far" } }, yaxis: { range: [-0.05, 1.05], dtick: 0.25, title: { text: "belief" } },
     },
   };
 }
