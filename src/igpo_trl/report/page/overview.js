@@ -9,7 +9,7 @@ const FACTS = {
   wrong: ["Wrong", "share of rollouts", percent],
   belief_start: ["Belief before searching", "mean", probability],
   belief_end: ["Belief before the last turn", "mean", probability],
-  separation: ["Belief tells right from wrong", ".5 is chance, 1 always", probability],
+  separation: ["Belief tells right from not right", ".5 is chance, 1 always", probability],
   searches: ["Searches", "per rollout", (value) => value.toFixed(1)],
   equal: ["Groups with equal rewards", "they teach nothing by reward", percent],
 };
@@ -88,7 +88,7 @@ function gradesTile() {
   const shown = ["right", "partly", "wrong"].filter((name) => name !== "partly" || facts.some((_, run) => get(run, name).now || get(run, name).before));
   const value = (run, name) => {
     const { before, now } = get(run, name);
-    return el("span", {}, isNumber(before) && el("span", { class: "before" }, `${percent(before)} → `), el("b", {}, isNumber(now) ? percent(now) : "–"));
+    return el("span", {}, isNumber(before) && el("span", { class: "before" }, `${Math.round(100 * before)} → `), el("b", {}, isNumber(now) ? percent(now) : "–"));
   };
   return el("div", { class: "tile" }, el("div", { class: "name" }, "Answers"),
     several && el("div", { class: "value" }, el("span"), el("span", { class: "muted" }, `${runName(0)} · ${runName(1)}`)),
@@ -118,13 +118,13 @@ function questionList(title, entries, count, kind, tone, fates) {
     const key = JSON.stringify([set, text]);
     const facts = [state.steps > 1 && kind !== "runs" && `step ${entry.step}`, answered(entry, key, kind)].filter(Boolean).join(" · ");
     return el("li", {}, el("button", { type: "button", onclick: () => openQuestion(key, kind, tone, entry) },
-      el("span", { class: "question" }, text,
+      el("span", { class: "question" }, text, " ",
         tone === "bad" && FATES[entry.fate] && el("span", { class: "tag fate", title: FATES[entry.fate][1] }, FATES[entry.fate][0]),
         facts && el("span", { class: "muted given" }, facts)),
       el("span", { class: `numbers ${tone}` }, numbers)));
   });
   return el("div", { class: "questions" }, el("h3", {}, title, el("span", { class: `pill ${tone}` }, plural(count, "question"))),
-    Object.keys(fates).length > 0 && el("p", { class: "muted" }, Object.entries(fates).map(([fate, n]) => `${n.toLocaleString("en")}: ${FATES[fate][0]}`).join(" · ")),
+    Object.keys(fates).length > 0 && el("p", { class: "muted fates" }, Object.entries(fates).map(([fate, n]) => `${n.toLocaleString("en")}: ${FATES[fate][0]}`).join(" · ")),
     rows.length ? el("ol", {}, rows) : el("p", { class: "muted" }, "None."),
     count > entries.length && el("p", { class: "muted" }, `The first ${entries.length} are listed.`));
 }
