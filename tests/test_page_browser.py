@@ -237,7 +237,7 @@ def test_the_group_shows_what_the_best_one_did_differently(open_page):
     page.click(".differs button")
     assert page.locator(".conversation h4").all_inner_texts() == ["this one", "the best of its group"]
     assert page.locator("#turn-1-2 mark").inner_text() == "Ada"
-    assert page.locator("#turn-1-2 .tag").first.inner_text() == "result, contains the answer"
+    assert page.locator("#turn-1-2 .read .tag").first.inner_text() == "result, contains the answer"
     playwright.expect(page.locator(".belief-plot .scatterlayer .trace")).to_have_count(2)
 
 
