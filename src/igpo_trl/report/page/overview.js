@@ -42,8 +42,8 @@ function diagnosed(name, { findings, healthy }) {
     `${name}igpo doctor checked ${plural(healthy.length + findings.length, "known failure")} and found ${findings.length || "none"}.`);
   if (!findings.length) return checked || el("span");
   return el("div", {}, el("ul", { class: "findings" }, findings.map((finding) => {
-    const [, first, rest] = `${finding.evidence}.`.match(/^(.*?[^.\d][.;:])(?=\s|$)\s*(.*)$/s) ?? [null, `${finding.evidence}.`, ""];
-    return el("li", {}, el("strong", {}, `${name}${words(finding.name)}: `), coded(first.replace(/[;:]$/, ".")),
+    const [, first, rest] = `${finding.evidence}.`.match(/^(.*?[^.\d][.;])(?=\s|$)\s*(.*)$/s) ?? [null, `${finding.evidence}.`, ""];
+    return el("li", {}, el("strong", {}, `${name}${words(finding.name)}: `), coded(first.replace(/;$/, ".")),
       el("details", {}, el("summary", {}, "why and what to change"), rest && el("p", {}, coded(rest)), el("p", {}, coded(finding.change))));
   })), checked);
 }
