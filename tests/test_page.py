@@ -16,8 +16,8 @@ from igpo_trl.report.page.compact import to_json
 from igpo_trl.report.page.document import SCRIPTS
 from igpo_trl.report.page.figures import by_turn, curve, verdict
 from igpo_trl.report.page.live import Follower, create_app
-from igpo_trl.report.page.measures import difference, estimate, separation
-from igpo_trl.report.page.questions import lost_and_gained
+from igpo_trl.report.page.measures import difference, estimate, gain_meaning, grade_of, reward_line, separation
+from igpo_trl.report.page.questions import fate_of, lost_and_gained
 from igpo_trl.trajectory import write_jsonl
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -56,6 +56,8 @@ def test_separation_is_the_share_of_pairs_in_order():
             r"b does better than a: reward 0\.17 → 0\.92 \(\+0\.75, 95 % .* on 12 questions that both have",
         ),
         ({"a": evaluation({0}) * 2}, "plain", "Right answers in 8 % of 24 rollouts on 12 questions"),
+        ({"a": evaluation({0}), "b": evaluation(range(6))}, "likely good", "b probably does better than a"),
+        ({"a": evaluation(range(6)), "b": evaluation({0})}, "likely bad", "b probably does worse than a"),
         ({"a": evaluation({0}), "b": evaluation({1})}, "unclear", "a or b: no clear difference"),
         ({"a": evaluation({0}), "b": [rollout("Else?")]}, "unclear", ".* on different questions"),
         ({"a": training(), "b": training(rising=False)}, "bad", "b does worse than a: .* in the last fifth"),
@@ -72,12 +74,65 @@ def test_notes_say_what_was_believed_and_how_often_that_did_not_help():
     run = [rollout(f"{i}?", beliefs=(0.1, 0.7), outcome=float(i < 2)) for i in range(5)]
     assert verdict({"a": run}, "beliefs", 0, 0)["notes"] == [
         "Mean belief in the right answer: 0.10 before the first search, 0.70 before the last turn.",
-        "3 of 3 wrong answers came although the policy believed in the right one (0.5 or more).",
+        "3 of 3 answers that were not right came although the policy believed in the right one (0.5 or more).",
     ]
     for each in run:
         for turn in each.turns:
             turn.belief = None
     assert verdict({"a": run}, "beliefs", 0, 0)["notes"] == ["No beliefs were recorded."]
+
+
+def test_the_verdict_says_what_its_interval_is_over():
+    basis = lambda runs: page_data(runs)["figures"]["verdict"]["basis"]  # noqa: E731
+    assert "over groups" in basis({"a": training()}) and basis({"a": training()}).endswith("on training questions.")
+    assert "over questions of one run" in basis({"a": evaluation({0})}) and "training" not in basis(
+        {"a": evaluation({0})}
+    )
+    assert "shared questions" in basis({"a": evaluation({0}), "b": evaluation({1})})
+    assert basis({"a": [rollout(outcome=None)]}) == ""
+
+
+def test_figures_of_two_evaluations_are_those_of_shared_questions():
+    found = page_data({"a": evaluation({0, 8}, 12), "b": evaluation({0}, 8)})["figures"]
+    assert (found["shared"], found["counted"]) == (8, [8, 8])
+    right = [fact["now"] for facts in found["facts"] for fact in facts if fact["name"] == "right"]
+    assert right == [1 / 8, 1 / 8]
+    assert page_data({"a": evaluation({0})})["figures"]["counted"] is None
+
+
+def test_a_partial_reward_is_neither_right_nor_wrong():
+    run = [rollout(f"{reward}?", outcome=reward) for reward in (1.0, 0.5, 0.0)]
+    assert [grade_of(each) for each in run] == ["right", "partly", "wrong"]
+    facts = {fact["name"]: fact["now"] for fact in page_data({"a": run})["figures"]["facts"][0]}
+    assert [facts[name] for name in ("right", "partly", "wrong")] == pytest.approx([1 / 3] * 3)
+    assert reward_line(run) == "Reward: 1 right, between 0 and 1 partly right, 0 wrong."
+    assert reward_line(run[::2]) == "Reward: 1 right, 0 wrong."
+    run[2].outcome = 0.2  # a part for the format: its answer is still wrong, and the line would not be true
+    assert grade_of(run[2]) == "wrong" and reward_line(run) == ""
+
+
+def test_what_a_gain_is_is_read_from_the_records():
+    run = [rollout(beliefs=(0.1, 0.6, 0.3))]
+    assert gain_meaning(run) == "belief"
+    for turn, after in zip(run[0].turns, run[0].turns[1:], strict=False):
+        turn.info_gain = math.log(after.belief / turn.belief)
+    assert gain_meaning(run) == "logarithm"
+    run[0].turns[0].info_gain = 7.0
+    assert gain_meaning(run) == "other" and gain_meaning([rollout(beliefs=(0.1,))]) is None
+
+
+def test_what_happened_in_a_lost_rollout_is_said_where_it_is_certain():
+    cases = {(0.1, 0.6): "answered otherwise", (0.1, 0.9, 0.1): "pulled away", (0.1, 0.4): "never found"}
+    for beliefs, fate in cases.items():
+        assert fate_of(rollout(beliefs=beliefs, outcome=0.0)) == fate
+        assert fate_of(rollout(beliefs=beliefs)) is None
+    unknown = rollout(beliefs=(0.1, 0.4, 0.2), outcome=0.0)
+    unknown.turns[1].belief = None
+    assert fate_of(unknown) is None
+    two = [rollout(beliefs=beliefs, outcome=0.0) for beliefs in cases][:2]
+    _, lost, _ = lost_and_gained({"a": [rollout()], "b": two})
+    assert [entry["fate"] for entry in lost] == [None]  # its rollouts differ
+    assert page_data({"a": [rollout()], "b": two[:1]})["figures"]["questions"]["fates"] == {"answered otherwise": 1}
 
 
 def test_a_curve_has_its_groups_as_independent_values():
@@ -103,12 +158,12 @@ def test_many_steps_are_drawn_together():
     assert sum(point["rollouts"] for point in points) == 100
 
 
-def test_beliefs_by_turn_are_apart_for_right_and_wrong_answers():
+def test_beliefs_by_turn_are_apart_for_right_answers_and_others():
     run = [rollout(beliefs=(0.1, 0.6, 0.9), outcome=1.0) for _ in range(6)]
     run += [rollout(beliefs=(0.1, 0.2), outcome=0.0) for _ in range(6)]
     turns = by_turn(run)
     assert [turn["beliefs"].get("right", [0, None])[1] for turn in turns] == [0.1, 0.6, 0.9]
-    assert [turn["beliefs"].get("wrong", [0, None])[1] for turn in turns] == [0.1, 0.2, None]
+    assert [turn["beliefs"].get("not right", [0, None])[1] for turn in turns] == [0.1, 0.2, None]
     assert [turn["searching"] for turn in turns] == [1.0, 0.5, 0.0]
     assert turns[0]["gain"].mean == pytest.approx(0.3) and turns[0]["gains"] == 12 and turns[2]["gain"] is None
 

@@ -99,11 +99,11 @@ def test_the_first_screen_says_what_was_learned_lost_and_believed(open_page):
     page = open_page({"a": training()})
     assert page.locator("#headline").inner_text().startswith("It learned: reward 0.00 → 1.00")
     assert page.locator("#headline").get_attribute("class") == "good"
-    assert "Right answers\n0 % → 100 %" in page.locator("#facts").inner_text()
+    assert "100 %" in page.locator("#facts").inner_text()
     charts(page)
     assert page.locator("figcaption strong").all_inner_texts()[:2] == [
         "Reward",
-        "What the policy believed after each search",
+        "What the policy believed after each turn",
     ]
     found = page.locator(".questions").nth(1)
     assert found.locator("h3").inner_text().startswith("Found by searching")
@@ -207,7 +207,9 @@ def test_the_findings_of_the_doctor_are_shown(open_page, tmp_path):
     write_page(file, {"a": training()}, diagnoses={"a": {"findings": [finding], "healthy": ["drift"]}})
     page = open_page(f"file://{file}")
     found = page.locator(".findings").inner_text()
-    assert found.startswith("turn tax: early turns lose </script>") and found.endswith("Use another estimator.")
+    assert found.startswith("turn tax: early turns lose </script>") and "Use another estimator." not in found
+    page.click(".findings summary")
+    assert page.locator(".findings").inner_text().endswith("Use another estimator.")
 
 
 def test_the_group_shows_what_the_best_one_did_differently(open_page):
@@ -219,6 +221,9 @@ def test_the_group_shows_what_the_best_one_did_differently(open_page):
     run[1].turns[1].observation = "<tool_response>It was Adam.</tool_response>"
     page = open_page({"a": run})
     page.click(".row >> nth=1")
+    assert "Right answer: Ada" in page.locator("#detail .answers").inner_text()
+    assert "Answered: Eve (wrong)" in page.locator("#detail .answers").inner_text()
+    assert page.locator(".parting").inner_text().endswith('search(query="good") instead of search(query="bad")')
     differs = page.locator(".differs").inner_text()
     assert "What did the best one do differently?" in differs
     assert "They did the same for 1 turn, then parted" in differs
@@ -232,16 +237,20 @@ def test_the_group_shows_what_the_best_one_did_differently(open_page):
     page.click(".differs button")
     assert page.locator(".conversation h4").all_inner_texts() == ["this one", "the best of its group"]
     assert page.locator("#turn-1-2 mark").inner_text() == "Ada"
-    assert page.locator("#turn-1-2 .tag").first.inner_text() == "read, states the answer"
+    assert page.locator("#turn-1-2 .read .tag").first.inner_text() == "result, contains the answer"
     playwright.expect(page.locator(".belief-plot .scatterlayer .trace")).to_have_count(2)
 
 
 def test_two_runs_stand_side_by_side_on_the_same_question(open_page):
     page = open_page({"before": evaluation({0, 1}), "after": evaluation(range(1, 12))})
     assert page.locator("#headline").inner_text().startswith("after does better than before")
-    assert page.locator(".questions h3").all_inner_texts() == ["Lost1", "Gained10"]
+    assert page.locator(".questions h3").all_inner_texts() == ["Lost1 question", "Gained10 questions"]
+    assert page.locator("#count").inner_text() == "before: 12 rollouts, after: 12 rollouts, 12 shared questions"
+    assert page.locator(".questions li .given").first.inner_text() == "answered: Ada → Eve"
+    assert page.locator(".questions .fate").first.inner_text() == "never found it"
     page.click(".questions button >> nth=0")
     expect_shown(page, "2 rollouts of 24")
+    assert page.locator("#detail .given").all_inner_texts() == ["Answered: Ada (right)", "Answered: Eve (wrong)"]
     assert page.locator("#detail h3").inner_text() == "Question 0?"
     assert page.locator(".conversation h4").all_inner_texts() == ["before", "after"]
     assert page.locator(".conversation .outcome .badge").all_inner_texts() == ["1", "0"]

@@ -33,6 +33,7 @@ function draw(element, make) {
       yaxis: { ...axis, ...layout.yaxis },
     };
     Plotly.react(element, traces, full, { displayModeBar: false, responsive: true, doubleClick: false });
+    if (element.clientWidth && Math.abs(element._fullLayout.width - element.clientWidth) > 1) Plotly.Plots.resize(element);
     if (!element.heard) element.on("plotly_click", (event) => element.onClick?.(event));
     element.heard = true;
   };
@@ -126,20 +127,20 @@ function beliefChart(parent) {
   if (!runs.length) return;
   const make = (c) => ({
     traces: runs.flatMap(({ value, run, name }) =>
-      ["right", "wrong"].flatMap((kind) => {
+      ["right", "not right"].flatMap((kind) => {
         const colour = kind === "right" ? c.good : c.bad;
         const points = value.flatMap((turn, k) => {
           const found = turn.beliefs[kind];
-          return found ? [[k, [found[1], found[0], found[2]], `<br>${plural(found[3], "rollout")}`]] : [];
+          return found ? [[k, [found[1], found[0], found[2]], `, n = ${found[3].toLocaleString("en")}`]] : [];
         });
-        return band(points, name ? `${name}, ${kind}` : `answered ${kind}`, colour, { dash: runs.length > 1 && run === 0 ? "dot" : "solid" });
+        return band(points, name ? `${name}, ${kind}` : kind === "right" ? "answered right" : "answered not right (partly or wrong)", colour, { dash: runs.length > 1 && run === 0 ? "dot" : "solid" });
       })),
     layout: {
-      xaxis: { title: { text: "searches so far" }, dtick: 1 },
-      yaxis: { range: [-0.02, 1.02], title: { text: "belief in the right answer" } },
+      xaxis: { title: { text: "turns so far" }, dtick: 1 },
+      yaxis: { range: [-0.02, 1.02], title: { text: "belief" } },
     },
   });
-  card(parent, "What the policy believed after each search", "median and quartiles, by how the rollout ended", make);
+  card(parent, "What the policy believed after each turn", "median and quartiles, by how the rollout ended", make);
 }
 
 function turnChart(parent) {

@@ -10,7 +10,7 @@ from ...files import encodable
 from ...trajectory import Trajectory, Turn
 from ..text import pieces, plain_text
 from .figures import Groups, figures
-from .measures import Question, group_of, is_right, outcome_of, question_of
+from .measures import Question, grade_of, group_of, outcome_of, question_of
 from .questions import Runs
 
 MAX_ROLLOUTS = 5000
@@ -53,7 +53,7 @@ def page_data(runs: Runs, max_rollouts: int = MAX_ROLLOUTS) -> dict[str, Any]:
                 "group": groups((i, *group_of(rollout))),
                 "step": rollout.step,
                 "outcome": outcome_of(rollout),
-                "right": is_right(rollout),
+                "grade": grade_of(rollout),
                 "rewards": rollout.rewards,
                 "stop": rollout.stop_reason,
                 "seconds": rollout.seconds,

@@ -12,20 +12,24 @@ from .measures import (
     difference,
     estimate,
     first_and_last_belief,
+    gain_meaning,
+    grade_of,
     group_of,
     is_right,
     outcome_of,
     quantiles,
     question_of,
+    reward_line,
     searches,
     separation,
 )
-from .questions import BELIEVED, Runs, by_question, lost_and_gained
+from .questions import BELIEVED, FATES, Runs, by_question, lost_and_gained, shared
 
 NO_REWARD = "No reward was recorded."
 MAX_POINTS = 40  # of a curve; more steps are drawn together
 MAX_TURNS = 12
 MAX_QUESTIONS = 200  # in a list
+FIRM = 0.25  # of a difference, which the nearer end of its interval has to reach
 FEW = 5  # rollouts that a point of the charts by turn needs
 
 
@@ -54,9 +58,22 @@ class Groups(NamedTuple):
 
 def figures(runs: Runs) -> dict[str, Any]:
     """Everything that the page says about whole runs, as plain values for JSON."""
+    everything, count = runs, 0
+    if len(runs) == 2:
+        common = shared(runs)
+        count = len(common)
+        if common and not all(len(steps_of(rollouts)) > 1 for rollouts in runs.values()):
+            runs = {
+                name: [each for each in rollouts if question_of(each) in common] for name, rollouts in runs.items()
+            }
     kind, lost, gained = lost_and_gained(runs)
+    rollouts = [each for run in runs.values() for each in run]
     return {
         "verdict": verdict(runs, kind, len(lost), len(gained)),
+        "reward": reward_line(rollouts),
+        "gain": gain_meaning(rollouts),
+        "shared": count,
+        "counted": [len(run) for run in runs.values()] if runs is not everything else None,
         "facts": [facts(rollouts) for rollouts in runs.values()],
         "curves": [curve(rollouts) for rollouts in runs.values()],
         "turns": [by_turn(rollouts) for rollouts in runs.values()],
@@ -65,6 +82,7 @@ def figures(runs: Runs) -> dict[str, Any]:
         "questions": {
             "kind": kind,
             "counts": [len(lost), len(gained)],
+            "fates": {fate: several for fate in FATES if (several := sum(entry["fate"] == fate for entry in lost))},
             "lost": lost[:MAX_QUESTIONS],
             "gained": gained[:MAX_QUESTIONS],
         },
@@ -88,14 +106,22 @@ def first_and_last_fifth(rollouts: Sequence[Trajectory]) -> tuple[list[Trajector
 
 
 def verdict(runs: Runs, kind: str, lost: int, gained: int) -> dict[str, Any]:
-    """One sentence with numbers, `good`, `bad` or `unclear`, and what else a reader should know first."""
+    """One sentence with numbers, `good`, `bad` or `unclear` (`likely good` if barely so), and what else to know."""
+    training = all(len(steps_of(rollouts)) > 1 for rollouts in runs.values())
     if len(runs) == 2:
         headline, tone, notes = _compared(runs, lost, gained)
+        over = "groups of one run each" if training or not shared(runs) else "the shared questions of one run each"
     else:
         headline, tone, notes = _of_one(next(iter(runs.values())))
+        over = "groups (the rollouts of one question in one step) of one run" if training else "questions of one run"
+    basis = f"The interval is over {over}; it says nothing about another seed."
+    if training:
+        basis += " It is the reward on training questions."
+    if "95 %" not in headline:
+        basis = ""
     if kind == "repeated":
         notes.append(f"Of the questions that came up again, {gained} went better the last time and {lost} worse.")
-    return {"headline": headline, "tone": tone, "notes": notes}
+    return {"headline": headline, "tone": tone, "notes": notes, "basis": basis}
 
 
 def _of_one(rollouts: Sequence[Trajectory]) -> tuple[str, str, list[str]]:
@@ -106,7 +132,13 @@ def _of_one(rollouts: Sequence[Trajectory]) -> tuple[str, str, list[str]]:
         if change is None:
             return NO_REWARD, "unclear", []
         tone = _tone(change)
-        word = {"good": "It learned", "bad": "It got worse", "unclear": "No clear change"}[tone]
+        word = {
+            "good": "It learned",
+            "likely good": "It probably learned",
+            "bad": "It got worse",
+            "likely bad": "It probably got worse",
+            "unclear": "No clear change",
+        }[tone]
         fifths = len(steps_of(rollouts)) > 9
         span = "the first to the last fifth of its steps" if fifths else "its first to its last step"
         a, b = sum(before) / len(before), sum(after) / len(after)
@@ -141,7 +173,12 @@ def _compared(runs: Runs, lost: int, gained: int) -> tuple[str, str, list[str]]:
     if change is None:
         return NO_REWARD, "unclear", []
     tone = _tone(change)
-    words = {"good": f"{b} does better than {a}", "bad": f"{b} does worse than {a}"}
+    words = {
+        "good": f"{b} does better than {a}",
+        "likely good": f"{b} probably does better than {a}",
+        "bad": f"{b} does worse than {a}",
+        "likely bad": f"{b} probably does worse than {a}",
+    }
     word = words.get(tone, f"{a} or {b}: no clear difference")
     means = sum(before) / len(before), sum(after) / len(after)
     headline = f"{word}: reward {means[0]:.2f} → {means[1]:.2f} ({_signed(change)}) {where}."
@@ -163,16 +200,18 @@ def _belief_notes(rollouts: Sequence[Trajectory]) -> list[str]:
     if not scored:
         return ["no beliefs were recorded."]
     start, end = (sum(pair[i] for pair, _ in scored) / len(scored) for i in (0, 1))
+    of = f" ({len(scored):,} of {len(rollouts):,} rollouts; the others have none)"
+    of = of if len(scored) < len(rollouts) else ""
     notes = [
         f"mean belief in the right answer: {format_belief(start)} before the first search, "
-        f"{format_belief(end)} before the last turn."
+        f"{format_belief(end)} before the last turn{of}."
     ]
     wrong = [pair[1] for pair, right in scored if right is False]
     believed = sum(end >= BELIEVED for end in wrong)
     if wrong:
         notes.append(
-            f"{believed:,} of {len(wrong):,} wrong answers came although the policy believed in the right one "
-            f"({BELIEVED} or more)."
+            f"{believed:,} of {len(wrong):,} answers that were not right came although the policy believed in the "
+            f"right one ({BELIEVED} or more)."
         )
     return notes
 
@@ -180,7 +219,8 @@ def _belief_notes(rollouts: Sequence[Trajectory]) -> list[str]:
 def _tone(change: Estimate) -> str:
     if change.low is None or change.high is None or change.low <= 0 <= change.high:
         return "unclear"
-    return "good" if change.mean > 0 else "bad"
+    tone, nearer = ("good", change.low) if change.mean > 0 else ("bad", change.high)
+    return tone if abs(nearer) >= FIRM * abs(change.mean) else f"likely {tone}"
 
 
 def _signed(value: Estimate) -> str:
@@ -211,13 +251,16 @@ def facts(rollouts: Sequence[Trajectory]) -> list[dict[str, Any]]:
 
 def _measure(rollouts: Sequence[Trajectory]) -> dict[str, float | None]:
     groups = [group for group in Groups.of(rollouts).groups if len(group) > 1]
-    right = [known for rollout in rollouts if (known := is_right(rollout)) is not None]
+    grades = [grade for rollout in rollouts if (grade := grade_of(rollout))]
+    shares = {name: grades.count(name) / len(grades) if grades else None for name in ("right", "partly", "wrong")}
     beliefs = [(pair, is_right(rollout)) for rollout in rollouts if (pair := first_and_last_belief(rollout))]
     ends = [pair[1] for pair, known in beliefs if known is not None]
     reward = estimate(Groups.of(rollouts).outcomes())
     return {
         "reward": reward and reward.mean,
-        "right": sum(right) / len(right) if right else None,
+        **shares,
+        "believed": len(beliefs),
+        "rollouts": len(rollouts),
         "belief_start": sum(pair[0] for pair, _ in beliefs) / len(beliefs) if beliefs else None,
         "belief_end": sum(pair[1] for pair, _ in beliefs) / len(beliefs) if beliefs else None,
         "separation": separation(ends, [bool(known) for _, known in beliefs if known is not None]),
@@ -280,16 +323,16 @@ def stop_reasons(rollouts: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def by_turn(rollouts: Sequence[Trajectory]) -> list[dict[str, Any]]:
-    """Of each turn: quartiles of the belief before it, of right and of wrong rollouts; gains; who still searches."""
+    """Of each turn: quartiles of the belief before it, of right rollouts and of others; gains; who still searches."""
     found = []
     for k in range(min(MAX_TURNS, max(len(rollout.turns) for rollout in rollouts))):
         here = [rollout for rollout in rollouts if len(rollout.turns) > k]
         if k and len(here) < FEW:
             break
-        beliefs: dict[str, list[float]] = {"right": [], "wrong": []}
+        beliefs: dict[str, list[float]] = {"right": [], "not right": []}
         for rollout in here:
             if (belief := rollout.turns[k].belief) is not None and (right := is_right(rollout)) is not None:
-                beliefs["right" if right else "wrong"].append(belief)
+                beliefs["right" if right else "not right"].append(belief)
         gains = [gain for rollout in here if (gain := rollout.turns[k].info_gain) is not None]
         found.append(
             {
@@ -308,7 +351,7 @@ def by_data_set(rollouts: Sequence[Trajectory]) -> list[dict[str, Any]]:
     for rollout in rollouts:
         sets[rollout.data_set or ""].append(rollout)
     return [
-        {"name": name, "rollouts": len(each), **_measure(each), "interval": estimate(Groups.of(each).outcomes())}
+        {"name": name, **_measure(each), "interval": estimate(Groups.of(each).outcomes())}
         for name, each in sorted(sets.items())
         if len(sets) > 1
     ]

@@ -52,7 +52,7 @@ function showFilters() {
     input("text", "Find", "search", { placeholder: "question, answer, query or text" }),
     data.runs.length > 1 && select("run", "Run", [["", "both"], ...data.runs.map((run, i) => [String(i), run.name])]),
     sets.length > 1 && select("set", "Data set", any(sets)),
-    select("outcome", "Answer", any(["right", "partly", "wrong"])),
+    select("outcome", "Answer", [["", "any"], ["right", "right"], ["partly", "partly right"], ["wrong", "wrong"]]),
     rollouts.some((r) => r.changes.length) && select("gain", "Belief", [["", "any"], ...Object.entries(GAINS).map(([name, [text]]) => [name, text])]),
     stops.length > 1 && select("stop", "Ended by", any(stops)),
     many && el("span", { class: "steps" }, input("from", "From step", "number"), input("to", "to", "number")),

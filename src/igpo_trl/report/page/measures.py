@@ -45,11 +45,48 @@ def outcome_of(trajectory: Trajectory) -> float | None:
     return outcome if outcome is not None and math.isfinite(outcome) else None
 
 
-def is_right(trajectory: Trajectory) -> bool | None:
-    """Whether the answer is right in full, by the reward of the answer if there is one, else by the outcome."""
+def score_of(trajectory: Trajectory) -> float | None:
+    """The reward that compares the answer with the right one if there is one, else the outcome."""
     rewards = (trajectory.rewards.get(name) for name in ANSWER_REWARDS)
-    score = next((reward for reward in rewards if reward is not None), outcome_of(trajectory))
-    return None if score is None else score > 1 - 1e-6
+    return next((reward for reward in rewards if reward is not None), outcome_of(trajectory))
+
+
+def grade_of(trajectory: Trajectory) -> str | None:
+    """`"right"` if the answer is right in full, `"partly"` if it has a part of the reward, `"wrong"` if none."""
+    if (score := score_of(trajectory)) is None:
+        return None
+    return "right" if score > 1 - 1e-6 else "partly" if score > 1e-6 else "wrong"
+
+
+def is_right(trajectory: Trajectory) -> bool | None:
+    """Whether the answer is right in full."""
+    grade = grade_of(trajectory)
+    return None if grade is None else grade == "right"
+
+
+def reward_line(rollouts: Sequence[Trajectory]) -> str:
+    """What a reward means, if it is the comparison of the answer with the right one and nothing else."""
+    pairs = [(outcome_of(rollout), score_of(rollout)) for rollout in rollouts]
+    if not all(a is not None and b is not None and abs(a - b) < 1e-6 and -1e-6 < b < 1 + 1e-6 for a, b in pairs):
+        return ""
+    name = "F1" if all(rollout.rewards.get("f1") is not None for rollout in rollouts) else ""
+    partly = any(grade_of(rollout) == "partly" for rollout in rollouts)
+    means = "1 right, between 0 and 1 partly right, 0 wrong" if partly else "1 right, 0 wrong"
+    return f"Reward: {name + ' of the answer, ' if name else ''}{means}."
+
+
+def gain_meaning(rollouts: Sequence[Trajectory], most: int = 2000) -> str | None:
+    """Whether recorded gains are rises of the `"belief"` or of its `"logarithm"`; `"other"` if neither."""
+    found: list[list[bool]] = []
+    for rollout in rollouts:
+        for turn, after in pairwise(rollout.turns):
+            if turn.info_gain is not None and turn.belief and after.belief and len(found) < most:
+                rises = after.belief - turn.belief, math.log(after.belief / turn.belief)
+                found.append([abs(turn.info_gain - rise) < 1e-3 * max(1.0, abs(rise)) for rise in rises])
+    if not found:
+        return None
+    shares = [sum(column) / len(found) for column in zip(*found, strict=True)]
+    return "belief" if shares[0] > 0.99 else "logarithm" if shares[1] > 0.99 else "other"
 
 
 def searches(trajectory: Trajectory) -> int:

@@ -14,6 +14,24 @@ BELIEVED = 0.5
 SMALL = 0.1  # a change of the belief that is worth no entry
 
 
+#: What happened in a rollout that did not end right.
+FATES = ("answered otherwise", "pulled away", "never found")
+
+
+def fate_of(rollout: Trajectory) -> str | None:
+    """Where a rollout that is not right lost the answer, by its beliefs; `None` where they do not say."""
+    if any(belief is None for belief in rollout.beliefs) or is_right(rollout) is not False:
+        return None
+    if (rollout.beliefs[-1] or 0.0) >= BELIEVED:
+        return FATES[0]
+    return FATES[1] if max(belief or 0.0 for belief in rollout.beliefs) >= BELIEVED else FATES[2]
+
+
+def shared(runs: Runs) -> set[Question]:
+    """The questions with a reward that all runs have."""
+    return set.intersection(*({*by_question(rollouts)} for rollouts in runs.values()))
+
+
 def by_question(rollouts: Sequence[Trajectory], last: bool = True) -> dict[Question, float]:
     """The mean outcome of each question in the last step, or in the first, in which it came up."""
     values: dict[Question, tuple[int, list[float]]] = {}
@@ -36,12 +54,12 @@ def lost_and_gained(runs: Runs) -> tuple[str, Entries, Entries]:
 
     Of two runs (`"runs"`): in the second than in the first. Of a run of which most questions come up in several
     steps (`"repeated"`): in the last of these steps than in the first. Otherwise (`"beliefs"`), by what the policy
-    believed: lost are rollouts that ended wrong with a belief that had been high or that fell, gained those that ended
-    right with a belief that had risen.
+    believed: lost are rollouts that did not end right with a belief that had been high or that fell, gained those
+    that ended right with a belief that had risen.
     """
     if len(runs) == 2:
-        first, second = (by_question(rollouts) for rollouts in runs.values())
-        return "runs", *_changes(first, second)
+        before, after = runs.values()
+        return "runs", *_changes(by_question(before), by_question(after), after)
     rollouts = next(iter(runs.values()))
     steps = defaultdict(set)
     for rollout in rollouts:
@@ -49,13 +67,28 @@ def lost_and_gained(runs: Runs) -> tuple[str, Entries, Entries]:
     repeated = {question for question, seen in steps.items() if len(seen) > 1}
     if len(repeated) * 2 > len(steps):
         again = [rollout for rollout in rollouts if question_of(rollout) in repeated]
-        return "repeated", *_changes(by_question(again, last=False), by_question(again))
+        return "repeated", *_changes(by_question(again, last=False), by_question(again), again)
     return "beliefs", *_turned(rollouts)
 
 
-def _changes(first: Mapping[Question, float], second: Mapping[Question, float]) -> tuple[Entries, Entries]:
+def _changes(
+    first: Mapping[Question, float], second: Mapping[Question, float], after: Sequence[Trajectory]
+) -> tuple[Entries, Entries]:
+    last: dict[Question, list[Trajectory]] = {}
+    for rollout in after:
+        place = last.setdefault(question_of(rollout), [])
+        if place and rollout.step > place[0].step:
+            place.clear()
+        if not place or rollout.step == place[0].step:
+            place.append(rollout)
     entries: Entries = [
-        {"question": question, "before": before, "after": second[question]}
+        {
+            "question": question,
+            "before": before,
+            "after": second[question],
+            "fate": _common_fate(last[question]),
+            "step": last[question][0].step,
+        }
         for question, before in first.items()
         if question in second and abs(second[question] - before) > 1e-6
     ]
@@ -66,10 +99,16 @@ def _changes(first: Mapping[Question, float], second: Mapping[Question, float]) 
     )
 
 
+def _common_fate(rollouts: Sequence[Trajectory]) -> str | None:
+    """What happened in all rollouts that are not right, if it is the same."""
+    fates = {fate_of(rollout) for rollout in rollouts if is_right(rollout) is False}
+    return fates.pop() if len(fates) == 1 else None
+
+
 def _turned(rollouts: Sequence[Trajectory]) -> tuple[Entries, Entries]:
     lost: dict[Question, dict[str, Any]] = {}
     gained: dict[Question, dict[str, Any]] = {}
-    for rollout in rollouts:
+    for place, rollout in enumerate(rollouts):
         pair, right = first_and_last_belief(rollout), is_right(rollout)
         if pair is None or right is None:
             continue
@@ -78,6 +117,14 @@ def _turned(rollouts: Sequence[Trajectory]) -> tuple[Entries, Entries]:
         kept = gained if right else lost
         if size > max(SMALL, kept[question]["size"] if question in kept else 0):
             before = pair[0] if right else highest
-            kept[question] = {"question": question, "before": before, "after": pair[1], "size": size}
+            kept[question] = {
+                "question": question,
+                "before": before,
+                "after": pair[1],
+                "size": size,
+                "fate": fate_of(rollout),
+                "step": rollout.step,
+                "place": place,
+            }
     by_size = (sorted(kept.values(), key=lambda entry: -entry["size"]) for kept in (lost, gained))
     return next(by_size), next(by_size)

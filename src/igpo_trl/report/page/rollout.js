@@ -62,14 +62,43 @@ function showRollout() {
     el("header", {},
       el("button", { type: "button", class: "back", onclick: () => $("rollouts").scrollIntoView() }, "↑ to the list"),
       el("h3", {}, rollout.text),
-      answer !== undefined && el("p", { class: "answers" }, "Right answer: ", el("strong", {}, answer),
-        aliases.length > 0 && el("span", { class: "muted" }, ` or ${aliases.join(" · ")}`)),
+      el("p", { class: "answers" },
+        answer !== undefined && el("span", {}, "Right answer: ", el("strong", {}, answer),
+          aliases.length > 0 && el("span", { class: "muted" }, ` or ${aliases.join(" · ")}`)),
+        shown.length < 2 && answeredOf(rollout)),
+      parting(rollout),
       choice),
-    el("div", { class: beside ? "pair" : "single" }, el("div", { class: "chart-place" }, hasBeliefs ? beliefPlot : el("p", { class: "muted" }, "No beliefs were recorded.")), columns),
+    el("div", { class: beside ? "pair" : "single" }, el("div", { class: "chart-place" }, hasBeliefs ? beliefPlot : el("p", { class: "muted" }, unbelieved(rollout))), columns),
     groupOf(rollout));
   $("detail").scrollTop = 0;
   if (hasBeliefs) draw(beliefPlot, (c) => beliefCurves(c, shown, titles));
 }
+
+// What it answered, and whether that is right.
+function answeredOf(rollout) {
+  return el("span", { class: "given" }, "Answered: ", el("strong", {}, given(rollout)), ` (${GRADES[rollout.grade]})`);
+}
+
+// Where the best one of the group took another way, in a line.
+function parting(rollout) {
+  const group = state.groups.get(rollout.group), best = winner(group);
+  if (best === rollout || !((best.outcome ?? -Infinity) > (rollout.outcome ?? -Infinity))) return null;
+  const k = parted(rollout, best);
+  const did = (turn) => { const text = turn ? action(turn) : "(had ended)"; return text.length > 90 ? `${text.slice(0, 89)}…` : text; };
+  return el("p", { class: "parting" },
+    el("button", { type: "button", onclick: () => $("detail").querySelector(".differs")?.scrollIntoView({ block: "nearest" }) }, "What did the best one of the group do differently?"),
+    ` In turn ${k + 1}: `, el("span", { class: "call" }, did(best.turns[k])), " instead of ", el("span", { class: "call" }, did(rollout.turns[k])));
+}
+
+// Number of the first turn, from 0, in which two rollouts did different things.
+function parted(a, b) {
+  let k = 0;
+  while (k < a.turns.length && k < b.turns.length && action(a.turns[k]) === action(b.turns[k])) k += 1;
+  return k;
+}
+
+// Why a rollout has no beliefs to show.
+const unbelieved = (rollout) => (rollout.turns.length === 1 && !rollout.turns[0].pieces.some(([kind]) => kind === "call") && given(rollout) !== "nothing" ? "It answered without searching: no turn could change its belief, and none was recorded." : "No belief was recorded.");
 
 function beliefCurves(c, shown, titles) {
   const traces = shown.flatMap((rollout, i) => {
@@ -92,7 +121,7 @@ function beliefCurves(c, shown, titles) {
     traces,
     layout: {
       height: 220 + 19 * Math.max(0, traces.length - 2), showlegend: traces.length > 1, margin: { l: 36, r: 10, t: 8, b: 36 },
-      xaxis: { dtick: last > 12 ? 5 : 1, range: [-0.2, last + 0.2], title: { text: "turns so far" } }, yaxis: { range: [-0.05, 1.05], dtick: 0.25, title: { text: "" } },
+      xaxis: { dtick: last > 12 ? 5 : 1, range: [-0.2, last + 0.2], title: { text: "turns so far" } }, yaxis: { range: [-0.05, 1.05], dtick: 0.25, title: { text: "belief" } },
     },
   };
 }
@@ -101,12 +130,14 @@ function conversation(rollout, pattern, column, title) {
   const rewards = Object.entries(rollout.rewards ?? {}).filter(([, value]) => isNumber(value));
   const facts = [
     state.data.runs.length > 1 && `run ${runName(rollout.run)}`, state.steps > 1 && `step ${rollout.step}`, rollout.stop && `ended: ${words(rollout.stop)}`, plural(rollout.searches, "search"),
-    plural(rollout.tokens, "sampled token"), isNumber(rollout.seconds) && `${rollout.seconds.toFixed(1)} s`,
+    plural(rollout.tokens, "sampled token"), isNumber(rollout.seconds) && rollout.seconds >= 0.05 && `${rollout.seconds.toFixed(1)} s`,
     ...(rewards.length > 1 || rewards.some(([, value]) => value !== rollout.outcome) ? rewards.map(([name, value]) => `${words(name)} ${reward(value)}`) : []),
   ].filter(Boolean);
   return el("div", { class: "conversation" },
     title && el("h4", {}, title),
+    title && el("p", { class: "answers" }, answeredOf(rollout)),
     el("p", { class: "outcome" }, badge(rollout), el("span", { class: "muted" }, facts.join(" · "))),
+    !isNumber(rollout.start) && title && el("p", { class: "muted start" }, unbelieved(rollout)),
     isNumber(rollout.start) && el("p", { class: "muted start" }, "Before any search: belief ", bar(rollout.start, null), ` ${probability(rollout.start)}`),
     rollout.turns.map((turn, k) => turnCard(rollout, turn, k, pattern, column)));
 }
@@ -128,12 +159,12 @@ function turnCard(rollout, turn, k, pattern, column) {
   return el("section", { class: "turn", id: `turn-${column}-${k + 1}`, style: { "--gain": gainColour(turn.gain) } },
     el("header", {},
       el("strong", {}, `Turn ${k + 1}`), el("span", { class: "muted" }, `${plural(turn.tokens, "token")}`),
-      isNumber(turn.advantage) && el("span", { class: "muted", title: "what its tokens were trained with" }, `advantage ${minus((turn.advantage >= 0 ? "+" : "") + turn.advantage.toFixed(2))}`),
+      isNumber(turn.advantage) && el("span", { class: "tag advantage", title: "what training pushed its tokens with: up above zero, down below" }, `advantage ${minus((turn.advantage >= 0 ? "+" : "") + turn.advantage.toFixed(2))}`),
       turn.errors.length > 0 && el("span", { class: "tag failed" }, `failed call: ${turn.errors.map(words).join(", ")}`),
       belief),
     said.length ? said : el("div", { class: "piece text muted" }, "(no text)"),
     read.length > 0 && el("div", { class: "read" },
-      el("span", { class: states ? "tag states" : "tag" }, states ? "read, states the answer" : "read"),
+      el("span", { class: states ? "tag states" : "tag" }, states ? "result, contains the answer" : "result"),
       read.map((text) => paragraph(text, pattern))));
 }
 
@@ -163,8 +194,7 @@ function groupOf(rollout) {
 }
 
 function differs(rollout, other, name) {
-  let k = 0;
-  while (k < rollout.turns.length && k < other.turns.length && action(rollout.turns[k]) === action(other.turns[k])) k += 1;
+  const k = parted(rollout, other);
   const pattern = answerPattern(rollout.answers);
   const side = (each, title) => {
     const turn = each.turns[k], after = each.turns[k + 1]?.belief;

@@ -83,7 +83,7 @@ function understand(record, id, data) {
     searches: searching.length,
     idle: searching.filter((turn) => isNumber(turn.gain) && turn.gain < NOTHING).length,
     tokens: turns.reduce((sum, turn) => sum + turn.tokens, 0),
-    grade: record.right ? "right" : !isNumber(record.outcome) ? "unknown" : record.outcome > 0 ? "partly" : "wrong",
+    grade: record.grade ?? "unknown",
   };
 }
 
@@ -112,9 +112,25 @@ function marked(text, pattern) {
 const runName = (run) => state.data.runs[run].name;
 const action = (turn) => turn.pieces.filter(([kind]) => kind !== "think").map(([, text]) => text).join(" ") || "(no text)";
 
+const GRADES = { right: "right", partly: "partly right", wrong: "wrong", unknown: "no reward" };
+
 function badge(rollout) {
-  return el("span", { class: `badge ${rollout.grade}`, title: `reward ${reward(rollout.outcome)}, ${rollout.grade}` }, reward(rollout.outcome));
+  return el("span", { class: `badge ${rollout.grade}`, title: `reward ${reward(rollout.outcome)}, ${GRADES[rollout.grade]}` }, reward(rollout.outcome));
 }
+
+// What the rollout answered: the answer of its last turn, or what that turn says if it calls nothing.
+function given(rollout) {
+  const pieces = rollout.turns.at(-1).pieces;
+  const answer = pieces.findLast(([kind]) => kind === "answer") ?? (pieces.some(([kind]) => kind === "call") ? null : pieces.findLast(([kind]) => kind === "text"));
+  return answer ? (answer[1].length > 160 ? `${answer[1].slice(0, 159)}…` : answer[1]) : "nothing";
+}
+
+// What happened in a rollout that did not end right, where its beliefs say it.
+const FATES = {
+  "answered otherwise": ["had the answer, answered otherwise", "belief of 0.5 or more before its last turn"],
+  "pulled away": ["a later search pulled it away", "belief reached 0.5, and was lower before its last turn"],
+  "never found": ["never found it", "belief never reached 0.5"],
+};
 
 // A glyph of the beliefs of a rollout, from the first turn to the last.
 function sparkline(rollout, width = 72, height = 26) {
