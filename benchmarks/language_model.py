@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from igpo_trl.evaluation import compare_runs, load_run, score_run
+from igpo_trl.evaluation.curves import curves_of, read_run
 
 METHODS = {
     "grpo_batch": ["--method", "grpo", "--scale_rewards", "batch", "--pad_to_longest", "false"],
@@ -186,7 +187,8 @@ def report(args: argparse.Namespace, runs: list[Run]) -> Iterator[str]:
         cells = [f"{100 * metrics[name].mean:.1f}" for name in ("f1", "em")]
         cells += [f"{metrics['searches'].mean:.2f}", f"{100 * metrics['in_evidence'].mean:.0f} %"]
         cells += [f"{100 * difference.mean:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"]
-        cells += [" to ".join(f"{mean(part, 'frac_reward_zero_std'):.2f}" for part in (rows[:10], rows[-10:]))]
+        collapse = list(curves_of(read_run(args.out / run.name / "train" / "trajectories"))["collapse"].values())
+        cells += [" to ".join(f"{statistics.fmean(part):.2f}" for part in (collapse[:10], collapse[-10:]))]
         cells += [f"{mean(rows, 'belief/outcome_corr'):.2f}", f"{mean(rows, 'step_time'):.1f}"]
         yield f"| {LABELS[run.method]} | {run.seed} | {' | '.join(cells)} |"
     yield ""

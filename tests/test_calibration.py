@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from igpo_trl.beliefs import build_probes, score_beliefs
 from igpo_trl.cli.app import app
 from igpo_trl.evaluation import load_run
-from igpo_trl.evaluation.calibration import CALIBRATION, calibrate
+from igpo_trl.evaluation.calibration import CALIBRATION, calibrate, reduction_table
 from igpo_trl.evaluation.forced_answers import shares_of_right_answers
 from igpo_trl.evaluation.rollouts import roll_out
 from igpo_trl.trajectory import Trajectory, Turn
@@ -114,3 +114,16 @@ def test_the_command_saves_and_shows_it(files, tmp_path):  # noqa: F811
 def test_it_needs_beliefs_and_the_model(files, changed):  # noqa: F811
     with pytest.raises(ValueError, match="compares answers with beliefs"):
         settings(files, calibration=2, **changed).resolve()
+
+
+def test_the_calibration_of_each_reduction():
+    def rollout(id, aliases, share):
+        turn = Turn("t", belief=max(aliases), alias_beliefs=aliases)
+        return Trajectory("?", [turn], ["a", "b"], info={"dataset": "nq", "id": id, "sample": 0, CALIBRATION: [share]})
+
+    rollouts = [rollout("1", [0.1, 0.9], 0.0), rollout("2", [0.2, 0.4], 0.5), rollout("3", [0.3, 0.8], 1.0)]
+    correlations = {name: calibrate(rollouts, name)["nq"].rank_correlation for name in ("first", "max", "mean")}
+    assert correlations == pytest.approx({"first": 1.0, "max": -0.5, "mean": 0.5})
+    rows = reduction_table(rollouts).rows
+    assert [row[1] for row in rows] == ["first", "max", "mean"] and len({tuple(row[2:]) for row in rows}) == 3
+    assert reduction_table([rollout("1", [0.5], 1.0)]) is None

@@ -211,7 +211,7 @@ def test_evaluations_have_the_name_of_their_set(run, capsys):
 
 
 def test_figures_leave_out_what_there_is_not():
-    assert figures({"reward": 0.5, "frac_reward_zero_std": 0.25, "belief/prompt": math.nan, "kl": 1.0}) == (
+    assert figures({"reward": 0.5, "collapse/outcome": 0.25, "belief/prompt": math.nan, "kl": 1.0}) == (
         "reward  0.500  collapse  25%"
     )
     assert figures({"belief/prompt": 2e-5, "belief/final": 0.283}, training=False) == "belief   2e-5 → 0.28  "

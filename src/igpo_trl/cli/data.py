@@ -191,6 +191,38 @@ def audit(
         typer.echo(f"Wrote {len(ids):,} of {len(rows):,} questions to {keep[1]}.", err=as_json)
 
 
+@commands.command()
+def paraphrase(
+    questions: Annotated[list[str], typer.Argument(metavar="QUESTIONS...", help=_SOURCE_HELP)],
+    out: Annotated[Path, typer.Option(help="File to write: .jsonl or .jsonl.gz.")],
+    known: Annotated[
+        Path | None,
+        typer.Option("--file", help='JSON file with paraphrases of your own: {"New York City": ["NYC"]}.'),
+    ] = None,
+    rules: Annotated[bool, typer.Option(help="Whether to rewrite dates, numbers and names by rules.")] = True,
+    split: _Split = None,
+    limit: _Limit = None,
+) -> None:
+    """Add other ways of writing the answers to questions, so that beliefs and scores count them too."""
+    from ..data.paraphrases import add_paraphrases, read_paraphrases
+    from ..data.questions import read_questions, to_record
+    from ..data.sets import find_sources
+    from ..files import write_json_lines
+
+    _check_ending("--out", out)
+    number = added = changed = 0
+    with one_line_errors():
+        own = read_paraphrases(known) if known is not None else None
+        sources = find_sources(_one_or_all(questions), split)
+        with write_json_lines(out) as write:
+            for row, record in read_questions(sources, limit=limit, all_columns=True):
+                answers = add_paraphrases(row["answers"], own, rules=rules)
+                number, added = number + 1, added + len(answers) - len(row["answers"])
+                changed += len(answers) > len(row["answers"])
+                write(to_record(row | {"answers": answers}, record))
+    typer.echo(f"Wrote {number:,} questions to {out}, {changed:,} of them with {added:,} more answers.")
+
+
 def _load(sources: list[str], split: str | None, limit: int | None) -> "Dataset":
     from ..data import load_questions
 

@@ -194,14 +194,15 @@ def _check_usage(context: typer.Context) -> None:
 def _score(run: Path, variant: Variant) -> None:
     """Prints the tables of a run, and saves them in its directory."""
     from ..evaluation import load_run, score_run
-    from ..evaluation.calibration import calibrate, calibration_table
+    from ..evaluation.calibration import calibrate, calibration_table, reduction_table
     from ..evaluation.tables import to_plain
     from ..training.card.scores import add_evaluation
     from ..trajectory import RUN_FILE
 
     rollouts = load_run(run)
     scores, calibration = score_run(rollouts, variant), calibrate(rollouts)
-    tables = [*scores.tables(), *([calibration_table(calibration)] if calibration else [])]
+    of_beliefs = [calibration_table(calibration), reduction_table(rollouts)] if calibration else []
+    tables = [*scores.tables(), *(each for each in of_beliefs if each is not None)]
     for each in tables:
         _print(each)
     if (run / RUN_FILE).is_file():  # nothing is written into the directory of a training run

@@ -142,7 +142,7 @@ def figures(logs: Mapping[str, Any], training: bool = True) -> str:
     """The figures of a log of training or evaluation that matter most, those that there are, in columns."""
     ends: list[Any] = [x for name in _ENDS if _is_number(x := logs.get(f"rollout/stop/{name}"))]
     # Evaluation has groups of one.
-    collapse = logs.get("collapse/outcome", logs.get("frac_reward_zero_std")) if training else None
+    collapse = logs.get("collapse/outcome") if training else None
     columns = (
         ("F1 {:5.3f}", logs.get("f1")),
         ("EM {:5.3f}", logs.get("exact_match")),

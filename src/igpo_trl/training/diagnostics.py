@@ -137,6 +137,22 @@ def make_watches() -> dict[str, Watch]:
     }
 
 
+def outcome_collapse(outcome: torch.Tensor, num_generations: int) -> float:
+    """
+    The share of groups whose outcomes are all equal.
+
+    TRL's `frac_reward_zero_std` is the same for `scale_rewards="group"`; with `"batch"` it looks at the standard
+    deviation of the whole batch, and is 0.
+
+    Args:
+        outcome (`torch.Tensor` of shape (N,)): NaN where no reward function applies.
+        num_generations (`int`): group size.
+    """
+    groups = outcome.view(-1, num_generations)
+    differs = groups.nan_to_num(-torch.inf).amax(dim=1) > groups.nan_to_num(torch.inf).amin(dim=1)
+    return 1 - differs.float().mean().item()
+
+
 def credit_metrics(
     info_gain: torch.Tensor,
     outcome: torch.Tensor,
@@ -158,9 +174,7 @@ def credit_metrics(
     Returns:
         `dict[str, float]`: by name.
     """
-    groups = outcome.view(-1, num_generations)
-    differs = groups.nan_to_num(-torch.inf).amax(dim=1) > groups.nan_to_num(torch.inf).amin(dim=1)
-    moves = (advantages != 0).view(len(groups), -1).any(dim=1)
+    moves = (advantages != 0).view(len(outcome) // num_generations, -1).any(dim=1)
     is_turn = torch.arange(advantages.shape[1]) < num_turns[:, None]
 
     def chosen(*names: str) -> dict[str, Any]:
@@ -169,7 +183,6 @@ def credit_metrics(
     batch = (info_gain, outcome, num_turns, num_generations)
     of_gains = chosen("scale", "info_gain_weight", "std_floor")
     metrics = {
-        "collapse/outcome": 1 - differs.float().mean().item(),
         "collapse/advantage": 1 - moves.float().mean().item(),
         "advantages/abs_mean": advantages[is_turn].abs().mean().item(),
         "credit/turn_price": turn_price(*batch, normalization=normalization, **of_gains),

@@ -76,8 +76,9 @@ METRICS: Mapping[str, tuple[Metric, ...]] = {
         ),
         Metric(
             "frac_reward_zero_std",
-            "share of groups whose outcomes have a standard deviation of 0, as TRL counts it",
-            "as `collapse/outcome`",
+            "share of groups whose outcomes have a standard deviation of 0, as TRL counts it: with "
+            "`scale_rewards='batch'` it is the batch's",
+            "as `collapse/outcome`; 0 with `scale_rewards='batch'`",
         ),
         Metric(
             "advantages/abs_mean",
