@@ -16,7 +16,8 @@ def paraphrases(answer: str) -> list[str]:
     Other ways of writing an answer that mean the same, without the answer itself.
 
     - dates: `March 5, 1999`, `5 March 1999` and `1999-03-05` are the same;
-    - numbers: with and without commas between thousands, from five digits on (`1999` may be a year); `zero` to `twelve`;
+    - numbers: with and without commas between thousands, from five digits on (`1999` may be a year), and `zero` to
+      `twelve` in words;
     - names: without `The`, accents, initials in the middle, full stops of an abbreviation, or an explanation in
       brackets; `&` is `and`.
 
