@@ -9,10 +9,10 @@ import torch
 from test_evaluation_rollouts import command, files, settings  # noqa: F401
 from typer.testing import CliRunner
 
-from igpo_trl.beliefs import build_probes, score_beliefs
+from igpo_trl.beliefs import build_probes, reduce_aliases, score_beliefs
 from igpo_trl.cli.app import app
 from igpo_trl.evaluation import load_run
-from igpo_trl.evaluation.calibration import CALIBRATION, calibrate, reduction_table
+from igpo_trl.evaluation.calibration import CALIBRATION, REDUCTIONS, calibrate, reduction_table
 from igpo_trl.evaluation.forced_answers import shares_of_right_answers
 from igpo_trl.evaluation.rollouts import roll_out
 from igpo_trl.trajectory import Trajectory, Turn
@@ -124,6 +124,8 @@ def test_the_calibration_of_each_reduction():
     rollouts = [rollout("1", [0.1, 0.9], 0.0), rollout("2", [0.2, 0.4], 0.5), rollout("3", [0.3, 0.8], 1.0)]
     correlations = {name: calibrate(rollouts, name)["nq"].rank_correlation for name in ("first", "max", "mean")}
     assert correlations == pytest.approx({"first": 1.0, "max": -0.5, "mean": 0.5})
+    for name, reduce in REDUCTIONS.items():  # as the trainer reduces them
+        assert reduce([0.1, 0.9]) == pytest.approx(float(reduce_aliases(torch.tensor([0.1, 0.9]).log(), name).exp()))
     rows = reduction_table(rollouts).rows
     assert [row[1] for row in rows] == ["first", "max", "mean"] and len({tuple(row[2:]) for row in rows}) == 3
     assert reduction_table([rollout("1", [0.5], 1.0)]) is None

@@ -192,6 +192,17 @@ def test_one_line_per_log_in_a_file(tmp_path, capsys, disable_tqdm):
     assert re.fullmatch(r"2 steps, the last ones in 0:00:\d\d", end)
 
 
+def test_groups_with_equal_outcomes_are_counted_for_grpo(tmp_path, capsys):
+    """With batch scaling, TRL compares the standard deviation of the whole batch with 0."""
+    options = {"info_gain_weight": 0.0, "normalization": "separate", "scale_rewards": "batch"}
+    trainer = make(tmp_path, max_steps=1, logging_steps=1, **options)
+    trainer.reward_funcs = [lambda prompts, **_: [1.0, 1.0, 0.0, 1.0][: len(prompts)]]
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert not trainer.args.credits_turns and log["frac_reward_zero_std"] == 0.0
+    assert log["collapse/outcome"] == 0.5 and "collapse  50%" in capsys.readouterr().out
+
+
 def test_a_terminal_has_a_bar_below_the_lines(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     make(tmp_path, max_steps=2, disable_tqdm=False).train()

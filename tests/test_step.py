@@ -125,7 +125,7 @@ def test_from_beliefs_to_the_advantages_of_tokens():
     torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=0)
     metrics = step.metrics(lambda values: values, torch.device("cpu"))
     assert metrics["rollout/turns/mean"] == 2.0
-    assert metrics["collapse/advantage"] == 0.0
+    assert metrics["collapse/outcome"] == metrics["collapse/advantage"] == 0.0
     assert "f1" not in metrics  # of evaluation
     columns = completion_columns(step)
     assert columns["belief"] == ["+0.100 +0.500", "+0.100 +0.300"] and columns["info_gain"] == ["+0.400", "+0.200"]

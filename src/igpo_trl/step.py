@@ -22,7 +22,7 @@ from .rollout.kv_cache import PrefixCache
 from .rollout.round_log import RoundLog
 from .rollout.state import Rollout
 from .training.counterfactuals import reads_of
-from .training.diagnostics import belief_metrics, credit_metrics, without_infinite
+from .training.diagnostics import belief_metrics, credit_metrics, outcome_collapse, without_infinite
 from .turns import FIRST_SEEN, expand_to_tokens, first_seen_gains, gain_spans, information_gain, turn_spans
 
 SCORES = {"f1": f1_score, "exact_match": exact_match}
@@ -388,8 +388,9 @@ class Step:
             metrics |= belief_metrics(self.gains_that_count, *batch, outcome)
         if self.evidence_used is not None:
             metrics["evidence/used"] = gather(self.evidence_used.to(device)).nanmean().item()
-        metrics |= self.credit
-        return metrics
+        if self.training:
+            metrics["collapse/outcome"] = outcome_collapse(self.global_outcome, self.num_generations)
+        return metrics | self.credit
 
     @property
     def gains_that_count(self) -> torch.Tensor:

@@ -42,7 +42,6 @@ from .training.adapters import check_adapter, is_adapter, load_trainable
 from .training.card.hooks import MakesCard
 from .training.costs import timed
 from .training.counterfactuals import evidence_used, foreign_beliefs
-from .training.diagnostics import outcome_collapse
 from .training.sampled_tokens import SampledTokensModel, backbone_of, can_pack, sampled_mask_of
 from .trajectory import write_jsonl
 from .turns import FIRST_SEEN, old_log_probs_of_turn_ratios
@@ -364,11 +363,7 @@ class IGPOTrainer(MakesCard, LogsRollouts, GRPOTrainer):
         global_rewards = super()._calculate_rewards(rows, prompts, completions, completion_ids_list)
         fill_columns(self._logs, self._pending_extra_logs, len(completions))
         step.completions = completions
-        rewards = step.set_rewards(global_rewards, self.reward_weights, self.reward_func_names)
-        if step.training:
-            collapse = outcome_collapse(step.global_outcome, step.num_generations)
-            self._metrics["train"]["collapse/outcome"].append(collapse)
-        return rewards
+        return step.set_rewards(global_rewards, self.reward_weights, self.reward_func_names)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         # The hook above reads what was sampled, and for ratios of turns changes what the parent reads after it.

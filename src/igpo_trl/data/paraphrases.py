@@ -72,7 +72,7 @@ def add_paraphrases(
         known (mapping of `str` to list of `str`, *optional*): Paraphrases of answers, see [`read_paraphrases`].
         rules (`bool`, *optional*, defaults to `True`): Whether to add those of [`paraphrases`].
     """
-    by_answer = {answer.casefold(): others for answer, others in (known or {}).items()}
+    by_answer = {answer.strip().casefold(): others for answer, others in (known or {}).items()}
     found = [*answers]
     for answer in answers:
         found += by_answer.get(answer.strip().casefold(), ())

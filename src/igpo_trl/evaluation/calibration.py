@@ -44,7 +44,7 @@ def states_of(rollouts: Sequence[Trajectory], reduction: str | None = None) -> d
     """
     Belief, share of right answers and question of every state, by data set, and of all under [`ALL`].
 
-    With a reduction of [`REDUCTIONS`], the belief is that of the aliases' own, not the one that the run used.
+    With a reduction of [`REDUCTIONS`], the belief is made from those in the aliases; else it is the one of the run.
     """
     points: dict[str, list[Point]] = defaultdict(list)
     for rollout in rollouts:
@@ -119,11 +119,8 @@ def reduction_table(rollouts: Sequence[Trajectory]) -> Table | None:
         if (each := results[reduction][name]).rank_correlation is not None
     ]
     header = ["Set", "`alias_reduction`", "Brier", "Calibration error", "Rank correlation"]
-    return (
-        Table("Calibration by alias reduction", header, rows, "The same states, and the same shares.")
-        if rows
-        else None
-    )
+    note = "The same states, and the same shares of right answers."
+    return Table("Calibration by alias reduction", header, rows, note) if rows else None
 
 
 def reliabilities(rollouts: Sequence[Trajectory]) -> dict[str, Reliability]:
