@@ -171,8 +171,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_as_it_was(tmp_path, file):
 
 
 def test_a_disk_that_fills_up_with_checkpoints(small_disk):
-    with pytest.raises(
-        CheckpointNotSaved, match="checkpoint-2 could not be saved":
+    with pytest.raises(CheckpointNotSaved, match="checkpoint-2 could not be saved"):
         make_trainer(small_disk, max_steps=4, save_total_limit=1, save_trajectories=False).train()
     assert [path.name for path in find_checkpoints(small_disk)] == ["checkpoint-1"]
     assert find_damage(small_disk / "checkpoint-1") is None
