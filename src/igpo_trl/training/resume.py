@@ -125,7 +125,9 @@ class ResumesExactly(Trainer):
                 *(checkpoint, file.name),
             )
             return
-        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+        device = self.accelerator.device
+        # `cpu:0`, as it is called in one of several processes, is not a place that tensors are loaded to.
+        state = torch.load(file, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
         self._step, self._buffered_inputs = state["step"], state["rollouts"]
         self._metrics["train"].clear()
         self._metrics["train"].update(state["metrics"])
@@ -136,7 +138,7 @@ class ResumesExactly(Trainer):
         weights = Path(checkpoint, WEIGHTS_FILE)
         saved = torch.load(weights, map_location="cpu", weights_only=True) if weights.is_file() else {}
         if isinstance(self._belief_model, Snapshot):
-            self._belief_model.weights = [each.to(self.accelerator.device) for each in saved.get("snapshot", [])]
+            self._belief_model.weights = [each.to(device) for each in saved.get("snapshot", [])]
         if self.args.sync_ref_model and "reference" in saved:
             for parameter, value in zip(self.ref_model.parameters(), saved["reference"], strict=True):
                 parameter.data.copy_(value)
