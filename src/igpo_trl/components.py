@@ -91,6 +91,20 @@ def make_belief_model(trainer: Any) -> Reference | Snapshot | None:
     return None
 
 
+def running_state(trainer: Any) -> dict[str, Any]:
+    """What changes from batch to batch besides weights, by name; see [`ResumesExactly`]."""
+    loop, belief_model = trainer._rollout_loop, trainer._belief_model
+    return {
+        "belief_scorer": trainer._belief_scorer,
+        "metric_weights": trainer._metric_weights["train"],
+        "first_calls": trainer._first_calls,
+        "turn_beliefs": trainer.turn_beliefs,
+        **{f"watch {name}": watch for name, watch in trainer._watches.items()},
+        **({"failures": loop.failure_watch} if loop is not None and loop.failure_watch is not None else {}),
+        **({"belief_model": belief_model} if isinstance(belief_model, Snapshot) else {}),
+    }
+
+
 def make_step(trainer: Any, rows: list[dict[str, Any]]) -> Step:
     """The state of a generation batch of these rows, before its rollouts."""
     args, training = trainer.args, trainer.is_training

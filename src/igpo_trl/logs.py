@@ -33,8 +33,10 @@ class MetricWeights:
     stays one.
     """
 
+    carried = ("weights",)
+
     def __init__(self) -> None:
-        self._weights: dict[str, list[float]] = defaultdict(list)
+        self.weights: dict[str, list[float]] = defaultdict(list)
 
     def add(
         self, metrics: Mapping[str, Sequence[float]], weight: float, others: Mapping[str, float] | None = None
@@ -42,21 +44,21 @@ class MetricWeights:
         """Weigh the values that were appended since the last call; `others` are weights of certain metrics."""
         special = dict.fromkeys(PER_BATCH, 1.0) | dict(others or {})
         for name, values in metrics.items():
-            weights = self._weights[name]
+            weights = self.weights[name]
             weights.extend([special.get(name, weight)] * (len(values) - len(weights)))
 
     def reduce(self, metrics: dict[str, list[float]]) -> None:
         """Replace the values of each metric by the one to log, NaN if it has none."""
         self.add(metrics, 1.0)
         for name, values in metrics.items():
-            pairs = [(x, w) for x, w in zip(values, self._weights[name], strict=False) if not math.isnan(x)]
-            self._weights[name] = [sum(weight for _, weight in pairs)]
+            pairs = [(x, w) for x, w in zip(values, self.weights[name], strict=False) if not math.isnan(x)]
+            self.weights[name] = [sum(weight for _, weight in pairs)]
             # A rate whose denominator is 0 everywhere: whatever was logged for it.
             pairs = [pair for pair in pairs if pair[1] > 0] or [(x, 1.0) for x, _ in pairs]
             metrics[name] = [_combined(name, pairs)]
 
     def clear(self) -> None:
-        self._weights.clear()
+        self.weights.clear()
 
 
 def denominators(step: Step, metrics: Mapping[str, Sequence[float]], reward_names: Sequence[str]) -> dict[str, float]:

@@ -42,12 +42,13 @@ from .training.adapters import check_adapter, is_adapter, load_trainable
 from .training.card.hooks import MakesCard
 from .training.costs import timed
 from .training.counterfactuals import evidence_used, foreign_beliefs
+from .training.resume import ResumesExactly
 from .training.sampled_tokens import SampledTokensModel, backbone_of, can_pack, sampled_mask_of
 from .trajectory import write_jsonl
 from .turns import FIRST_SEEN, old_log_probs_of_turn_ratios
 
 
-class IGPOTrainer(MakesCard, LogsRollouts, GRPOTrainer):
+class IGPOTrainer(ResumesExactly, MakesCard, LogsRollouts, GRPOTrainer):
     """
     Trainer for Information Gain-based Policy Optimization (IGPO, arXiv 2510.14967).
 
@@ -80,7 +81,7 @@ class IGPOTrainer(MakesCard, LogsRollouts, GRPOTrainer):
     | `_compute_loss` | loss of one microbatch | one ratio per turn with `importance_sampling_level="turn"` | before 1.8 |
     | `compute_loss`, `log` | average metrics over batches | average them over rollouts, tokens or calls | before 1.8 |
     | `create_model_card`, `save_model` | write TRL's card; none | write one made from the run | 1.16 |
-    | `train`, `_run_epoch` | resumes from the newest checkpoint; one more step at the end | takes the last whole one; takes none | 5.13 |
+    | `train`, `_run_epoch`, `_save_checkpoint`, `_save_rng_state`, `_load_rng_state`, `_get_train_sampler` | resumes from the newest checkpoint, without the rollouts that are left and in the order of the first epoch; one more step at the end | resumes from the last whole one, exactly; takes none | 5.13 |
     | `evaluate`, `evaluation_loop` | evaluate one data set | return every metric; average over sets | before 1.8 |
 
     Args:
@@ -380,9 +381,9 @@ class IGPOTrainer(MakesCard, LogsRollouts, GRPOTrainer):
         checkpoint = checkpoint_to_resume(resume_from_checkpoint, self.args)
         return super().train(checkpoint or resume_from_checkpoint, *args, **kwargs)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if not self.control.should_training_stop:  # `OneRun` stops a finished run, which the parent would continue
-            super()._run_epoch(*args, **kwargs)
+    @property
+    def running_state(self) -> dict[str, Any]:
+        return components.running_state(self)
 
     # ------------------------------------------------------------------------------------------------------- ranks
 

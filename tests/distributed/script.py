@@ -126,6 +126,26 @@ def stop(folder: Path) -> str:
     return ""
 
 
+def resume(folder: Path) -> list[dict[str, torch.Tensor]]:
+    """Weights at the end of a run, and of one that resumes where rollouts are left over."""
+    ends = []
+    for checkpoint in (None, str(folder / "resumed/checkpoint-1")):
+        trainer = tiny.make_trainer(
+            Trainer,
+            IGPOConfig,
+            folder / "resumed",
+            per_device_train_batch_size=2,
+            num_iterations=2,
+            max_steps=3,
+            save_strategy="steps",
+            save_steps=1,
+        )
+        trainer.train(checkpoint)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        ends.append({name: value.detach().clone() for name, value in model.named_parameters()})
+    return ends
+
+
 def run(folder: Path, num_processes: int) -> dict[str, Any]:
     return {
         "cases": [train(folder, num_processes, **case) for case in CASES],
@@ -140,7 +160,7 @@ def run(folder: Path, num_processes: int) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    result = run(folder, 2)
+    result = run(folder, 2) | {"resumed": resume(folder)}
     rank = PartialState().process_index
     torch.save(result, folder / f"rank{rank}.pt")
     (folder / f"vllm{rank}.json").write_text(json.dumps(vllm_server.run(folder)))

@@ -123,3 +123,11 @@ def test_rollouts_of_one_vllm_server_keep_their_own_turns(ranks, folder):
     # Rounds of 6, 4 and 2 live rollouts: rank 0 has 2, 2, 2 and rank 1 has 4, 2, 0. Filled up, both have 4, 2, 2.
     sizes = [size for size, n, _ in requests[1:] if n == 1]
     assert 8 in sizes and 4 in sizes
+
+
+def test_a_run_that_resumes_where_rollouts_are_left_over_ends_with_the_same_weights(ranks, folder):
+    for rank, result in enumerate(ranks):
+        whole, resumed = result["resumed"]
+        assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+        state = torch.load(folder / f"resumed/checkpoint-1/igpo_state_{rank}.pt", weights_only=True)
+        assert state["step"] == 1 and len(state["rollouts"]) == 1

@@ -75,6 +75,8 @@ class BeliefScorer:
         max_over_ranks (`Callable`, *optional*): the maximum of a number over all ranks.
     """
 
+    carried = ("trusts_cache", "settled_method", "compared_cache")
+
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -94,8 +96,8 @@ class BeliefScorer:
         self.tokens_per_batch = tokens_per_batch
         self.max_over_ranks = max_over_ranks
         self.trusts_cache = True  # until scores against a cache differ from those of plain forwards
-        self._settled_method: Method | None = None if method == "auto" else method
-        self._compared_cache = method == "packed"
+        self.settled_method: Method | None = None if method == "auto" else method
+        self.compared_cache = method == "packed"
 
     def begin(self, answers: Sequence[tuple[str, ...]]) -> BeliefBatch:
         """Start a batch; `answers` holds the aliases of each rollout's answer."""
@@ -119,7 +121,7 @@ class BeliefScorer:
             without_dropout (`bool`, *optional*, defaults to `False`): whether dropout is off in it whatever the mode,
                 and positions count from a row's first token.
         """
-        if not self.trusts_cache or self._settled_method == "per_turn" or packed_obstacle(model, longest):
+        if not self.trusts_cache or self.settled_method == "per_turn" or packed_obstacle(model, longest):
             return False
         return without_dropout or cached_obstacle(model, counts_padding) is None
 
@@ -178,14 +180,14 @@ class BeliefScorer:
             list of `torch.Tensor`: per rollout (boundaries,), in nats, reduced over aliases.
         """
         started = time.perf_counter()
-        if self._settled_method is None:
+        if self.settled_method is None:
             refused = check_beliefs(model, sequences, boundaries, batch.probes, synchronize=self.max_over_ranks)
-            self._settled_method = "per_turn" if refused else "auto"
-        method = self._settled_method
+            self.settled_method = "per_turn" if refused else "auto"
+        method = self.settled_method
         if method == "packed" and packed_obstacle(model, 0) is None:
             method = "auto"  # a batch that is too long for its position embeddings is scored per turn
         memo = batch.memo
-        compares = not self._compared_cache and self.max_over_ranks(len(memo)) > 0
+        compares = not self.compared_cache and self.max_over_ranks(len(memo)) > 0
         if compares:
             memo = {}  # this once all beliefs are scored anew, and compared
         log_probs = score_beliefs(
@@ -210,7 +212,7 @@ class BeliefScorer:
 
     def _compare(self, model: nn.Module, cached: dict[Hashable, float], plain: dict[Hashable, float]) -> None:
         """Stop using caches of other forwards if scores against them differ from those of plain forwards."""
-        self._compared_cache = True
+        self.compared_cache = True
         difference = max(
             (abs(value - plain[key]) / max(1.0, abs(plain[key])) for key, value in cached.items() if key in plain),
             default=0.0,

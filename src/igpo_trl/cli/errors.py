@@ -90,14 +90,16 @@ def keep_trace(when: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """
     Lets errors of the block keep their traceback, if they occur `when` nobody expects a mistake of the user.
 
-    The failure of a service is one line all the same.
+    The failure of a service, and a disk that is full, are one line all the same.
     """
     try:
         yield
     except Exception as error:
         if when():
-            outside = {"SearchError", "ToolUnavailable"}.intersection(kind.__name__ for kind in type(error).__mro__)
-            error.in_training, error.keeps_trace = True, not outside  # type: ignore[attr-defined]
+            kinds = {kind.__name__ for kind in type(error).__mro__}
+            outside = {"SearchError", "ToolUnavailable", "CheckpointNotSaved"} & kinds
+            full = getattr(error, "errno", None) == errno.ENOSPC
+            error.in_training, error.keeps_trace = True, not (outside or full)  # type: ignore[attr-defined]
         raise
 
 

@@ -103,7 +103,7 @@ class RolloutLoop:
         self._any_rank = any_rank
         self._end_token_ids = frozenset([*end_token_ids, tokenizer.pad_token_id])
         self._idle_ranks_sample = idle_ranks_sample
-        self._failure_watch = failure_watch
+        self.failure_watch = failure_watch
         self._show_progress = show_progress
         self._reader = TurnReader(tokenizer, observations.render_call, self._end_token_ids)
         self._schemas: dict[Any, dict[str, Any]] = {}
@@ -151,8 +151,8 @@ class RolloutLoop:
         log.tools_called = [rollout.tools_called for rollout in rollouts]
         log.calls = [rollout.calls for rollout in rollouts]
         log.num_forced_answers = sum(rollout.answer_requested for rollout in rollouts)
-        if self._failure_watch is not None:
-            self._failure_watch.update(log.tools)
+        if self.failure_watch is not None:
+            self.failure_watch.update(log.tools)
         return log
 
     # ------------------------------------------------------------------------------------------------- observations

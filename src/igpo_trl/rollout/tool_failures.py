@@ -94,12 +94,14 @@ class FailureWatch:
         output_dir (`str`): where the checkpoints are, for the error.
     """
 
+    carried = ("batches", "warned")
+
     def __init__(self, max_share: float | None, patience: int, output_dir: str | Path):
         self.max_share = max_share
         self.patience = patience
         self.output_dir = output_dir
-        self._batches: dict[tuple[str, str], int] = {}  # (tool, count) → batches in a row with too large a share
-        self._warned: set[str] = set()
+        self.batches: dict[tuple[str, str], int] = {}  # (tool, count) → batches in a row with too large a share
+        self.warned: set[str] = set()
 
     def update(self, tools: dict[str, ToolCounts]) -> None:
         """
@@ -122,8 +124,8 @@ class FailureWatch:
                     f"(`max_tool_failures`, `tool_failure_patience`). The last error: {counts.error}. Training has "
                     f"stopped, because the policy would learn from error texts. {self._what_next()}"
                 )
-            if self._keeps_failing(name, "failed", counts) and name not in self._warned:
-                self._warned.add(name)
+            if self._keeps_failing(name, "failed", counts) and name not in self.warned:
+                self.warned.add(name)
                 logger.warning(
                     f"The tool {name!r} failed in {counts.failed} of {counts.calls} calls, {often}. The last error: "
                     f"{counts.error}. Either the policy uses it wrongly, or it does not work."
@@ -132,8 +134,8 @@ class FailureWatch:
     def _keeps_failing(self, name: str, kind: str, counts: Any) -> bool:
         if counts.calls:
             share = getattr(counts, kind) / counts.calls
-            self._batches[name, kind] = self._batches.get((name, kind), 0) + 1 if share >= self.max_share else 0
-        return self._batches.get((name, kind), 0) >= self.patience
+            self.batches[name, kind] = self.batches.get((name, kind), 0) + 1 if share >= self.max_share else 0
+        return self.batches.get((name, kind), 0) >= self.patience
 
     def _what_next(self) -> str:
         last = get_last_checkpoint(str(self.output_dir)) if Path(self.output_dir).is_dir() else None

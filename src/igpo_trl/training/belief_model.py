@@ -33,26 +33,26 @@ class Snapshot:
     """
     Beliefs of the policy as it was up to `every` optimizer steps ago: its trainable weights are copied.
 
-    A resumed run takes its first snapshot where it resumes.
-
     Args:
         every (`int`): optimizer steps between two snapshots.
     """
 
+    carried = ("taken_at",)  # the weights are in a file of their own
+
     def __init__(self, every: int):
         self._every = every
-        self._taken_at: int | None = None
-        self._weights: list[torch.Tensor] = []
+        self.taken_at: int | None = None
+        self.weights: list[torch.Tensor] = []
 
     @contextmanager
     def scoring(self, policy: nn.Module, optimizer_step: int) -> Iterator[nn.Module]:
         """The policy with the weights of the snapshot, which is renewed first if it is due."""
         parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        if self._taken_at is None or not 0 <= optimizer_step - self._taken_at < self._every:
-            self._taken_at = optimizer_step
-            self._weights = [parameter.detach().clone() for parameter in parameters]
+        if not self.weights or self.taken_at is None or not 0 <= optimizer_step - self.taken_at < self._every:
+            self.taken_at = optimizer_step
+            self.weights = [parameter.detach().clone() for parameter in parameters]
         own = [parameter.detach().clone() for parameter in parameters]
-        _assign(parameters, self._weights)
+        _assign(parameters, self.weights)
         try:
             yield policy
         finally:

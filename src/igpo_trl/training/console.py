@@ -49,16 +49,23 @@ class MetricsFile(TrainerCallback):
         if state.global_step > 0:
             self._early.clear()  # an evaluation of whatever was there before the checkpoint was loaded
             if self._path.exists():
-                drop_later(self._path, state.global_step + 1)
+                drop_later(self._path, state.global_step)
+            # Of this step, what was logged before the checkpoint was saved and not what came after it.
+            for logs in state.log_history:
+                if logs["step"] == state.global_step:
+                    self._add(logs)
         elif not again:
             move_aside(self._path)
         self._write()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in logs.items()}
-            self._early.append(json.dumps({"step": state.global_step} | finite, default=str) + "\n")
+            self._add({"step": state.global_step, **logs})
             self._write()
+
+    def _add(self, logs: Mapping[str, Any]) -> None:
+        finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in logs.items()}
+        self._early.append(json.dumps({"step": logs["step"], **finite}, default=str) + "\n")
 
     def _write(self) -> None:
         if self._path is not None and self._early:

@@ -72,46 +72,50 @@ class Watch:
         patience (`int`, *optional*, defaults to `20`): that number of batches.
     """
 
+    carried = ("num_bad",)
+
     def __init__(self, is_bad: Callable[[float], bool], message: str, patience: int = 20):
         self._is_bad = is_bad
         self._message = message
         self._patience = patience
-        self._num_bad = 0
+        self.num_bad = 0
 
     def update(self, value: float | None) -> None:
         """Take the value of a batch; `None`, where there is none, changes nothing."""
         if value is None:
             return
-        self._num_bad = self._num_bad + 1 if self._is_bad(value) else 0
-        if self._num_bad == self._patience:
+        self.num_bad = self.num_bad + 1 if self._is_bad(value) else 0
+        if self.num_bad == self._patience:
             logger.warning(self._message, self._patience, value)
 
 
 class FirstCalls:
     """Warns once if none of the first rollouts, all ranks together, contains a tool call that can be read."""
 
+    carried = ("left", "seen", "malformed")
+
     def __init__(self, num_rollouts: int = 16):
-        self._left = num_rollouts
-        self._seen = self._malformed = 0
+        self.left = num_rollouts
+        self.seen = self.malformed = 0
 
     def update(self, log: RoundLog) -> None:
         """Take the counts of a batch, gathered over ranks; without tools there are none."""
-        if self._left <= 0:
+        if self.left <= 0:
             return
         if log.global_num_calls > log.global_num_malformed:
-            self._left = 0
+            self.left = 0
             return
-        self._seen += log.global_num_rollouts
-        self._malformed += log.global_num_malformed
-        if self._seen >= self._left:
-            self._left = 0
+        self.seen += log.global_num_rollouts
+        self.malformed += log.global_num_malformed
+        if self.seen >= self.left:
+            self.left = 0
             logger.warning(
                 "None of the first %d rollouts contains a tool call that can be read (%d calls could not be read). "
                 "Training only reinforces what a model already does, and small models do not begin to call tools by "
                 "themselves: warm-start it first (`igpo warm-start --help`), use a model that was trained to call "
                 "tools, or say in the system prompt when to search.",
-                self._seen,
-                self._malformed,
+                self.seen,
+                self.malformed,
             )
 
 

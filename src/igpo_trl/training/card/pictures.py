@@ -19,6 +19,8 @@ CURVE, BELIEFS = "learning_curve.png", "beliefs_by_turn.png"
 class TurnBeliefs(TrainerCallback):
     """Remembers the mean belief before each turn, for every step; takes no time and needs no records."""
 
+    carried = ("by_step",)
+
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.by_step: dict[int, list[float]] = {}
