@@ -10,7 +10,6 @@ from accelerate.commands.config.config_args import load_config_from_file
 from packaging.requirements import Requirement
 
 import igpo_trl
-from igpo_trl.checks import SUPPORTED_TRL
 
 try:
     INSTALLED = version("igpo-trl")
@@ -55,18 +54,21 @@ def test_files_for_the_host_are_valid(repository):
     assert len(files) >= 3
     for file in files:
         assert isinstance(yaml.safe_load(file.read_text(encoding="utf-8")), dict), file
-    jobs = yaml.safe_load((repository / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    workflow = yaml.safe_load((repository / ".github" / "workflows" / "ci.yml").read_text())
+    jobs = workflow["jobs"]
     commands = [step.get("run") for job in jobs.values() for step in job["steps"]]
-    assert {"make test", "make docs"} <= set(commands)
+    assert {"make test", "make docs", "make test-compat COMPAT=${{ matrix.versions }}"} <= set(commands)
+    assert workflow[True]["schedule"]  # YAML 1.1 reads `on` as true
+    makefile = (repository / "Makefile").read_text()
+    for versions in jobs["compat"]["strategy"]["matrix"]["versions"]:
+        assert re.search(rf"^{versions} = trl", makefile, re.MULTILINE)
 
 
-def test_one_minor_version_of_trl(project):
-    trl = next(r for r in map(Requirement, project["dependencies"]) if r.name == "trl")
-    assert trl.specifier.contains(f"{SUPPORTED_TRL}.0") and trl.specifier.contains(f"{SUPPORTED_TRL}.99")
-    major, minor = map(int, SUPPORTED_TRL.split("."))
-    assert not trl.specifier.contains(f"{major}.{minor + 1}.0") and not trl.specifier.contains(
-        f"{major}.{minor - 1}.9"
-    )
+def test_declared_pythons_are_those_of_the_hosted_tests(repository, project):
+    jobs = yaml.safe_load((repository / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
+    declared = [line.rpartition(" ")[2] for line in project["classifiers"] if re.search(r":: 3\.\d+$", line)]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == declared
+    assert project["requires-python"] == f">={declared[0]}"
 
 
 def test_extras_in_error_messages_exist(repository, project):

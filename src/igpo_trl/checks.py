@@ -14,6 +14,7 @@ from .rollout.chat_templates import prepare_for_tools
 from .rollout.observations import ObservationEncoder
 from .tools import options_of
 
+
 def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
     """Raise `TypeError` unless every data set is a `Dataset` or `IterableDataset`."""
     for name, dataset in [("train_dataset", train_dataset), *named_datasets(eval_dataset)]:

@@ -25,7 +25,7 @@ class Seam(NamedTuple):
     Attributes:
         place (`str`): module, and names inside it, with a colon between.
         parameters (`str`): the parameters that it must begin with, `self` left out; those after `*` are found by name.
-            More may follow if they have defaults.
+            More may follow if they have defaults, or whatever they are after `...`, because all are passed on.
         use (`str`): a sentence: what depends on it.
     """
 
@@ -46,7 +46,7 @@ class Seam(NamedTuple):
         except (ImportError, AttributeError):
             return f"{self.name} does not exist (looked for in {module})"
         parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "self"]
-        ordered, _, named = self.parameters.partition("*")
+        ordered, _, named = self.parameters.replace("...", "").partition("*")
         positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         wanted, by_name = ordered.replace(",", " ").split(), named.replace(",", " ").split()
         takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters)
@@ -54,12 +54,13 @@ class Seam(NamedTuple):
         demanded = [
             p.name
             for p in parameters
-            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name not in wanted
-            and p.name not in by_name
-        ]  # fmt: skip
-        if positional[: len(wanted)] == wanted and not missing and not demanded:
+            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+            if p.name not in [*wanted, *by_name]
+        ]
+        passes_on = "..." in self.parameters
+        if positional[: len(wanted)] == wanted and not missing and (passes_on or not demanded):
             return None
-        got = ", ".join(map(str, (p.name for p in parameters)))
+        got = ", ".join(p.name for p in parameters)
         return f"{self.name} takes ({got}), and ({self.parameters}) was expected"
 
 
@@ -99,9 +100,9 @@ SEAMS = (
     Seam(f"{_GRPO}.log", "logs, start_time", "Metrics are reduced before it averages them."),
     Seam(f"{_GRPO}.create_model_card", "model_name, dataset_name, tags", "The card of a run takes its place."),
     Seam(f"{_TRAINER}.train", "resume_from_checkpoint", "It resumes from the last whole checkpoint."),
-    Seam(f"{_TRAINER}._run_epoch", "* model, epoch, train_dataloader", "A finished run is kept from one more step."),
+    Seam(f"{_TRAINER}._run_epoch", "...", "A finished run is kept from one more step."),
     Seam(f"{_TRAINER}.evaluate", "eval_dataset, ignore_keys, metric_key_prefix", "Metrics are averaged over sets."),
-    Seam(f"{_TRAINER}.evaluation_loop", "dataloader * metric_key_prefix", "What TRL gathered joins its metrics."),
+    Seam(f"{_TRAINER}.evaluation_loop", "dataloader, ... * metric_key_prefix", "What TRL gathered joins its metrics."),
     Seam(f"{_TRAINER}.save_model", "output_dir, _internal_call", "The card of a run is written with the model."),
     Seam("trl.chat_template_utils:parse_response", "tokenizer, ids * prefix, tools", "It reads what a turn calls."),
     Seam("trl.chat_template_utils:add_response_schema", "processing_class", "It chooses how turns are parsed."),
@@ -155,7 +156,9 @@ def check_seams() -> None:
             f"{tested}. Install them with `pip install {pins}`, or a newer igpo-trl."
         )
     minors = {package: Version(".".join(number.split(".")[:2])) for package, number in installed.items()}
-    if any(not Version(TESTED[package][0]) <= minor <= Version(TESTED[package][1]) for package, minor in minors.items()):
+    if any(
+        not Version(TESTED[package][0]) <= minor <= Version(TESTED[package][1]) for package, minor in minors.items()
+    ):
         warnings.warn(
             f"{have} are installed, and igpo-trl was tested with {tested}. What it overrides has the same signatures, "
             "so training is likely to work; compare the first steps with what you expect. To be sure, install the "
