@@ -5,6 +5,8 @@
 # make test-compat   the seams in TRL and transformers, and what is built on them, with the oldest, vLLM's and the newest
 #     versions of both, each in an environment of its own (2 GB and some minutes each); COMPAT chooses among these three,
 #     COMPAT_TESTS=tests runs every test
+# make dist   build the wheel and the source archive in dist/, the same bytes from the same commit; make dist-check
+#     installs the wheel in a new environment and runs the quick demonstration there, in an empty folder
 # make docs   set up and build the documentation site; open site/index.html
 # make lint · make format · make clean
 #
@@ -27,7 +29,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export DS_BUILD_OPS ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm test test-data test-compat docs lint format clean
+.PHONY: help demo demo-lm test test-data test-compat dist dist-check docs lint format clean
 
 help:
 	@sed '/^$$/,$$d; s/^# \{0,1\}//' Makefile
@@ -73,6 +75,22 @@ $(VENV)-%/.installed: pyproject.toml constraints.txt Makefile
 	@touch $@
 
 .PRECIOUS: $(VENV)-%/.installed
+
+# What archives say of their files' age.
+SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2> /dev/null || echo 1577836800)
+
+dist: $(VENV)/.created
+	@echo "==> Building the wheel and the source archive"
+	$(PIP_INSTALL) --quiet hatchling
+	rm -rf dist
+	SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) $(BIN)/python -m hatchling build -d dist
+	cd dist && sha256sum *
+
+dist-check: dist
+	@echo "==> Installing the wheel in a new environment, $(VENV)-dist, and running the demonstration there"
+	$(PYTHON) -m venv --clear $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt "$$(echo dist/*.whl)[demo]"
+	folder=$$(mktemp -d) && igpo=$$(realpath $(VENV)-dist)/bin/igpo && cd "$$folder" && "$$igpo" demo --quick && ls outputs/demo-quick && rm -r "$$folder"
 
 docs: $(VENV)/.installed-docs
 	@echo "==> Building the documentation: every dead link and every page without a place in the navigation is an error"

@@ -1,7 +1,15 @@
 """The files around the code agree with it and with one another."""
 
+import hashlib
+import os
 import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
 import tomllib
+import zipfile
 from importlib.metadata import PackageNotFoundError, entry_points, requires, version
 
 import pytest
@@ -80,6 +88,59 @@ def test_extras_in_error_messages_exist(repository, project):
     }
     assert named <= set(project["optional-dependencies"])
     assert {"plots"} <= named
+
+
+def test_extras_are_complete(project):
+    extras = project["optional-dependencies"]
+    assert set(extras) >= {
+        *("search", "numba", "dense", "serve", "web", "smollm2", "page", "plots", "demo", "deepspeed", "vllm"),
+        *("quantization", "notebooks", "docs", "dev"),
+    }
+    for requirement in map(Requirement, [line for group in extras.values() for line in group]):
+        assert requirement.name != project["name"] or requirement.extras <= set(extras), requirement
+
+
+def test_two_builds_are_the_same_bytes(repository, tmp_path):
+    pytest.importorskip("hatchling", reason="hatchling builds the archives")
+    digests = []
+    for name in ("first", "second"):
+        tree = tmp_path / name / "tree"
+        ignored = shutil.ignore_patterns(".git", ".venv*", "outputs", "site", "dist", "__pycache__", ".*_cache")
+        shutil.copytree(repository, tree, ignore=ignored)
+        for file in tree.rglob("*.py"):
+            os.utime(file, (0, 1_700_000_000 + len(digests)))
+        subprocess.run(
+            [sys.executable, "-m", "hatchling", "build", "-d", str(tmp_path / name)],
+            cwd=tree,
+            env=os.environ | {"SOURCE_DATE_EPOCH": "1700000000"},
+            check=True,
+            capture_output=True,
+        )
+        archives = sorted(path for path in (tmp_path / name).iterdir() if path.is_file())
+        digests.append({path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in archives})
+    assert digests[0] == digests[1] and len(digests[0]) == 2
+    wheel, source = archives
+    names = zipfile.ZipFile(wheel).namelist()
+    package = {str(path.relative_to(repository / "src")) for path in (repository / "src/igpo_trl").rglob("*.*")}
+    package = {name for name in package if "__pycache__" not in name}
+    assert package <= set(names), "files of the package are missing from the wheel"
+    assert all(name.startswith("igpo_trl") for name in names), "the wheel holds more than the package"
+    with tarfile.open(source) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"README.md", "LICENSE", "CHANGELOG.md", "pyproject.toml", "tests/test_packaging.py"} <= inside
+
+
+def test_help_loads_no_torch():
+    code = (
+        "import sys\n"
+        "from igpo_trl.cli.app import app\n"
+        "app(['--help'], standalone_mode=False)\n"
+        "print(*sorted({'torch', 'transformers', 'trl', 'numpy', 'datasets'} & set(sys.modules)), file=sys.stderr)"
+    )
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    print(f"igpo --help: {time.perf_counter() - started:.2f} s")
+    assert "train" in result.stdout and result.stderr.split() == []
 
 
 @needs_installation
