@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import GRPOConfig, GRPOTrainer
 
+from igpo_trl.beliefs.models import cache_argument
 from igpo_trl.rewards import answer_reward
 from igpo_trl.training import seams
 from igpo_trl.training.seams import SEAMS, Seam, check_seams
@@ -191,6 +192,22 @@ def test_cache_layers_can_be_gathered():
     cache.update(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4), 0)
     assert cache.layers[0].keys.shape == (2, 1, 3, 4), "A layer of a KV cache keeps its keys elsewhere."
     assert cache.get_seq_length() == 3, "The length of a KV cache is counted in another way."
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gpt2"])
+def test_models_call_their_cache_by_a_known_name(family):
+    model = tiny.make_model(family)
+    name, parameters = cache_argument(model), inspect.signature(type(model).forward).parameters
+    assert name in parameters, "Models call their KV cache neither `cache` nor `past_key_values`."
+    cache = DynamicCache()
+    output = model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True, **{name: cache})
+    assert cache.get_seq_length() == 3, "A model no longer fills the KV cache that it is given."
+    assert getattr(output, name) is cache, "The output no longer has the KV cache under the name of the argument."
+    mask = torch.ones(1, 4, dtype=torch.long)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    longer = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False, **{name: cache})
+    plain = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=2, do_sample=False)
+    assert torch.equal(longer, plain), "`generate` no longer continues from the KV cache that it is given."
 
 
 def test_attention_can_be_replaced():
