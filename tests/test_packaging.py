@@ -90,6 +90,17 @@ def test_extras_in_error_messages_exist(repository, project):
     assert {"plots"} <= named
 
 
+@pytest.mark.parametrize("name", ["slurm", "torchrun", "search_server", "vllm_server"])
+def test_launch_scripts_are_shell(repository, name):
+    script = repository / "examples" / "launch" / f"{name}.sh"
+    subprocess.run(["bash", "-n", script], check=True)
+    assert os.access(script, os.X_OK)
+    result = subprocess.run(["bash", script], capture_output=True, text=True)
+    assert result.returncode == 1 and re.search(rf"usage: (sbatch )?{name}\.sh", result.stderr)
+    named = set(re.findall(r"(?:configs|accelerate_configs)/[\w.-]+\.yaml", script.read_text()))
+    assert all((repository / path).is_file() for path in named)
+
+
 def test_extras_are_complete(project):
     extras = project["optional-dependencies"]
     assert set(extras) >= {

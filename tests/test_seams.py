@@ -196,7 +196,7 @@ def test_cache_layers_can_be_gathered():
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gpt2"])
 def test_models_call_their_cache_by_a_known_name(family):
-    model = tiny.make_model(family)
+    model = tiny.make_model(family).eval()
     name, parameters = cache_argument(model), inspect.signature(type(model).forward).parameters
     assert name in parameters, "Models call their KV cache neither `cache` nor `past_key_values`."
     cache = DynamicCache()
