@@ -2,6 +2,11 @@
 # make demo-lm   set up and train a real language model of 135 M parameters on a CPU
 # make test   set up and run every check: ruff, mypy, pytest
 # make test-data   only the tests that read the folder ../shared, which are skipped where it is missing
+# make test-compat   the seams in TRL and transformers, and what is built on them, with the oldest, vLLM's and the newest
+#     versions of both, each in an environment of its own (2 GB and some minutes each); COMPAT chooses among these three,
+#     COMPAT_TESTS=tests runs every test
+# make dist   build the wheel and the source archive in dist/, the same bytes from the same commit; make dist-check
+#     installs the wheel in a new environment and runs the quick demonstration there, in an empty folder
 # make docs   set up and build the documentation site; open site/index.html
 # make lint · make format · make clean
 #
@@ -24,7 +29,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export DS_BUILD_OPS ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm test test-data docs lint format clean
+.PHONY: help demo demo-lm test test-data test-compat dist dist-check docs lint format clean
 
 help:
 	@sed '/^$$/,$$d; s/^# \{0,1\}//' Makefile
@@ -44,6 +49,48 @@ test: lint
 test-data: $(VENV)/.installed-dev
 	@echo "==> Testing what reads ../shared"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m data
+
+# The oldest versions that pyproject.toml allows, those that vLLM asks for, and whatever is newest.
+COMPAT ?= oldest vllm newest
+COMPAT_TESTS ?= tests/test_seams.py tests/test_trainer.py tests/test_step.py tests/test_rollout.py tests/test_rollout_func.py \
+	tests/test_sampled_tokens.py tests/test_prefix_cache.py tests/test_chat_templates.py tests/test_checkpoints.py \
+	tests/test_belief_pass.py tests/test_logs.py tests/test_adapters.py tests/test_train_mistakes.py
+oldest = trl==1.16.0 transformers==5.13.0
+vllm = trl==1.16.0 transformers==5.17.0
+newest = trl transformers
+# Pins that follow from the versions of these two.
+UNPINNED = trl|transformers|tokenizers|safetensors|huggingface_hub|hf-xet|accelerate|peft|datasets|sentence-transformers
+
+test-compat: $(addprefix test-compat-,$(COMPAT))
+
+test-compat-%: $(VENV)-%/.installed
+	@echo "==> Testing with $$($(VENV)-$*/bin/python -m pip list 2> /dev/null | grep -E '^(trl|transformers) ' | tr -s ' ' | tr '\n' ' ')"
+	OMP_NUM_THREADS=1 $(VENV)-$*/bin/python -m pytest --numprocesses $(JOBS) --dist worksteal $(COMPAT_TESTS)
+
+$(VENV)-%/.installed: pyproject.toml constraints.txt Makefile
+	@echo "==> Installing $($*) and what the tests need into $(VENV)-$*"
+	$(PYTHON) -m venv --clear $(VENV)-$*
+	grep -vE '^($(UNPINNED))==' constraints.txt > $(VENV)-$*/constraints.txt
+	$(VENV)-$*/bin/python -m pip install --disable-pip-version-check --constraint $(VENV)-$*/constraints.txt --editable ".[dev]" $($*)
+	@touch $@
+
+.PRECIOUS: $(VENV)-%/.installed
+
+# What archives say of their files' age.
+SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2> /dev/null || echo 1577836800)
+
+dist: $(VENV)/.created
+	@echo "==> Building the wheel and the source archive"
+	$(PIP_INSTALL) --quiet hatchling
+	rm -rf dist
+	SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) $(BIN)/python -m hatchling build -d dist
+	cd dist && sha256sum *
+
+dist-check: dist
+	@echo "==> Installing the wheel in a new environment, $(VENV)-dist, and running the demonstration there"
+	$(PYTHON) -m venv --clear $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt "$$(echo dist/*.whl)[demo]"
+	folder=$$(mktemp -d) && igpo=$$(realpath $(VENV)-dist)/bin/igpo && cd "$$folder" && "$$igpo" demo --quick && ls outputs/demo-quick && rm -r "$$folder"
 
 docs: $(VENV)/.installed-docs
 	@echo "==> Building the documentation: every dead link and every page without a place in the navigation is an error"

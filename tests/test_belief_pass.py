@@ -22,6 +22,7 @@ import igpo_trl.rollout.loop
 import igpo_trl.step
 from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.beliefs import CachedContexts, cached_obstacle, score_beliefs, scoring
+from igpo_trl.beliefs.models import cache_argument
 from igpo_trl.training.counterfactuals import reads_of
 from igpo_trl.trajectory import read_jsonl
 from igpo_trl.turns import gain_spans
@@ -238,7 +239,13 @@ def left_padded(model, batch, slots):
     cache = DynamicCache()
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     with torch.no_grad():
-        model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=True,
+            **{cache_argument(model): cache},
+        )
     padding = [width - len(row) for row in sequences]
     rows = list(range(len(sequences)))[::-1]
     return CachedContexts(cache, rows, padding[::-1], [0] * len(rows))

@@ -300,6 +300,9 @@ def parse_igpo(arguments, monkeypatch):
 def parse_training(arguments, monkeypatch):
     calls = []
     monkeypatch.setattr(training, "run_training", lambda script, config, model: calls.append((script, config, model)))
+    monkeypatch.setattr(
+        training, "print_estimate", lambda wanted, config, model: calls.append((wanted, config, model))
+    )
     training.main([*arguments, "--use_cpu", "true", "--bf16", "false"])
     ((_, _, model),) = calls
     assert model.model_name_or_path

@@ -31,6 +31,7 @@ USES_TRL = {
     "config",
     "checks",
     "trainer",
+    "training.estimate",
     "evaluation.rollouts",
     "warm_start",
     "sandbox",

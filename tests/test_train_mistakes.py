@@ -176,6 +176,8 @@ def test_a_mistake_is_one_line(run, tmp_path, options):
     words = options.split()
     if options == "--use_liger_kernel true" and importlib.util.find_spec("liger_kernel"):
         pytest.skip("it is installed")
+    if options.startswith("--deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("needs DeepSpeed")
     if options == "--use_cpu false --bf16 true" and os.environ["CUDA_VISIBLE_DEVICES"]:
         pytest.skip("needs a machine without a GPU")
     result = run(*words)

@@ -6,28 +6,13 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import trl
 from datasets import Dataset, IterableDataset
-from packaging.version import Version
 from transformers import AutoConfig, ProcessorMixin
 
 from .data.rows import check_answers, check_columns, check_prompts, columns_of, plain_prompt
 from .rollout.chat_templates import prepare_for_tools
 from .rollout.observations import ObservationEncoder
 from .tools import options_of
-
-#: The minor version of TRL whose internals the trainer's hooks were tested against.
-SUPPORTED_TRL = "1.16"
-
-
-def check_trl_version() -> None:
-    """Raise `ImportError` unless TRL's minor version is the one whose seams the trainer overrides."""
-    installed = Version(trl.__version__)
-    if f"{installed.major}.{installed.minor}" != SUPPORTED_TRL:
-        raise ImportError(
-            f"IGPOTrainer overrides internals of TRL that are tested with trl {SUPPORTED_TRL}.x, got trl "
-            f"{trl.__version__}. Install it with `pip install 'trl=={SUPPORTED_TRL}.*'`."
-        )
 
 
 def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:

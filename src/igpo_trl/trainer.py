@@ -21,7 +21,6 @@ from .checks import (
     check_rollout_output,
     check_tool_names,
     check_trainable,
-    check_trl_version,
     probe_environments,
     refuse_images,
     warn_of_single_turns,
@@ -44,6 +43,7 @@ from .training.costs import timed
 from .training.counterfactuals import evidence_used, foreign_beliefs
 from .training.resume import ResumesExactly
 from .training.sampled_tokens import SampledTokensModel, backbone_of, can_pack, sampled_mask_of
+from .training.seams import check_seams
 from .trajectory import write_jsonl
 from .turns import FIRST_SEEN, old_log_probs_of_turn_ratios
 
@@ -96,7 +96,7 @@ class IGPOTrainer(ResumesExactly, MakesCard, LogsRollouts, GRPOTrainer):
             environment_factory (*optional*): as in `GRPOTrainer`, and in its order.
 
     Raises:
-        `ImportError`: if TRL's minor version is not the supported one.
+        `ImportError`: if an overridden method of TRL or transformers has another signature (the message names it).
         `TypeError`, `ValueError`: before the model is loaded, if the processor is multi-modal, the chat template
             is missing or cannot call tools, the answers column is missing, or an answer is empty or not a string
             (the message names the row).
@@ -123,7 +123,7 @@ class IGPOTrainer(ResumesExactly, MakesCard, LogsRollouts, GRPOTrainer):
         rollout_func: Any = None,
         environment_factory: Any = None,
     ):
-        check_trl_version()
+        check_seams()
         check_datasets(train_dataset, eval_dataset)
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:

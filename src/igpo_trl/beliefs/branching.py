@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from .models import LAYERED, base_model, layer_kinds, parameters_of
+from .models import LAYERED, base_model, cache_argument, layer_kinds, parameters_of
 from .packing import Forest, PlainBatch, Target, grow
 
 __all__ = ["Trunk", "evaluating", "run_branches", "run_rows", "run_trunk"]
@@ -107,7 +107,7 @@ def run_trunk(model: nn.Module, contexts: Sequence[Sequence[int]]) -> Trunk:
     trunk = Trunk(base_model(model).config.num_hidden_layers, start, start, stop=_may_stop(model))
     try:
         # No mask: causal attention never sees padding on the right, and the plain causal kernel is the fastest.
-        model(input_ids=input_ids, past_key_values=trunk, use_cache=True, **_options(model, [0]))
+        model(input_ids=input_ids, use_cache=True, **{cache_argument(model): trunk}, **_options(model, [0]))
     except _Complete:
         pass
     trunk.complete = True
@@ -132,7 +132,7 @@ def run_branches(model: nn.Module, trunk: Trunk, rows: Sequence[Sequence[Target]
             input_ids=nodes.tokens,
             position_ids=nodes.positions + offset[:, None],
             attention_mask=_masks(base_model(model).config, nodes, trunk.seen.stop - first, kind),
-            past_key_values=trunk,
+            **{cache_argument(model): trunk},
             use_cache=True,
             **_options(model, range(total - width, total)),
         ).logits[:, -width:]

@@ -73,7 +73,7 @@ def packed_obstacle(model: Any, longest: int | None = None) -> str | None:
     """
     base = base_model(model)
     name = type(base).__name__
-    missing = {"position_ids", "past_key_values"} - parameters_of(type(base).forward)
+    missing = {"position_ids", cache_argument(base)} - parameters_of(type(base).forward)
     if missing:
         return f"{name}.forward takes no {', '.join(sorted(missing))}"
     config = base.config
@@ -186,6 +186,11 @@ def _rope_obstacle(base: Any, longest: int | None) -> str | None:
 def parameters_of(forward: Callable[..., Any]) -> frozenset[str]:
     """Names of the arguments of the forward of a model's class."""
     return frozenset(inspect.signature(forward).parameters)
+
+
+def cache_argument(model: Any) -> str:
+    """What a model calls its KV cache: transformers 5.24 renamed `past_key_values` to `cache`."""
+    return "cache" if "cache" in parameters_of(type(base_model(model)).forward) else "past_key_values"
 
 
 def layer_kinds(config: Any) -> set[str]:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from .models import cached_obstacle, packed_obstacle
+from .models import cache_argument, cached_obstacle, packed_obstacle
 from .probes import DEFAULT_TEMPLATE, AnswerProbe, build_probes
 from .scoring import (
     AliasReduction,
@@ -251,7 +251,7 @@ class KVCapture:
 
     def __call__(self, input_ids: torch.Tensor, **inputs: Any) -> Any:
         cache = _Cache()  # without a config, because layers with a window would drop tokens
-        output = self._model(input_ids=input_ids, past_key_values=cache, **inputs)
+        output = self._model(input_ids=input_ids, **{cache_argument(self._model): cache}, **inputs)
         size = len(input_ids)
         shared = inputs.get("packed_lengths", (0,))[0]  # tokens with which every rollout of a packed row begins
         starts = inputs["position_ids"][0].eq(shared).nonzero()[:, 0] if "position_ids" in inputs else None

@@ -108,6 +108,8 @@ _ABOUT = (
 _OPTIONS = {
     "config": "A YAML file with any of these options as keys. Those of the command line take precedence.",
     "debug": "Show the traceback of an error. (With a value it is transformers' option of this name.)",
+    "estimate": "Print memory and a rough time per step, and train nothing. Only the configuration of the model is "
+    "read. Takes PROCESSES:SHARDING:FLOPS, such as 8:fsdp2 or 8:zero3:3e14 (operations a second that a GPU attains).",
     "help-all": "List the options of TRL and transformers too.",
 }
 

@@ -23,8 +23,8 @@ from .arguments import ScriptArguments
 _PACKAGES = {
     "use_vllm": ("vllm", 'pip install "igpo-trl[vllm]"'),
     "use_liger_kernel": ("liger_kernel", "pip install liger-kernel"),
-    "load_in_4bit": ("bitsandbytes", "pip install bitsandbytes"),
-    "load_in_8bit": ("bitsandbytes", "pip install bitsandbytes"),
+    "load_in_4bit": ("bitsandbytes", 'pip install "igpo-trl[quantization]"'),
+    "load_in_8bit": ("bitsandbytes", 'pip install "igpo-trl[quantization]"'),
 }
 
 

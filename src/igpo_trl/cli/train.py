@@ -34,6 +34,7 @@ from .arguments import ScriptArguments as ScriptArguments
 from .arguments import TrainParser, UsageError
 from .checks import check_arguments, check_best_metric, is_finished
 from .errors import debugging, fail, keep_trace, one_line_errors
+from .estimate import print_estimate, take_estimate
 from .interrupts import say_how_to_resume
 from .search import index_of_corpus
 
@@ -238,10 +239,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug, options = bool(flags), [word for i, word in enumerate(words) if i not in flags]
     with debugging(debug), one_line_errors(also=(RuntimeError, TypeError)), log_lines():
         try:
+            wanted, options = take_estimate(options)
             parsed = parser.parse_args_and_config(options)
         except UsageError as error:
             if debug:
                 raise
             fail(error, status=2)
+        if wanted is not None:
+            print_estimate(wanted, *parsed[1:])
+            return
         with say_how_to_resume(words, parsed[1]):
             run_training(*parsed)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..beliefs.models import packed_obstacle
+from ..beliefs.models import cache_argument, packed_obstacle
 from ..beliefs.probes import AnswerProbe, split_template
 from ..rewards import Variant, exact_match
 
@@ -40,18 +40,18 @@ def shares_of_right_answers(
         samples (`int`): answers after each context.
         variant (`str`, *optional*, defaults to `"squad"`): scorer, see [`exact_match`].
     """
-    end = split_template(template)[1].strip()
+    end, name = split_template(template)[1].strip(), cache_argument(model)
     options: dict[str, Any] = {"stop_strings": [end], "tokenizer": tokenizer} if end else {}
     shares = []
     for context, probe, right in zip(contexts, probes, answers, strict=True):
         ids = torch.tensor([[*context, *probe.token_ids[: probe.answer_start]]], device=model.device)
         length = max(_MIN_TOKENS, 2 * (probe.answer_end - probe.answer_start))
         if packed_obstacle(model, ids.shape[1] + length) is None:  # the context runs once for all samples
-            cache = model(ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
+            cache = getattr(model(ids[:, :-1], use_cache=True, logits_to_keep=1), name)
             cache.batch_repeat_interleave(samples)
-            options["past_key_values"] = cache
+            options[name] = cache
         else:
-            options.pop("past_key_values", None)
+            options.pop(name, None)
         inputs = ids.repeat(samples, 1)
         said = model.generate(
             inputs, attention_mask=torch.ones_like(inputs), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,

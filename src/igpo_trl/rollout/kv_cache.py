@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from ..beliefs.branching import evaluating
-from ..beliefs.models import ChangingPositions
+from ..beliefs.models import ChangingPositions, cache_argument
 
 
 def reuse_obstacle(model: nn.Module, generation_config: Any) -> str | None:
@@ -116,7 +116,8 @@ class PrefixCache:
         else:
             slots = input_ids.shape[1] - to_run
             self._cache = self._gather(model.config.get_text_config(), rollouts, padding, slots)
-        sequences = generate(input_ids=input_ids, attention_mask=attention_mask, past_key_values=self._cache, **kwargs)
+        kwargs[cache_argument(model)] = self._cache
+        sequences = generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         length = self._cache.get_seq_length()  # the last sampled token was never run
         self._longest = (longest, length - min(padding))
         self._row_of = {rollout: row for row, rollout in enumerate(rollouts)}
@@ -190,7 +191,7 @@ def _prefill_once(model: Any, input_ids: torch.Tensor, attention_mask: torch.Ten
         input_ids=input_ids[first, :-1],
         attention_mask=mask,
         position_ids=position_ids,
-        past_key_values=cache,
+        **{cache_argument(model): cache},
         use_cache=True,
         logits_to_keep=1,
     )
