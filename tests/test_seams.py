@@ -149,6 +149,7 @@ def test_state_that_is_read_between_the_hooks(grpo):
         *("num_generations", "num_generations_eval", "num_iterations", "max_completion_length", "model_wrapped"),
         *("use_vllm", "use_transformers_continuous_batching", "importance_sampling_level", "ref_model"),
         *("num_completions_to_print", "log_completions"),
+        *("_step", "_buffered_inputs", "_tr_loss", "_globalstep_last_logged"),  # checkpoints hold these
     ):
         assert hasattr(grpo, name), f"GRPOTrainer has no attribute `{name}` any more, which IGPOTrainer reads."
     for name in ("is_zero3", "is_fsdp"):
