@@ -15,6 +15,7 @@ from igpo_trl.cli.app import app
 from igpo_trl.evaluation.doctor import DoctorCallback, RunFacts, diagnose
 from igpo_trl.evaluation.doctor.credit import turn_price_of
 from igpo_trl.evaluation.doctor.signatures import SIGNATURES
+from igpo_trl.evaluation.scores import echoes
 from igpo_trl.trajectory import Call, Trajectory, Turn, load_run, write_jsonl
 
 STEPS, GROUPS, SIZE = 16, 8, 8
@@ -145,6 +146,14 @@ def penalised(one, rng, number):
     one.outcome = -0.5 if number < 5 else one.outcome / 10
 
 
+def echoing(one, rng, number):
+    one.question, one.answers = f"Which river is number {one.group}?", [f"River {one.answers[0]}"]
+    if not one.outcome:
+        one.turns[-1].text, one.outcome = "<answer>the river</answer>", 0.5
+    else:
+        one.turns[-1].text = f"<answer>{one.answers[0]}</answer>"
+
+
 def cut_off(one, rng, number):
     one.stop_reason = "length_limit" if number < 3 else "answered"
 
@@ -163,6 +172,7 @@ SHOWN = {
     "answer_in_queries": {"change": knows},
     "unanswerable": {"change": never_found},
     "format_penalty": {"change": penalised},
+    "question_echo": {"change": echoing},
     "truncation": {"change": cut_off, "options": {"max_turns": 4, "max_completion_length": 128}},
     "drift": {"log": [{"kl": 0.1 * step} for step in range(STEPS)]},
     "no_op": {"log": [{"grad_norm": 0.0}] * STEPS},
@@ -216,6 +226,21 @@ def test_the_truncation_is_explained_by_the_lengths():
 def test_the_price_of_a_turn_is_read_off_the_advantages():
     assert turn_price_of(make_run().recent) == pytest.approx(0, abs=0.05)
     assert turn_price_of(make_run(taxed).recent) == pytest.approx(0.4, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("answer", "question", "echoed"),
+    [
+        ("the River Ems", "Which river flows through it?", True),
+        ("the River Ems", "What flows through it?", False),  # nobody had said that it is a river
+        ("River Elbe", "Which river flows through it?", False),
+        ("Elbe river", "Which river flows through it?", False),  # `Elbe` is not in the question
+        ("Rome", "Which river flows through it?", False),
+        (None, "Which river flows through it?", False),
+    ],
+)
+def test_words_of_the_question_that_f1_pays_for(answer, question, echoed):
+    assert echoes(answer, ["River Elbe"], question) is echoed
 
 
 def test_what_is_missing_is_said():

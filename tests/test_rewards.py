@@ -316,6 +316,15 @@ def test_make_answer_reward_binds_its_options():
     ]
     with pytest.raises(ValueError, match="got 'em'"):
         make_answer_reward(variant="em")
+    with pytest.raises(ValueError, match="`metric` must be 'f1' or 'em', got 'squad'"):
+        make_answer_reward(metric="squad")
+
+
+def test_exact_match_pays_nothing_for_words_in_common():
+    completions = [f"<answer>{answer}</answer>" for answer in ("the River Ems", "River Elbe", "Elbe")] + ["Elbe"]
+    rows = {"answers": [["River Elbe", "Elbe"]] * 4}
+    assert make_answer_reward()(completions, **rows) == [pytest.approx(0.5), 1.0, 1.0, -2.0]
+    assert make_answer_reward(metric="em")(completions, **rows) == [0.0, 1.0, 1.0, -2.0]
 
 
 def test_missing_answers_error_says_how_to_fix_it():

@@ -514,6 +514,13 @@ def test_answers_may_be_strings_in_a_column_of_another_name(make):
     assert trainer.state.log_history[0]["rewards/answer_reward/mean"] == pytest.approx((1 + 0 + 0 - 0.5) / 4)
 
 
+def test_the_outcome_may_be_exact_match(make):
+    dataset = tiny.make_dataset().remove_columns("answers").add_column("answers", ["Paris in France"] * 8)
+    trainer = make(train_dataset=dataset, answer_metric="em", format_penalty=-0.5)
+    trainer.train()
+    assert trainer.state.log_history[0]["rewards/answer_reward/mean"] == pytest.approx(-0.5 / 4)
+
+
 def test_environment(make, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
 

@@ -160,12 +160,19 @@ class IGPOConfig(GRPOConfig):
         },
     )
 
-    # Outcome
+    # Outcome, of the default reward function
+    answer_metric: str = field(
+        default="f1",
+        metadata={
+            "help": "Outcome of an answer: `f1` (paper), or `em`, exact match, which pays nothing for words that the "
+            "question and the right answer share; see the signature `question_echo` of `igpo doctor`."
+        },
+    )
     format_penalty: float = field(
         default=DEFAULT_FORMAT_PENALTY,
         metadata={
             "help": "Outcome of a rollout whose last turn has no well-formed answer, on the scale of F1 (0 to 1). "
-            "Used by the default reward function only. -2.0 in the reference code."
+            "-2.0 in the reference code."
         },
     )
 
@@ -308,10 +315,7 @@ class IGPOConfig(GRPOConfig):
     )
     reuse_prefixes: bool = field(
         default=True,
-        metadata={
-            "help": "Whether the transformers backend keeps the KV cache of a rollout between its turns, if the "
-            "model's cache can be cropped."
-        },
+        metadata={"help": "Keep the KV cache of rollouts between turns (transformers backend, if it can be cropped)."},
     )
 
     # Diagnosis

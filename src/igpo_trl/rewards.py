@@ -207,13 +207,14 @@ def answer_reward(
     """
     if answers is not None:
         columns["answers"] = answers
-    return _score(completions, columns, answer_column, format_penalty, variant)
+    return _score(completions, columns, answer_column, format_penalty, variant, "f1")
 
 
 def make_answer_reward(
     answer_column: str = "answers",
     format_penalty: float = DEFAULT_FORMAT_PENALTY,
     variant: Variant = "squad",
+    metric: str = "f1",
 ) -> Callable[..., list[float]]:
     """
     [`answer_reward`] with its options bound, for `reward_funcs=`.
@@ -225,6 +226,8 @@ def make_answer_reward(
         answer_column (`str`, *optional*, defaults to `"answers"`): data set column with the gold answers.
         format_penalty (`float`, *optional*, defaults to `-2.0`): reward of a completion without a well-formed answer.
         variant (`str`, *optional*, defaults to `"squad"`): scorer, `"squad"` or `"reference"`.
+        metric (`str`, *optional*, defaults to `"f1"`): `"f1"`, the paper's, or `"em"`, exact match. F1 also pays for
+            single words of the answer, and many of them can be taken from the question ("the River …").
 
     Returns:
         `Callable`: a reward function `(completions, **columns) -> list[float]`.
@@ -235,9 +238,11 @@ def make_answer_reward(
         ```
     """
     _checked(variant)
+    if metric not in ("f1", "em"):
+        raise ValueError(f"`metric` must be 'f1' or 'em', got {metric!r}.")
 
     def reward(completions: Sequence[Completion], **columns: Any) -> list[float]:
-        return _score(completions, columns, answer_column, format_penalty, variant)
+        return _score(completions, columns, answer_column, format_penalty, variant, metric)
 
     reward.__name__ = reward.__qualname__ = "answer_reward"
     reward.__doc__ = answer_reward.__doc__
@@ -250,7 +255,9 @@ def _score(
     answer_column: str,
     format_penalty: float,
     variant: Variant,
+    metric: str,
 ) -> list[float]:
+    score = f1_score if metric == "f1" else exact_match
     rows = columns.get(answer_column)
     if rows is None:
         raise ValueError(
@@ -269,7 +276,7 @@ def _score(
         aliases = _aliases(row, where=f"row {index} of `{answer_column}`")
         text = last_assistant_text(completion) if last_turns is None else last_turns[index]
         prediction = extract_answer(text, variant)
-        rewards.append(format_penalty if prediction is None else f1_score(prediction, aliases, variant))
+        rewards.append(format_penalty if prediction is None else score(prediction, aliases, variant))
     return rewards
 
 

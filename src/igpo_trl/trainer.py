@@ -146,7 +146,7 @@ class IGPOTrainer(ResumesExactly, MakesCard, LogsRollouts, GRPOTrainer):
             needs_answers=default_reward, model=base,
         )  # fmt: skip
         if default_reward:
-            reward_funcs = make_answer_reward(args.answer_column, format_penalty=args.format_penalty)
+            reward_funcs = make_answer_reward(args.answer_column, args.format_penalty, metric=args.answer_metric)
         args.remove_unused_columns = False  # reward functions may read any column, and beliefs read the answers
         if adapter is not None:
             model = load_trainable(adapter, args, create_model_from_path, quantization_config)

@@ -56,6 +56,20 @@ def has_answer(texts: Iterable[str], answers: Sequence[str]) -> bool:
     return any(words in text for text in map(_words, texts) for words in answer_words)
 
 
+def echoes(prediction: str | None, answers: Sequence[str], question: str) -> bool:
+    """
+    Whether a wrong answer shares words with the right one, and all of these are in the question.
+
+    F1 pays for them although nobody had to look for them: for "the River Ems", where the question is which river
+    flows through a town and the answer "River Elbe".
+    """
+    if prediction is None or not answers or exact_match(prediction, answers):
+        return False
+    closest = max(answers, key=lambda answer: f1_score(prediction, answer))
+    shared = {*_words(prediction).split()} & {*_words(closest).split()}
+    return bool(shared) and shared <= {*_words(question).split()}
+
+
 class AnswerFinder:
     """
     Finds many answers in one text after another, as [`has_answer`] does; their number hardly affects the time.

@@ -10,6 +10,7 @@ _CHOICES = {
     # TRL looks at the name only in the first step.
     "loss_type": ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
     "scale_rewards": ("group", "batch", "none"),
+    "answer_metric": ("f1", "em"),
     "alias_reduction": ("max", "mean", "first"),
     "info_gain": (*GAINS, FIRST_SEEN),
     "normalization": NORMALIZATIONS,

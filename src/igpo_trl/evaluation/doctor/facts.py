@@ -8,8 +8,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ...rewards import extract_answer
 from ...trajectory import Trajectory, load_run
-from ..scores import as_evidence, has_answer, is_searchable
+from ..scores import as_evidence, echoes, has_answer, is_searchable
 from ..settings import OPTIONS_FILE
 
 #: Share of the steps that counts as the end of a run, and as its beginning.
@@ -37,6 +38,8 @@ class Facts:
         searchable (`bool`): whether it makes sense to look for the answer in a text.
         queries, repeated, with_answer (`int`): tool calls; those that the rollout had made before; those that contain
             an answer which nothing before them states.
+        echoed (`bool` or `None`): whether the answer shares words with the right one, and all of them are in the
+            question; `None` where the question is not known.
     """
 
     step: int
@@ -54,6 +57,7 @@ class Facts:
     queries: int
     repeated: int
     with_answer: int
+    echoed: bool | None = None
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> "Facts":
@@ -87,6 +91,7 @@ class Facts:
             queries=sum(len(turn.calls) for turn in turns),
             repeated=repeated,
             with_answer=with_answer,
+            echoed=echoes(extract_answer(turns[-1].text), answers, question) if trajectory.question else None,
         )
 
     @property

@@ -35,6 +35,24 @@ def format_penalty(run: RunFacts) -> Seen:
 
 
 @signature(
+    "F1 pays for words that the right answer shares with the question, and the policy has learned to write these: set "
+    "`answer_metric='em'`, and take aliases that consist of them out of `answers`."
+)
+def question_echo(run: RunFacts) -> Seen:
+    known = [(each.echoed, each.outcome) for each in run.recent if None not in (each.echoed, each.outcome)]
+    earned = [max(outcome or 0.0, 0.0) for _, outcome in enough(known, "rollouts with a question and an outcome")]
+    paid = [x for x, (echoed, _) in zip(earned, known, strict=True) if echoed and x > 0]
+    share, of_all = len(paid) / len(known), sum(paid) / max(sum(earned), 1e-9)
+    if share <= 0.15 or of_all <= 0.15:
+        return None
+    return (
+        f"{share:.0%} of rollouts are paid for words that are in the question already, without the right answer: "
+        f"{of_all:.0%} of all that is earned",
+        {"share": share, "of_all": of_all},
+    )
+
+
+@signature(
     "Raise `max_completion_length` (and `max_turn_length`, or the context of the model) to what the turns need, show "
     "fewer or shorter passages (`search_k`, `search_max_words`, `max_tool_response_tokens`), or set `forced_answer`."
 )
