@@ -13,17 +13,15 @@ class Phrases(NamedTuple):
         nouns (`tuple[str, ...]`): The value, described by the entity. Descriptions nest where the entity comes last.
         questions (`tuple[str, ...]`): Questions for the value.
         claims (`tuple[str, ...]`): Questions for yes or no.
-        unit (`str`): Of a number that is not a year.
     """
 
     nouns: tuple[str, ...]
     questions: tuple[str, ...]
     claims: tuple[str, ...] = ()
-    unit: str = ""
 
 
-def _count(unit: str, *questions: str) -> Phrases:
-    return Phrases((), questions, unit=unit)
+def _count(*questions: str) -> Phrases:
+    return Phrases((), questions)
 
 
 def _maker(noun: str, verb: str, participle: str) -> Phrases:
@@ -34,7 +32,7 @@ def _maker(noun: str, verb: str, participle: str) -> Phrases:
     )
 
 
-_PAGES = _count("pages", "How many pages does the first edition of {x} have?", "How many pages long is {x}?")
+_PAGES = _count("How many pages does the first edition of {x} have?", "How many pages long is {x}?")
 _STORY = Phrases(
     ("the town in which {x} is set", "the setting of {x}"),
     ("In which town is {x} set?", "Where is {x} set?", "Which town is the setting of {x}?"),
@@ -137,11 +135,11 @@ PHRASES: dict[str, dict[str, Phrases]] = {
             ("Was {v} the first director of {x}?",),
         ),
     },
-    "publishing house": {"size": _count("employees", "How many employees does {x} have?")},
-    "engineering firm": {"size": _count("employees", "How many employees does {x} have?")},
-    "theatre": {"size": _count("seats", "How many seats does {x} have?")},
-    "museum": {"size": _count("objects", "How many objects are in the collection of {x}?")},
-    "research institute": {"size": _count("members", "How many members does {x} have?")},
+    "publishing house": {"size": _count("How many employees does {x} have?")},
+    "engineering firm": {"size": _count("How many employees does {x} have?")},
+    "theatre": {"size": _count("How many seats does {x} have?")},
+    "museum": {"size": _count("How many objects are in the collection of {x}?")},
+    "research institute": {"size": _count("How many members does {x} have?")},
     "town": {
         "region": Phrases(
             ("the region of {x}", "the region in which {x} lies"),
@@ -153,8 +151,7 @@ PHRASES: dict[str, dict[str, Phrases]] = {
             ("Which river flows through {x}?", "On which river does {x} stand?", "On which river does {x} lie?"),
             ("Does {v} flow through {x}?", "Does {x} lie on {v}?"),
         ),
-        "population": _count(
-            "inhabitants", "What is the population of {x}?", "How many people live in {x}?",
+        "population": _count("What is the population of {x}?", "How many people live in {x}?",
             "How many inhabitants does {x} have?"
         ),
         "charter": Phrases((), ("In what year did {x} receive its charter?", "When did {x} receive its charter?")),
@@ -170,8 +167,7 @@ PHRASES: dict[str, dict[str, Phrases]] = {
             ("What is the capital of {x}?", "Which town is the capital of {x}?"),
             ("Is {v} the capital of {x}?",),
         ),
-        "area": _count(
-            "square kilometres", "What is the area of {x}?",
+        "area": _count("What is the area of {x}?",
             "How many square kilometres does {x} cover?",
         ),
         "peak": Phrases((), ("What is the highest mountain of {x}?", "Which mountain is the highest in {x}?")),
@@ -182,7 +178,7 @@ PHRASES: dict[str, dict[str, Phrases]] = {
         ),
     },
     "river": {
-        "length": _count("kilometres", "How many kilometres long is {x}?", "What is the length of {x}?"),
+        "length": _count("How many kilometres long is {x}?", "What is the length of {x}?"),
         "source": Phrases(
             ("the town near the source of {x}",),
             ("Near which town does {x} rise?", "Which town lies near the source of {x}?"),

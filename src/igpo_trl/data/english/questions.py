@@ -6,7 +6,7 @@ from typing import Any
 
 from .graph import DOCTORS, Entity, World
 from .names import Draw
-from .passages import YEARS, reference
+from .passages import reference
 from .phrases import COMPARISONS, IN_COMMON, phrases_of
 
 MAX_HOPS = 4
@@ -132,7 +132,7 @@ class Questions:
         text = _fill(template, path[-1], self._describe(path[0], relations[:-1], template.endswith("{x}?")))
         if f" {said} " in _spaced(text):
             return None
-        answers = _answers(value, relations[-1], phrases.unit)
+        answers = _answers(value, relations[-1])
         return self._question(text, answers, "bridge" if hops > 1 else "lookup", steps)
 
     def _compare(self, hops: int, winner: int) -> Question | None:
@@ -151,10 +151,7 @@ class Questions:
             return None
         (first, steps), (second, more) = ends
         steps = [*steps, self._step(pair[0], relation), *more, self._step(pair[1], relation)]
-        answers = _answers(pair[winner], "", "")
-        if (description := (first, second)[winner]) not in answers:
-            answers.append(description)
-        return self._question(draw.pick(texts).format(a=first, b=second), answers, "comparison", steps)
+        return self._question(draw.pick(texts).format(a=first, b=second), _answers(pair[winner]), "comparison", steps)
 
     def _match(self, hops: int, same: bool) -> Question | None:
         draw = self._draw
@@ -219,7 +216,7 @@ class Questions:
         phrases, value = phrases_of(entity, relation), entity.facts[relation]
         return {
             "question": _fill(self._draw.pick(phrases.questions), entity, reference(entity)),
-            "answer": _answers(value, relation, phrases.unit)[0],
+            "answer": _answers(value, relation)[0],
             "title": entity.name,
             "passage_id": self._ids[entity],
         }
@@ -268,15 +265,17 @@ def _plain(value: Value, relation: str) -> str:
     return value.name if isinstance(value, Entity) else reference(value, relation)
 
 
-def _answers(value: Value, relation: str, unit: str) -> list[str]:
-    """The answer, then what says the same."""
+def _answers(value: Value, relation: str = "") -> list[str]:
+    """
+    The answer, then what says the same.
+
+    Nothing that F1 would pay for without a search: no "the town of …", whose words are in the question.
+    """
     said = _plain(value, relation)
     if isinstance(value, int):
-        return [said, f"in {said}"] if relation in YEARS else [said, f"{said} {unit}"]
+        return [said]
     if isinstance(value, str) or value.kind == "river":
         return [said, said.split(maxsplit=1)[1]]  # without "River", "Lake", "Mount"
-    if value.kind in ("town", "region"):
-        return [said, f"the {value.kind} of {said}"]
     if value.kind == "person" and value.sort in DOCTORS:
         return [said, f"Dr. {said}"]
     return [said, f"the {said}"] if value.article else [said]
