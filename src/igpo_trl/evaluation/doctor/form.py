@@ -43,7 +43,7 @@ def question_echo(run: RunFacts) -> Seen:
     earned = [max(outcome or 0.0, 0.0) for _, outcome in enough(known, "rollouts with a question and an outcome")]
     paid = [x for x, (echoed, _) in zip(earned, known, strict=True) if echoed and x > 0]
     share, of_all = len(paid) / len(known), sum(paid) / max(sum(earned), 1e-9)
-    if share <= 0.15 or of_all <= 0.15:
+    if share <= 0.1 or of_all <= 0.15:
         return None
     return (
         f"{share:.0%} of rollouts are paid for words that are in the question already, without the right answer: "
