@@ -362,6 +362,8 @@ def test_the_server_sends_data_once_and_only_to_this_machine(tmp_path):
         (["runs/x/a", "runs/y/b"], ["x/a", "y/b"]),
         (["runs/a", "runs/a"], ["a (1)", "a (2)"]),
         (["runs/a", "runs/a/b"], ["a", "a/b"]),
+        (["runs/grpo_batch-lr0.0003-seed0/train", "runs/igpo-lr0.0003-seed0/train"], ["grpo_batch", "igpo"]),
+        (["runs/igpo-lr0.0003-seed0", "runs/igpo-lr0.0003-seed1"], ["seed0", "seed1"]),
     ],
 )
 def test_runs_have_short_names(paths, names, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """`igpo view`: rollouts in the terminal, as a page, or as a page that follows a run."""
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from .errors import one_line_errors
 
 # Parts of a path that say nothing about a run.
 _COMMON = {"trajectories", "evaluation"}
+_LONGEST = 16  # letters of a name that fits on the page
 
 
 def view(
@@ -71,7 +73,15 @@ def run_names(paths: list[Path]) -> list[str]:
         first, second = first[:-1], second[:-1]
     while len(first) > 1 and len(second) > 1 and first[0] == second[0]:
         first, second = first[1:], second[1:]
-    return ["/".join(each) or "run" for each in (first, second)]
+    names = ["/".join(each) or "run" for each in (first, second)]
+    if max(map(len, names)) <= _LONGEST:
+        return names
+    # Runs of a sweep differ in a part of their names: "igpo-lr0.0003-60-seed0" and "grpo-lr0.0003-60-seed0".
+    words = [re.split(r"(?<=[-_])", name) for name in names]
+    for end, rest in ((-1, slice(-1)), (0, slice(1, None))):
+        while min(map(len, words)) > 1 and words[0][end] == words[1][end]:
+            words = [each[rest] for each in words]
+    return ["".join(each).strip("-_") for each in words]
 
 
 def _print(run: Path, index: int | None, save: Path | None) -> None:

@@ -88,10 +88,10 @@ function gradesTile() {
   const shown = ["right", "partly", "wrong"].filter((name) => name !== "partly" || facts.some((_, run) => get(run, name).now || get(run, name).before));
   const value = (run, name) => {
     const { before, now } = get(run, name);
-    return el("span", {}, isNumber(before) && el("span", { class: "before" }, `${Math.round(100 * before)} → `), el("b", {}, isNumber(now) ? percent(now) : "–"));
+    return el("span", {}, !several && isNumber(before) && el("span", { class: "before" }, `${Math.round(100 * before)} → `), el("b", {}, isNumber(now) ? percent(now) : "–"));
   };
   return el("div", { class: "tile" }, el("div", { class: "name" }, "Answers"),
-    several && el("div", { class: "value" }, el("span"), el("span", { class: "muted" }, `${runName(0)} · ${runName(1)}`)),
+    several && el("div", { class: "muted run" }, `${runName(0)} · ${runName(1)}`),
     shown.map((name) => el("div", { class: "value grade" }, el("span", {}, name), " ", el("span", {}, facts.flatMap((_, run) => [run > 0 && " · ", value(run, name)])))),
     el("div", { class: "muted" }, "share of rollouts"));
 }
