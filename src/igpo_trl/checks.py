@@ -13,6 +13,7 @@ from .data.rows import check_answers, check_columns, check_prompts, columns_of, 
 from .rollout.chat_templates import prepare_for_tools
 from .rollout.observations import ObservationEncoder
 from .tools import options_of
+from .training.hub import check_can_push
 
 
 def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
@@ -78,6 +79,7 @@ def check_before_loading(
             check_answers(dataset, args.answer_column, name, optional=owned)
     if isinstance(train_dataset, Dataset):
         check_room(args, processing_class, train_dataset, tools or (), context_before_loading(args, model))
+    check_can_push(args)  # last, because it makes the repository
 
 
 def check_processing_class(processing_class: Any, uses_tools: bool) -> None:

@@ -9,7 +9,7 @@ from trl import GRPOConfig
 
 from .beliefs.probes import DEFAULT_TEMPLATE
 from .rewards import DEFAULT_FORMAT_PENALTY
-from .training.options import check_numbers, check_options
+from .training.options import Secret, check_numbers, check_options
 from .turns import FIRST_SEEN
 
 # TRL calls a property of transformers by its old name.
@@ -356,6 +356,8 @@ class IGPOConfig(GRPOConfig):
             on_own_scale = self.normalization == "critic" and self.info_gain != "prob_diff"
             self.info_gain_weight = 0.0 if on_own_scale else 1.0
         check_options(self)
+        if self.hub_token:
+            self.hub_token = Secret(self.hub_token.strip())
 
     def _check_bf16(self) -> None:
         """Train in float32 where nothing computes in bfloat16, unless bfloat16 was asked for."""

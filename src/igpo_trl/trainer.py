@@ -41,6 +41,7 @@ from .training.adapters import check_adapter, is_adapter, load_trainable
 from .training.card.hooks import MakesCard
 from .training.costs import timed
 from .training.counterfactuals import evidence_used, foreign_beliefs
+from .training.hub import PushesToHub
 from .training.resume import ResumesExactly
 from .training.sampled_tokens import SampledTokensModel, backbone_of, can_pack, sampled_mask_of
 from .training.seams import check_seams
@@ -48,7 +49,7 @@ from .trajectory import write_jsonl
 from .turns import FIRST_SEEN, old_log_probs_of_turn_ratios
 
 
-class IGPOTrainer(ResumesExactly, MakesCard, LogsRollouts, GRPOTrainer):
+class IGPOTrainer(ResumesExactly, MakesCard, PushesToHub, LogsRollouts, GRPOTrainer):
     """
     Trainer for Information Gain-based Policy Optimization (IGPO, arXiv 2510.14967).
 
@@ -81,6 +82,7 @@ class IGPOTrainer(ResumesExactly, MakesCard, LogsRollouts, GRPOTrainer):
     | `_compute_loss` | loss of one microbatch | one ratio per turn with `importance_sampling_level="turn"` | before 1.8 |
     | `compute_loss`, `log` | average metrics over batches | average them over rollouts, tokens or calls | before 1.8 |
     | `create_model_card`, `save_model` | write TRL's card; none | write one made from the run | 1.16 |
+    | `push_to_hub`, `init_hf_repo`, `_push_from_checkpoint` | push all of `output_dir`; fail with it | leave out records; lose nothing if they fail | 5.13 |
     | `train`, `_run_epoch`, `_save_checkpoint`, `_save_rng_state`, `_load_rng_state`, `_get_train_sampler` | resumes from the newest checkpoint, without the rollouts that are left and in the order of the first epoch; one more step at the end | resumes from the last whole one, exactly; takes none | 5.13 |
     | `evaluate`, `evaluation_loop` | evaluate one data set | return every metric; average over sets | before 1.8 |
 
