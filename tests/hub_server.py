@@ -1,4 +1,4 @@
-"""A model hub on the loopback interface: as much of its protocol as pushing and pulling models need, over real HTTP."""
+"""A model hub on the loopback interface: what pushing and pulling models need of its protocol, over real HTTP."""
 
 import base64
 import hashlib

@@ -37,7 +37,7 @@ from .rollout.sampling import sample_within_context
 from .rollout.state import Rollout
 from .rollout.turn_reader import parser_errors_as_value_errors
 from .step import Step
-from .training.adapters import check_adapter, is_adapter, load_trainable
+from .training.adapters import check_adapter, find_adapter, load_trainable
 from .training.card.hooks import MakesCard
 from .training.costs import timed
 from .training.counterfactuals import evidence_used, foreign_beliefs
@@ -87,8 +87,8 @@ class IGPOTrainer(ResumesExactly, MakesCard, PushesToHub, LogsRollouts, GRPOTrai
     | `evaluate`, `evaluation_loop` | evaluate one data set | return every metric; average over sets | before 1.8 |
 
     Args:
-        model (`str` or `PreTrainedModel` or `PeftModel`): as in `GRPOTrainer`; text models only. The directory of a
-            PEFT adapter is one, and is trained further.
+        model (`str` or `PreTrainedModel` or `PeftModel`): as in `GRPOTrainer`; text models only. A PEFT
+            adapter, in a directory or on the hub, is one, and is trained further.
         reward_funcs (*optional*): as in `GRPOTrainer`. Defaults to [`answer_reward`], unless the environment owns the
             reward (`get_reward`).
         args ([`IGPOConfig`], *optional*): configuration.
@@ -134,7 +134,8 @@ class IGPOTrainer(ResumesExactly, MakesCard, PushesToHub, LogsRollouts, GRPOTrai
             raise TypeError(
                 f"`args` must be an IGPOConfig, got {type(args).__name__}. It takes every argument of GRPOConfig."
             )
-        base, adapter = model, model if isinstance(model, str) and is_adapter(model) else None
+        revision = (args.model_init_kwargs or {}).get("revision")
+        base, adapter = model, find_adapter(model, revision) if isinstance(model, str) else None
         if adapter is not None:
             base, model_id = check_adapter(adapter, peft_config)
         if processing_class is None:

@@ -78,6 +78,4 @@ def how_to_resume(words: list[str], training: IGPOConfig) -> str:
 def without_token(words: list[str]) -> list[str]:
     """A command line that may be printed."""
     hidden = [re.sub(r"^(--hub[_-]token)=.*", r"\1=<token>", word, flags=re.DOTALL) for word in words]
-    return [
-        "<token>" if i and re.fullmatch("--hub[_-]token", words[i - 1]) else word for i, word in enumerate(hidden)
-    ]
+    return ["<token>" if i and re.fullmatch("--hub[_-]token", words[i - 1]) else word for i, word in enumerate(hidden)]
