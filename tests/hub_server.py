@@ -90,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
         if owner != user:
             return self.send({"error": f"You don't have the rights to create a model under {owner}"}, 403)
         if name in self.server.repositories:
-            return self.send({"error": "You already created this model repo"}, 409)
+            return self.send({"error": "You already created it", "url": f"{self.server.url}/{name}"}, 409)
         self.server.repositories[name] = Repository(wanted.get("visibility") == "private")
         self.send({"url": f"{self.server.url}/{name}", "name": name, "id": name})
 

@@ -2,8 +2,7 @@
 
 import logging
 import shlex
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,19 +120,20 @@ class _Uploads:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._api, name)
 
-    def upload_folder(self, **options: Any) -> Any:
+    def upload_folder(self, run_as_future: bool = False, **options: Any) -> Any:
         options["ignore_patterns"] = [*(options.get("ignore_patterns") or ()), *RECORDS]
-        try:
-            result: Any = self._api.upload_folder(**options)
-        except Exception as error:
-            raise _push_failed(self._trainer, error) from error
-        if isinstance(result, Future):
-            result.add_done_callback(self._report)
-        return result
+        if run_as_future:  # nobody looks at what it raises
+            return self._api.run_as_future(self._upload, logger.warning, **options)
+        return self._upload(**options)
 
-    def _report(self, upload: "Future[Any]") -> None:
-        if not upload.cancelled() and (error := upload.exception()) is not None:
-            logger.warning("%s", _push_failed(self._trainer, error))
+    def _upload(self, report: Callable[..., Any] | None = None, **options: Any) -> Any:
+        try:
+            return self._api.upload_folder(**options)
+        except Exception as error:
+            failed = _push_failed(self._trainer, error)
+            if report is not None:
+                report("%s", failed)
+            raise failed from error
 
 
 @contextmanager
@@ -166,8 +166,10 @@ def _status(error: BaseException) -> int | None:
 
 def _reason(error: BaseException) -> str:
     """A sentence of what went wrong and one of what to do."""
-    while _status(error) is None and error.__cause__ is not None:  # errors of threads are wrapped
-        error = error.__cause__
+    cause: BaseException | None = error
+    while cause is not None and _status(cause) is None and not _is_of_network(cause):  # errors of threads are wrapped
+        cause = cause.__cause__
+    error = cause or error
     status = _status(error)
     said = " ".join(str(getattr(error, "server_message", None) or "no reason given").split())
     if status == 401:
@@ -180,4 +182,10 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set. Unset it."
     text = " ".join(str(error).split()).rstrip(".") or "no reason given"
-    return f"the hub cannot be reached ({type(error).__name__}: {text}). Check the network."
+    if _is_of_network(error):
+        return f"the hub cannot be reached ({type(error).__name__}: {text}). Check the network."
+    return f"{type(error).__name__}: {text}."
+
+
+def _is_of_network(error: BaseException) -> bool:
+    return "TransportError" in {kind.__name__ for kind in type(error).__mro__}  # the client's, httpx or httpx2

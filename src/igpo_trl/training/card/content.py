@@ -55,6 +55,8 @@ def make_card(trainer: Any, folder: Path, model_name: str, pictures: Mapping[str
     """
     data, badges = _of_trl(folder / "README.md", trainer)
     data.model_name = model_name
+    if hasattr(trainer.model, "peft_config"):  # TRL says transformers, whose code the hub would then show
+        data.library_name = "peft"
     origin = origin_of(getattr(trainer.model.config, "_name_or_path", "") or "")
     data.base_model = origin.hub
     repository = trainer.hub_model_id or folder.absolute().name
