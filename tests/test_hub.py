@@ -365,3 +365,88 @@ def test_a_token_is_not_printed_with_the_command_that_resumes():
     words = ["--config", "a.yaml", "--hub_token", TOKEN, f"--hub-token={TOKEN}", "--max_steps", "2"]
     expected = ["--config", "a.yaml", "--hub_token", "<token>", "--hub-token=<token>", "--max_steps", "2"]
     assert without_token(words) == expected
+
+
+# ------------------------------------------------------------------------------------------------- from the command line
+
+
+@pytest.fixture
+def words(hub, tmp_path, monkeypatch):
+    """A command line that trains and pushes, without a token."""
+    monkeypatch.setenv("IGPO_CACHE", str(tmp_path / "igpo"))
+    tiny.make_model("qwen3").save_pretrained(tmp_path / "model")
+    tiny.make_tokenizer().save_pretrained(tmp_path / "model")
+    questions = [{"id": str(i), "question": f"Where was author {i} born?", "answers": ["Paris"]} for i in range(8)]
+    passages = [{"id": str(i), "title": f"T{i}", "text": f"Author {i} was born in Paris."} for i in range(4)]
+    for name, rows in {"questions": questions, "corpus": passages}.items():
+        Path(tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {
+        **{name: tmp_path / f"{name}.jsonl" for name in ("questions", "corpus")},
+        "model_name_or_path": tmp_path / "model", "output_dir": tmp_path / "run", "num_eval_questions": 2,
+        "max_steps": 2, "save_steps": 1, "num_generations": 2, "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2, "max_turn_length": 8, "max_completion_length": 200, "use_cpu": "true",
+        "bf16": "false", "disable_tqdm": "true", "save_trajectories": "true", "report_to": "none", "beta": 0,
+        "search_max_words": 5, "push_to_hub": "true", "hub_model_id": "tester/policy",
+    }  # fmt: skip
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def test_igpo_train_pushes_and_no_file_and_no_line_has_the_token(hub, words, tmp_path, repository):
+    hub.large_from = 200_000
+    variables = os.environ | environment(hub, tmp_path / "other") | {"HF_HUB_DISABLE_XET": "1", "HF_DEBUG": "1"}
+    variables["PYTHONPATH"] = os.pathsep.join([str(repository / "src"), os.environ.get("PYTHONPATH", "")])
+    variables.pop("HF_TOKEN")
+    more = ["--hub_token", TOKEN, "--hub_strategy", "every_save", "--report_to", "tensorboard", "--debug"]
+    command = [sys.executable, "-m", "igpo_trl", "train", *words, *more]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = hub.repositories["tester/policy"].files
+    assert {"README.md", "model.safetensors", "igpo.yaml", "metrics.jsonl", "evaluation.json"} <= set(files)
+    assert not [name for name in files if "optimizer" in name or "trajectories" in name]
+    assert {"Model save", "End of training"} <= set(hub.repositories["tester/policy"].commits)
+    assert "after training" in files["README.md"].decode(), "the card that was pushed lacks the last evaluation"
+
+    written = {str(file): file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    assert any(name.endswith("training_args.bin") for name in written)
+    assert any("tfevents" in name for name in written)
+    for name, content in (written | files | {"stdout": done.stdout.encode(), "stderr": done.stderr.encode()}).items():
+        assert TOKEN.encode() not in content, name
+        assert TOKEN[3:].encode() not in content, name
+    options = yaml.safe_load(files["igpo.yaml"])
+    assert options["model_name_or_path"] == "tester/policy" and options["search_max_words"] == 5
+    for name in ("README.md", "igpo.yaml", "config.json", "tokenizer_config.json", "generation_config.json"):
+        assert str(tmp_path).encode() not in files[name], name
+
+
+def run(words):
+    return CliRunner().invoke(app, ["train", *words])
+
+
+def test_igpo_train_says_at_once_that_it_may_not_push(hub, words, tmp_path):
+    result = run([*words, "--hub_token", "hf_wrongWRONG"])
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
+    assert "nothing can be pushed to tester/policy: the hub does not know the token" in result.stderr
+    assert "hf_wrongWRONG" not in result.output and not (tmp_path / "igpo").exists(), "an index was built before"
+
+
+def test_igpo_train_finishes_a_run_whose_push_fails(hub, words, tmp_path):
+    hub.faults.append(Fault("/commit/", 403, message="revoked"))
+    result = run([*words, "--hub_token", TOKEN])
+    assert result.exit_code == 1 and "Traceback" not in result.stderr, result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Error: ") and "this token may not write there (revoked)" in last
+    assert f"To push it later: hf upload tester/policy {tmp_path / 'run'} ." in last
+    assert "after" in json.loads((tmp_path / "run/evaluation.json").read_text())
+    again = run([*words, "--hub_token", TOKEN, "--resume_from_checkpoint", "true"])
+    assert again.exit_code == 0 and "is done: checkpoint-2 is its last" in again.output
+
+
+def test_igpo_train_resumes_without_printing_the_token(hub, words, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(IGPOTrainer, "_compute_loss", fail)
+    result = run([*words, "--hub_token", TOKEN])
+    notes = " ".join(getattr(result.exception, "__notes__", []))
+    assert "To start again:" in notes and "--hub_token '<token>'" in notes
+    assert TOKEN not in notes + result.output + str(result.exception)
