@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,7 +70,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.validate(json.loads(body)["content"])
         if match := re.fullmatch(r"/lfs/(\w+)(?:/(\d+))?(/complete)?", path):
             return self.take_large_file(match, body)
-        match = re.fullmatch(r"(?:/api/models)?/([\w.-]+/[\w.-]+?)(?:\.git)?(?:/(.*))?", path)
+        match = re.fullmatch(
+            r"(?:/api/(?:models|datasets))?(?:/datasets)?/([\w.-]+/[\w.-]+?)(?:\.git)?(?:/(.*))?", path
+        )
         name, rest = (match[1], match[2] or "") if match else ("", "")
         repository = self.server.repositories.get(name)
         if repository is None or (repository.private and name.split("/")[0] != user):
@@ -205,6 +208,7 @@ class ModelHub(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.faults: list[Fault] = []
         self.requests: list[str] = []
+        self.mistakes: list[BaseException | None] = []
         self.large_files: dict[str, dict[int, bytes]] = {}
         self.large_from, self.chunk_size = 10**9, 0
 
@@ -217,7 +221,9 @@ class ModelHub(ThreadingHTTPServer):
         return None if parts is None else b"".join(parts[i] for i in sorted(parts))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients hang up, and so do faults."""
+        """Clients hang up, and so do faults; anything else is a mistake of this server."""
+        if not isinstance(error := sys.exception(), OSError | ValueError):
+            self.mistakes.append(error)
 
 
 @contextmanager
@@ -229,6 +235,7 @@ def running_hub() -> Iterator[ModelHub]:
     server.shutdown()
     server.server_close()
     thread.join()
+    assert not server.mistakes, server.mistakes
 
 
 def environment(server: ModelHub, cache: Any, token: str | None = None) -> dict[str, str]:

@@ -71,17 +71,21 @@ def logits(model):
     return model(torch.arange(20)[None]).logits
 
 
-# ------------------------------------------------------------------------------------------------------- what is pushed
+# ------------------------------------------------------------------------------------------------------ what is pushed
 
 
 def test_push_to_hub_says_igpo_and_cites_the_paper(hub, tmp_path):
     trainer = make(tmp_path / "run", save_trajectories=True, log_completions=True, num_completions_to_print=0)
     trainer.train()
     assert hub.requests == []
+    for name in ("eval/trajectories/rank0.jsonl", "eval/verdicts.jsonl", "eval/run.json", "page.html"):
+        Path(tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        Path(tmp_path / "run" / name).write_text(f"Where was author 1 born? {tmp_path}")
+    Path(tmp_path / "run/eval/results.md").write_text("| F1 |\n|---|\n| 50.0 |\n")
     trainer.push_to_hub(dataset_name="hotpotqa/hotpot_qa")
 
     files = hub.repositories["tester/policy"].files
-    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "eval/results.md"} <= set(files)
     card = files["README.md"].decode()
     header, text = card.split("---", 2)[1:]
     data = yaml.safe_load(header)
@@ -142,7 +146,7 @@ def test_private_and_existing_repositories(hub, tmp_path, monkeypatch, private):
             AutoTokenizer.from_pretrained("tester/policy", cache_dir=tmp_path / "others")
 
 
-# ---------------------------------------------------------------------------------------------------- pulled and used
+# ----------------------------------------------------------------------------------------------------- pulled and used
 
 
 @pytest.mark.parametrize("chunk_size", [0, 100_000])
@@ -156,7 +160,9 @@ def test_a_full_model_is_pulled_with_transformers(hub, tmp_path, chunk_size):
     model = AutoModelForCausalLM.from_pretrained("tester/policy")
     assert torch.equal(logits(model), logits(trainer.model))
     tokenizer = AutoTokenizer.from_pretrained("tester/policy")
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Who?"}], return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Who?"}], return_tensors="pt", return_dict=True
+    )
     assert model.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
 
 
@@ -242,7 +248,7 @@ def test_a_base_model_in_a_folder_is_warned_of(hub, tmp_path, caplog):
     assert "whoever pulls" not in caplog.text
 
 
-# --------------------------------------------------------------------------------------------------- what is refused
+# ----------------------------------------------------------------------------------------------------- what is refused
 
 REFUSED = {
     "the namespace of somebody else": ({"hub_model_id": "other/policy"}, "this token may not write there"),
@@ -286,12 +292,15 @@ def test_other_mistakes_make_no_repository(hub, tmp_path):
     assert hub.requests == []
 
 
-# ------------------------------------------------------------------------------------------------------ what goes wrong
+# ----------------------------------------------------------------------------------------------------- what goes wrong
 
 FAILURES = {
     "permission lost": (Fault("commit|preupload", 403, message="revoked"), "this token may not write there"),
     "quota": (Fault("/commit/", 413, message="storage limit"), "the hub refused with status 413 (storage limit)"),
-    "server error": (Fault("/commit/", 500, message="oops"), "refused with status 500 (oops). The fault is on its side"),
+    "server error": (
+        Fault("/commit/", 500, message="oops"),
+        "refused with status 500 (oops). The fault is on its side",
+    ),
     "storage error": (Fault("PUT /lfs", 507, message="full"), "refused with status 507 (full)"),
     "gone for good": (Fault("PUT /lfs", 0), "the hub cannot be reached"),
 }
@@ -315,7 +324,9 @@ def test_a_push_that_fails_says_how_to_push_later(hub, tmp_path, caplog, case):
 
 
 def test_the_command_that_pushes_later(hub, tmp_path):
-    trainer = make(tmp_path / "run", save_strategy="steps", save_steps=1, save_trajectories=True, hub_private_repo=True)
+    trainer = make(
+        tmp_path / "run", save_strategy="steps", save_steps=1, save_trajectories=True, hub_private_repo=True
+    )
     trainer.train()
     hub.faults.append(Fault("", 0))
     with pytest.raises(PushFailed, match="hf upload tester/policy .* --private") as caught:
@@ -358,7 +369,7 @@ def test_pushes_that_fail_while_training_are_warned_of(hub, tmp_path, caplog):
     assert "was not pushed to tester/policy: the hub refused with status 500 (oops)" in caplog.text
 
 
-# -------------------------------------------------------------------------------------------------------------- secrets
+# ------------------------------------------------------------------------------------------------------------- secrets
 
 
 def test_a_token_is_not_printed_with_the_command_that_resumes():
@@ -367,7 +378,7 @@ def test_a_token_is_not_printed_with_the_command_that_resumes():
     assert without_token(words) == expected
 
 
-# ------------------------------------------------------------------------------------------------- from the command line
+# ----------------------------------------------------------------------------------------------- from the command line
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from transformers import Trainer
 
 logger = logging.getLogger(__name__)
 
-#: Files with questions and what was said of them, which may be private or large, as patterns of `fnmatch`.
-RECORDS = ("*trajectories*", "completions/*", "*verdicts.jsonl", "*.html")
+#: Rollouts, of training and of evaluations, which may be private or large, as patterns of `fnmatch`.
+RECORDS = ("*trajectories*", "completions/*", "*verdicts.jsonl", "*/run.json", "*.html")
 
 
 class PushFailed(OSError):
