@@ -1,5 +1,6 @@
 """Pushing and pulling what was trained, for real, with a hub of our own on the loopback interface."""
 
+import copy
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import tiny
 import torch
 import yaml
 from hub_server import TOKEN, Fault, Repository, environment, running_hub, use_hub
+from huggingface_hub import snapshot_download
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -125,6 +127,11 @@ def test_what_training_pushes_while_it_runs(hub, tmp_path, strategy):
         assert repository.commits[0] == "Training in progress, step 1"
         assert {"model.safetensors", "README.md"} <= set(repository.files)
         assert states == ({"last-checkpoint/optimizer.pt"} if strategy == "checkpoint" else set())
+    if strategy == "checkpoint":  # which resumes on another machine
+        pulled = snapshot_download("tester/policy", allow_patterns="last-checkpoint/*", local_dir=tmp_path / "pulled")
+        other = make(tmp_path / "other", max_steps=3)
+        other.train(resume_from_checkpoint=f"{pulled}/last-checkpoint")
+        assert other.state.global_step == 3 and other.state.log_history[0]["step"] == 1
     trainer.push_to_hub()
     assert repository.commits[-1] == "End of training"
     assert not [name for name in repository.files if name.startswith("checkpoint-")]
@@ -370,6 +377,22 @@ def test_pushes_that_fail_while_training_are_warned_of(hub, tmp_path, caplog):
 
 
 # ------------------------------------------------------------------------------------------------------------- secrets
+
+
+def test_a_token_is_not_pickled_or_shown(tmp_path):
+    args = IGPOConfig(str(tmp_path), use_cpu=True, bf16=False, hub_token=f"{TOKEN}\n")
+    assert f"Bearer {args.hub_token}" == f"Bearer {TOKEN}" == f"Bearer {copy.deepcopy(args).hub_token}"
+    torch.save(args, tmp_path / "training_args.bin")
+    assert TOKEN.encode() not in (tmp_path / "training_args.bin").read_bytes()
+    assert torch.load(tmp_path / "training_args.bin", weights_only=False).hub_token is None
+    assert TOKEN not in repr(args) + str(args) + args.to_json_string() + repr([args.hub_token])
+
+
+@pytest.mark.parametrize("middle", ["\n", " ", "é", "\x01"])
+def test_a_token_that_would_be_shown_by_the_error_of_a_client_is_refused(tmp_path, middle):
+    with pytest.raises(ValueError, match="`hub_token` has a space, a line break or a letter") as caught:
+        IGPOConfig(str(tmp_path), use_cpu=True, bf16=False, hub_token=f"hf_SEC{middle}RET")
+    assert "SEC" not in str(caught.value)
 
 
 def test_a_token_is_not_printed_with_the_command_that_resumes():

@@ -356,8 +356,8 @@ class IGPOConfig(GRPOConfig):
             on_own_scale = self.normalization == "critic" and self.info_gain != "prob_diff"
             self.info_gain_weight = 0.0 if on_own_scale else 1.0
         check_options(self)
-        if self.hub_token:
-            self.hub_token = Secret(self.hub_token.strip())
+        if token := getattr(self, "hub_token"):  # noqa: B009  # whose type mypy does not find
+            self.hub_token = Secret(token)
 
     def _check_bf16(self) -> None:
         """Train in float32 where nothing computes in bfloat16, unless bfloat16 was asked for."""

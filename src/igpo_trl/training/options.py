@@ -96,7 +96,17 @@ def check_options(config: Any) -> None:
 
 
 class Secret(str):
-    """A token that is not pickled: transformers pickles its arguments into `training_args.bin`, which is uploaded."""
+    """
+    A token that is not pickled: transformers pickles its arguments into `training_args.bin`, which is uploaded.
+
+    Raises `ValueError` for a text that no HTTP header can have, because the error of the HTTP client would show it.
+    """
+
+    def __new__(cls, token: str) -> "Secret":
+        token = token.strip()
+        if not token.isascii() or not token.isprintable() or " " in token:
+            raise ValueError("`hub_token` has a space, a line break or a letter that no token has. Copy it again.")
+        return super().__new__(cls, token)
 
     def __repr__(self) -> str:
         return "'<secret>'"
