@@ -413,9 +413,10 @@ def run_hf(arguments, monkeypatch):
     """By the real program, on a hub with what the page has pushed."""
     if arguments[:2] == ["auth", "login"]:
         arguments.append("--help")  # it asks for a token
-    for file in ("outputs/run/config.json", "outputs/run/trajectories/rank0.jsonl"):
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        Path(file).write_text("one")
+    for file in ("run/config.json", "run/trajectories/rank0.jsonl", "warm/config.json", "warm/traces.jsonl"):
+        path = Path("outputs", file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("one")
     with running_hub() as server:
         server.users[TOKEN] = "you"
         files = {"igpo.yaml": b"a: 1\n", "last-checkpoint/trainer_state.json": b"{}"}
@@ -430,7 +431,7 @@ def run_hf(arguments, monkeypatch):
         pushed = {name: set(repository.files) - files.keys() for name, repository in server.repositories.items()}
     if arguments[0] == "upload":
         name, folder = arguments[1:3]
-        assert pushed[name] == {"config.json" if folder == "outputs/run" else "rank0.jsonl"}
+        assert pushed[name] == {"rank0.jsonl" if folder.endswith("trajectories") else "config.json"}
     if arguments[0] == "download":
         (place,) = [arguments[i + 1] for i, word in enumerate(arguments) if word == "--local-dir"]
         assert any(Path(place, name).is_file() for name in files)

@@ -473,6 +473,16 @@ def test_igpo_train_finishes_a_run_whose_push_fails(hub, words, tmp_path):
     assert "after" in json.loads((tmp_path / "run/evaluation.json").read_text())
     again = run([*words, "--hub_token", TOKEN, "--resume_from_checkpoint", "true"])
     assert again.exit_code == 0 and "is done: checkpoint-2 is its last" in again.output
+    assert "If it has not been pushed: hf upload tester/policy" in again.output
+
+
+def test_a_run_without_a_network_says_whose_it_will_be(hub, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    words[words.index("--push_to_hub") + 1] = "false"
+    result = run(words)
+    assert result.exit_code == 0 and hub.requests == []
+    assert "igpo ask --model tester/policy" in (tmp_path / "run/README.md").read_text()
+    assert "model_name_or_path: tester/policy" in (tmp_path / "run/igpo.yaml").read_text()
 
 
 def test_igpo_train_resumes_without_printing_the_token(hub, words, tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ def make_card(trainer: Any, folder: Path, model_name: str, pictures: Mapping[str
         data.library_name = "peft"
     origin = origin_of(getattr(trainer.model.config, "_name_or_path", "") or "")
     data.base_model = origin.hub
-    repository = trainer.hub_model_id or folder.absolute().name
+    repository = trainer.hub_model_id or trainer.args.hub_model_id or folder.absolute().name
     sections = {
         "Use": make_snippet(trainer, folder, repository),
         "Tools": _tools(trainer.tools or ()),
