@@ -204,7 +204,14 @@ def test_an_adapter_is_pulled_with_peft_and_merged_into_a_plain_model(hub, adapt
 
 
 def test_an_adapter_on_the_hub_is_trained_further(hub, adapter, tmp_path):
-    more = make(tmp_path / "more", model="tester/adapter", model_init_kwargs={"dtype": "float32"})
+    del hub.repositories["tester/adapter"].files["tokenizer_config.json"]  # then it is that of the base model
+    hub.requests.clear()
+    more = tiny.make_trainer(
+        Trainer, IGPOConfig, tmp_path / "more", model="tester/adapter", processing_class=None,
+        model_init_kwargs={"dtype": "float32", "revision": "v2"}, hub_model_id="tester/policy",
+    )  # fmt: skip
+    at_v2 = [request for request in hub.requests if "/v2" in request]
+    assert at_v2 and all("tester/adapter/" in request for request in at_v2)
     assert torch.allclose(logits(more.model), logits(adapter.model), atol=1e-5)
     more.train()
     assert not torch.allclose(logits(more.model), logits(adapter.model), atol=1e-5)

@@ -134,19 +134,19 @@ class IGPOTrainer(ResumesExactly, MakesCard, PushesToHub, LogsRollouts, GRPOTrai
             raise TypeError(
                 f"`args` must be an IGPOConfig, got {type(args).__name__}. It takes every argument of GRPOConfig."
             )
-        revision = (args.model_init_kwargs or {}).get("revision")
+        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         base, adapter = model, find_adapter(model, revision) if isinstance(model, str) else None
         if adapter is not None:
-            base, model_id = check_adapter(adapter, peft_config)
+            (base, model_id), revision = check_adapter(adapter, peft_config), None  # which was the adapter's
         if processing_class is None:
-            processing_class = components.load_processing_class(model, model_id, args)
+            processing_class = components.load_processing_class(model_id, args, revision)
         environment_factory, environments = probe_environments(environment_factory)
         if not tools and not environments and rollout_func is None:
             warn_of_single_turns()
         default_reward = reward_funcs is None and not any(hasattr(type(e), "get_reward") for e in environments)
         check_before_loading(
             args, processing_class, train_dataset, eval_dataset, tools, environments,
-            needs_answers=default_reward, model=base,
+            needs_answers=default_reward, model=base, revision=revision,
         )  # fmt: skip
         if default_reward:
             reward_funcs = make_answer_reward(args.answer_column, format_penalty=args.format_penalty)
