@@ -93,6 +93,7 @@ def test_push_to_hub_says_igpo_and_cites_the_paper(hub, tmp_path):
     data = yaml.safe_load(header)
     assert {"igpo", "trl"} <= set(data["tags"]) and data["library_name"] == "transformers"
     assert data["base_model"] == "tiny-qwen3" and data["datasets"] == "hotpotqa/hotpot_qa"
+    assert "licence" not in data and data["model_name"] == "policy"
     assert "trained with IGPO" in text
     assert 'from_pretrained("tester/policy"' in text
     assert "](beliefs_by_turn.png)" in text and files["beliefs_by_turn.png"].startswith(b"\x89PNG")
@@ -455,6 +456,7 @@ def test_igpo_train_pushes_and_no_file_and_no_line_has_the_token(hub, words, tmp
         assert TOKEN[3:].encode() not in content, name
     options = yaml.safe_load(files["igpo.yaml"])
     assert options["model_name_or_path"] == "tester/policy" and options["search_max_words"] == 5
+    assert not [name for name, content in files.items() if b"Where was author" in content]
     for name in ("README.md", "igpo.yaml", "config.json", "tokenizer_config.json", "generation_config.json"):
         assert str(tmp_path).encode() not in files[name], name
 
@@ -488,7 +490,8 @@ def test_a_run_without_a_network_says_whose_it_will_be(hub, words, tmp_path, mon
     words[words.index("--push_to_hub") + 1] = "false"
     result = run(words)
     assert result.exit_code == 0 and hub.requests == []
-    assert "igpo ask --model tester/policy" in (tmp_path / "run/README.md").read_text()
+    card = (tmp_path / "run/README.md").read_text()
+    assert "igpo ask --model tester/policy" in card and "\n# policy\n" in card
     assert "model_name_or_path: tester/policy" in (tmp_path / "run/igpo.yaml").read_text()
 
 

@@ -79,7 +79,9 @@ def _of_trl(file: Path, trainer: Any) -> tuple[ModelCardData, list[str]]:
     tags = ["generated_from_trainer", *trainer._tag_names]
     try:
         card = ModelCard.load(file, ignore_metadata_errors=True)
-        data = ModelCardData(ignore_metadata_errors=True, **card.data.to_dict())
+        values = card.data.to_dict()
+        values.pop("licence", None)  # which TRL's template says without naming one
+        data = ModelCardData(ignore_metadata_errors=True, **values)
         own = [tag for tag in data.tags or [] if not tag.startswith("base_model:")]  # with paths, from PEFT
         data.tags = [*dict.fromkeys([*tags, *own])]
         badges = re.findall(r"^\[<img .*\)", card.text, re.MULTILINE)
