@@ -36,8 +36,8 @@ SCRIPT = """
 
 What `igpo train` and `train.py` take besides: questions, passages, and how they are searched. In Python these are
 arguments of [`load_questions`](data.md) and [`SearchTool`](search.md). The options of the model, such as
-`model_name_or_path` and `use_peft`, are those of TRL's `ModelConfig`. The directory of a PEFT adapter is a model too,
-and is trained further.
+`model_name_or_path` and `use_peft`, are those of TRL's `ModelConfig`. A PEFT adapter, in a directory or
+[on the hub](hub.md), is a model too, and is trained further.
 
 """
 

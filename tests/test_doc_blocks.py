@@ -6,9 +6,11 @@ import gzip
 import http.server
 import importlib
 import json
+import os
 import pkgutil
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import threading
@@ -23,6 +25,7 @@ import tiny
 import torch
 import typer
 from accelerate.commands.launch import launch_command_parser
+from hub_server import TOKEN, Repository, environment, running_hub, use_hub
 from peft import LoraConfig, get_peft_model
 from test_search_dense import make_model
 from test_serve import PASSAGES, Running, post
@@ -37,6 +40,7 @@ from igpo_trl.data import QUESTION_SETS
 from igpo_trl.evaluation.settings import saved_options
 from igpo_trl.rollout.chat_templates import prepare_for_tools
 from igpo_trl.search import BM25Index, DenseIndex, WebSearch
+from igpo_trl.training.hub import how_to_push
 from igpo_trl.trajectory import Trajectory, Turn, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,6 +117,7 @@ def reader(tmp_path, monkeypatch):
 
 
 CALL = {"name": "search", "arguments": {"query": "Who wrote Dune?"}}
+PUSH = IGPOTrainer.push_to_hub
 TURNS = [f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>", tiny.answer("Frank Herbert")]
 
 
@@ -166,6 +171,40 @@ def trained(reader, monkeypatch):
     server.server_close()
 
 
+@pytest.fixture
+def published(reader, tmp_path, monkeypatch):
+    """A hub with the model of the examples, on which the reader is logged in as `you`."""
+    with running_hub() as server:
+        use_hub(server, monkeypatch, tmp_path / "cache", TOKEN)
+        server.users[TOKEN] = "you"
+        files = {file.name: file.read_bytes() for file in Path("tiny-model").iterdir()}
+        server.repositories["Qwen/Qwen2.5-3B-Instruct"] = Repository(files=files, commits=["first"])
+        yield server
+
+
+@pytest.mark.filterwarnings("ignore:Cannot enable progress bars")
+def test_the_page_about_the_hub_pushes_pulls_and_merges(published, monkeypatch):
+    monkeypatch.setattr(IGPOTrainer, "push_to_hub", PUSH)  # which `reader` has replaced
+    blocks = [block for block in BLOCKS if is_of_hub(block)]
+    assert len(blocks) == 2
+    for block in blocks:
+        code = block.code.replace(*next(iter(list(SUBSTITUTES.items())[1:])))
+        names = {"__name__": "example"}
+        exec(compile(code, str(block), "exec"), names)
+    searcher, merged = (published.repositories[name] for name in ("you/searcher", "you/searcher-merged"))
+    assert {"adapter_config.json", "adapter_model.safetensors", "igpo.yaml", "README.md"} <= searcher.files.keys()
+    assert searcher.private and merged.private and {"config.json", "tokenizer.json"} <= merged.files.keys()
+    assert names["plain"].num_parameters() == tiny.make_model("qwen2", max_position_embeddings=8192).num_parameters()
+    assert saved_options("you/searcher") is not None
+    printed = how_to_push(IGPOConfig("outputs/run", hub_model_id="you/searcher", hub_private_repo=True, **CPU))
+    (shown,) = [b.code for b in BLOCKS if b.page == "docs/hub.md" and b.code.startswith("hf upload you/searcher out")]
+    assert shlex.split(shown.replace("\\\n", "")) == shlex.split(printed)
+
+
+def is_of_hub(block):
+    return block.page == "docs/hub.md" and block.language == "python"
+
+
 def is_of_inference(block):
     return block.page == "docs/inference.md" and block.language == "python"
 
@@ -186,7 +225,7 @@ def test_a_trained_model_is_used_by_itself(block, trained, capsys):
 
 
 @pytest.mark.parametrize(
-    "block", [block for block in BLOCKS if block.language == "python" and not is_of_inference(block)], ids=str
+    "block", [b for b in BLOCKS if b.language == "python" and not is_of_inference(b) and not is_of_hub(b)], ids=str
 )
 def test_python_runs_by_itself(block, reader, monkeypatch):
     """In a namespace of its own: what a block needs and does not import is a NameError for who copies it."""
@@ -245,7 +284,7 @@ def commands(tmp_path, monkeypatch):
     for name in ("configs", "accelerate_configs", "benchmarks", "tests", "train.py", "Makefile"):
         (checkout / name).symlink_to(ROOT / name)
     recorder = '#!/bin/bash\nprintf "%s\\0" "${0##*/}" "$@" > "$(mktemp "$RECORDS/XXXXXX")"\n'
-    for name in ("igpo", "accelerate", "python", "pip", "make", "git", "curl"):
+    for name in ("igpo", "accelerate", "python", "pip", "make", "git", "curl", "hf"):
         (programs / name).write_text(recorder)
         (programs / name).chmod(0o755)
     (checkout / ".venv/bin/python").symlink_to(programs / "python")
@@ -370,6 +409,34 @@ def run_curl(arguments, monkeypatch):
     assert form(answer) == form(shown)
 
 
+def run_hf(arguments, monkeypatch):
+    """By the real program, on a hub with what the page has pushed."""
+    if arguments[:2] == ["auth", "login"]:
+        arguments.append("--help")  # it asks for a token
+    for file in ("run/config.json", "run/trajectories/rank0.jsonl", "warm/config.json", "warm/traces.jsonl"):
+        path = Path("outputs", file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("one")
+    with running_hub() as server:
+        server.users[TOKEN] = "you"
+        files = {"igpo.yaml": b"a: 1\n", "last-checkpoint/trainer_state.json": b"{}"}
+        server.repositories["you/searcher"] = Repository(files=dict(files), commits=["first"])
+        done = subprocess.run(
+            [sys.executable, "-m", "huggingface_hub.cli.hf", *arguments],
+            env=os.environ | environment(server, Path("cache").absolute(), TOKEN),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        pushed = {name: set(repository.files) - files.keys() for name, repository in server.repositories.items()}
+    if arguments[0] == "upload":
+        name, folder = arguments[1:3]
+        assert pushed[name] == {"rank0.jsonl" if folder.endswith("trajectories") else "config.json"}
+    if arguments[0] == "download":
+        (place,) = [arguments[i + 1] for i, word in enumerate(arguments) if word == "--local-dir"]
+        assert any(Path(place, name).is_file() for name in files)
+
+
 PROGRAMS = {
     "igpo": parse_igpo,
     "accelerate": parse_accelerate,
@@ -377,6 +444,7 @@ PROGRAMS = {
     "pip": parse_pip,
     "make": parse_make,
     "curl": run_curl,
+    "hf": run_hf,
     "git": lambda arguments, monkeypatch: None,  # clones from a placeholder
 }
 

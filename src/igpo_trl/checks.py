@@ -13,6 +13,7 @@ from .data.rows import check_answers, check_columns, check_prompts, columns_of, 
 from .rollout.chat_templates import prepare_for_tools
 from .rollout.observations import ObservationEncoder
 from .tools import options_of
+from .training.hub import check_can_push
 
 
 def check_datasets(train_dataset: Any, eval_dataset: Any) -> None:
@@ -36,6 +37,7 @@ def check_before_loading(
     *,
     needs_answers: bool,
     model: Any,
+    revision: str | None,
 ) -> None:
     """
     Raise `ValueError` for whatever would make training fail, or train nothing, once the model is loaded.
@@ -48,6 +50,7 @@ def check_before_loading(
         environments (list): one of each kind.
         needs_answers (`bool`): whether the reward function reads the answers.
         model (`str` or `PreTrainedModel`): as the trainer got it, or the name of an adapter's base model.
+        revision (`str`, *optional*): of the model.
     """
     check_sampling(args)
     check_num_questions(args, train_dataset)
@@ -77,7 +80,8 @@ def check_before_loading(
         if needs_column or (reads_answers and args.answer_column in columns_of(dataset)):
             check_answers(dataset, args.answer_column, name, optional=owned)
     if isinstance(train_dataset, Dataset):
-        check_room(args, processing_class, train_dataset, tools or (), context_before_loading(args, model))
+        check_room(args, processing_class, train_dataset, tools or (), context_before_loading(args, model, revision))
+    check_can_push(args)  # last, because it makes the repository
 
 
 def check_processing_class(processing_class: Any, uses_tools: bool) -> None:
@@ -239,12 +243,11 @@ def check_room(
         )
 
 
-def context_before_loading(args: Any, model: Any) -> int:
+def context_before_loading(args: Any, model: Any, revision: str | None = None) -> int:
     """Longest context of a model that may not be loaded yet, in tokens."""
-    options = args.model_init_kwargs or {}
     try:
         config = AutoConfig.from_pretrained(
-            model, revision=options.get("revision") or "main", trust_remote_code=args.trust_remote_code
+            model, revision=revision or "main", trust_remote_code=args.trust_remote_code
         ) if isinstance(model, str) else model.config  # fmt: skip
     except (OSError, ValueError):  # loading the model says better what is wrong
         return sys.maxsize

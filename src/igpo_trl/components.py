@@ -38,11 +38,11 @@ PAPER = {
 }
 
 
-def load_processing_class(model: Any, model_id: str, args: Any) -> Any:
+def load_processing_class(model_id: str, args: Any, revision: str | None) -> Any:
     """The processing class that is saved with the model."""
     return AutoProcessor.from_pretrained(
         model_id,
-        revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
+        revision=revision,
         truncation_side="left",
         padding_side="left",
         trust_remote_code=args.trust_remote_code,

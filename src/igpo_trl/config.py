@@ -9,7 +9,7 @@ from trl import GRPOConfig
 
 from .beliefs.probes import DEFAULT_TEMPLATE
 from .rewards import DEFAULT_FORMAT_PENALTY
-from .training.options import check_numbers, check_options
+from .training.options import Secret, check_numbers, check_options
 from .turns import FIRST_SEEN
 
 # TRL calls a property of transformers by its old name.
@@ -333,8 +333,7 @@ class IGPOConfig(GRPOConfig):
         metadata={
             "help": "Write every training rollout with its beliefs, gains and advantages to "
             "`output_dir/trajectories/` as JSON Lines, one file per process, which continues in another after 64 MiB. "
-            "Resumed training removes the records of the steps that it repeats; a new run in the same directory "
-            "moves those of the earlier one to `trajectories-1`."
+            "Resumed training removes those of steps that it repeats; a new run moves them to `trajectories-1`."
         },
     )
 
@@ -360,6 +359,8 @@ class IGPOConfig(GRPOConfig):
             on_own_scale = self.normalization == "critic" and self.info_gain != "prob_diff"
             self.info_gain_weight = 0.0 if on_own_scale else 1.0
         check_options(self)
+        if token := getattr(self, "hub_token"):  # noqa: B009  # whose type mypy does not find
+            self.hub_token = Secret(token)
 
     def _check_bf16(self) -> None:
         """Train in float32 where nothing computes in bfloat16, unless bfloat16 was asked for."""

@@ -37,10 +37,11 @@ from .rollout.sampling import sample_within_context
 from .rollout.state import Rollout
 from .rollout.turn_reader import parser_errors_as_value_errors
 from .step import Step
-from .training.adapters import check_adapter, is_adapter, load_trainable
+from .training.adapters import check_adapter, find_adapter, load_trainable
 from .training.card.hooks import MakesCard
 from .training.costs import timed
 from .training.counterfactuals import evidence_used, foreign_beliefs
+from .training.hub import PushesToHub
 from .training.resume import ResumesExactly
 from .training.sampled_tokens import SampledTokensModel, backbone_of, can_pack, sampled_mask_of
 from .training.seams import check_seams
@@ -48,7 +49,7 @@ from .trajectory import write_jsonl
 from .turns import FIRST_SEEN, old_log_probs_of_turn_ratios
 
 
-class IGPOTrainer(ResumesExactly, MakesCard, LogsRollouts, GRPOTrainer):
+class IGPOTrainer(ResumesExactly, MakesCard, PushesToHub, LogsRollouts, GRPOTrainer):
     """
     Trainer for Information Gain-based Policy Optimization (IGPO, arXiv 2510.14967).
 
@@ -81,12 +82,13 @@ class IGPOTrainer(ResumesExactly, MakesCard, LogsRollouts, GRPOTrainer):
     | `_compute_loss` | loss of one microbatch | one ratio per turn with `importance_sampling_level="turn"` | before 1.8 |
     | `compute_loss`, `log` | average metrics over batches | average them over rollouts, tokens or calls | before 1.8 |
     | `create_model_card`, `save_model` | write TRL's card; none | write one made from the run | 1.16 |
+    | `push_to_hub`, `init_hf_repo`, `_push_from_checkpoint` | push all of `output_dir`; fail with it | leave out records; lose nothing if they fail | 5.13 |
     | `train`, `_run_epoch`, `_save_checkpoint`, `_save_rng_state`, `_load_rng_state`, `_get_train_sampler` | resumes from the newest checkpoint, without the rollouts that are left and in the order of the first epoch; one more step at the end | resumes from the last whole one, exactly; takes none | 5.13 |
     | `evaluate`, `evaluation_loop` | evaluate one data set | return every metric; average over sets | before 1.8 |
 
     Args:
-        model (`str` or `PreTrainedModel` or `PeftModel`): as in `GRPOTrainer`; text models only. The directory of a
-            PEFT adapter is one, and is trained further.
+        model (`str` or `PreTrainedModel` or `PeftModel`): as in `GRPOTrainer`; text models only. A PEFT
+            adapter, in a directory or on the hub, is one, and is trained further.
         reward_funcs (*optional*): as in `GRPOTrainer`. Defaults to [`answer_reward`], unless the environment owns the
             reward (`get_reward`).
         args ([`IGPOConfig`], *optional*): configuration.
@@ -132,18 +134,19 @@ class IGPOTrainer(ResumesExactly, MakesCard, LogsRollouts, GRPOTrainer):
             raise TypeError(
                 f"`args` must be an IGPOConfig, got {type(args).__name__}. It takes every argument of GRPOConfig."
             )
-        base, adapter = model, model if isinstance(model, str) and is_adapter(model) else None
+        revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+        base, adapter = model, find_adapter(model, revision) if isinstance(model, str) else None
         if adapter is not None:
-            base, model_id = check_adapter(adapter, peft_config)
+            (base, model_id), revision = check_adapter(adapter, peft_config), None  # which was the adapter's
         if processing_class is None:
-            processing_class = components.load_processing_class(model, model_id, args)
+            processing_class = components.load_processing_class(model_id, args, revision)
         environment_factory, environments = probe_environments(environment_factory)
         if not tools and not environments and rollout_func is None:
             warn_of_single_turns()
         default_reward = reward_funcs is None and not any(hasattr(type(e), "get_reward") for e in environments)
         check_before_loading(
             args, processing_class, train_dataset, eval_dataset, tools, environments,
-            needs_answers=default_reward, model=base,
+            needs_answers=default_reward, model=base, revision=revision,
         )  # fmt: skip
         if default_reward:
             reward_funcs = make_answer_reward(args.answer_column, args.format_penalty, metric=args.answer_metric)

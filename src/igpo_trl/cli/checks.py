@@ -16,7 +16,7 @@ from ..data import find_sources, resolve_system_prompt
 from ..files import check_writable, looks_like_path
 from ..search import open_search
 from ..tools import make_stop_tools
-from ..training.adapters import check_adapter, is_adapter
+from ..training.adapters import check_adapter, find_adapter
 from .arguments import ScriptArguments
 
 #: Options that need a package.
@@ -101,8 +101,8 @@ def check_model(model: ModelConfig, training: IGPOConfig) -> None:
     for file in Path(name).glob("*.safetensors"):
         if is_cut_off(file):
             raise ValueError(f"`model_name_or_path`: {file} is cut off. Copy or save the model again.")
-    if is_adapter(name):
-        check_adapter(name, model.use_peft)
+    if (adapter := find_adapter(name, model.model_revision)) is not None:
+        check_adapter(adapter, model.use_peft)
         return
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
         raise FileNotFoundError(f"`model_name_or_path`: no config.json in {name}: it is not a model.")

@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from trl import ModelConfig, get_peft_config
 
 from ..config import IGPOConfig
-from ..training.adapters import base_of_adapter, is_adapter
+from ..training.adapters import base_of_adapter, find_adapter
 from ..training.estimate import estimate
 from .arguments import UsageError
 from .checks import check_model
@@ -53,9 +53,11 @@ def print_estimate(wanted: Wanted, training: IGPOConfig, model: ModelConfig) -> 
     """Prints the estimate. Of the model only its configuration is read."""
     check_model(model, training)
     name = str(model.model_name_or_path)
-    name = base_of_adapter(name) if is_adapter(name) else name
+    adapter = find_adapter(name, model.model_revision)
     config = AutoConfig.from_pretrained(
-        name, revision=model.model_revision, trust_remote_code=training.trust_remote_code
+        base_of_adapter(adapter) if adapter else name,
+        revision=None if adapter else model.model_revision,
+        trust_remote_code=training.trust_remote_code,
     )
     named = getattr(config, "dtype", None) if model.dtype == "auto" else getattr(torch, str(model.dtype), None)
     result = estimate(

@@ -1,6 +1,7 @@
 """What a run that ends early prints: the command that resumes it."""
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -49,6 +50,7 @@ def how_to_resume(words: list[str], training: IGPOConfig) -> str:
         checkpoint = last_whole_checkpoint(str(training.output_dir), only_model=training.save_only_model)
     except ValueError:
         checkpoint = None
+    given, words = words, without_token(words)
     own = ["python", sys.argv[0]] if sys.argv[0].endswith("train.py") else ["igpo", "train"]
     if sys.argv[0].endswith("__main__.py"):
         own = ["python", "-m", "igpo_trl", "train"]
@@ -57,11 +59,11 @@ def how_to_resume(words: list[str], training: IGPOConfig) -> str:
     except (OSError, UnicodeDecodeError):
         parent = []
     if (
-        words
-        and parent[-len(words) :] == words
+        given
+        and parent[-len(given) :] == given
         and any("accelerate" in word or "torch" in word for word in parent[:4])
     ):
-        own = parent[: -len(words)]
+        own = parent[: -len(given)]
         if Path(own[1]).name in ("accelerate", "torchrun"):
             own = [Path(own[1]).name, *own[2:]]
     if checkpoint is None:
@@ -71,3 +73,9 @@ def how_to_resume(words: list[str], training: IGPOConfig) -> str:
         i = words.index("--resume_from_checkpoint")
         words = words[:i] + words[i + 2 :]
     return f"To resume from {checkpoint}:\n  {shlex.join([*own, *words, '--resume_from_checkpoint', 'true'])}"
+
+
+def without_token(words: list[str]) -> list[str]:
+    """A command line that may be printed."""
+    hidden = [re.sub(r"^(--hub[_-]token)=.*", r"\1=<token>", word, flags=re.DOTALL) for word in words]
+    return ["<token>" if i and re.fullmatch("--hub[_-]token", words[i - 1]) else word for i, word in enumerate(hidden)]

@@ -30,6 +30,7 @@ from ..search import Searchable, SearchTool, open_search
 from ..tools import make_stop_tools
 from ..trainer import IGPOTrainer
 from ..training.console import MetricsFile, StepLines
+from ..training.hub import check_can_push, how_to_push
 from .arguments import ScriptArguments as ScriptArguments
 from .arguments import TrainParser, UsageError
 from .checks import check_arguments, check_best_metric, is_finished
@@ -115,8 +116,10 @@ def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConf
             print(
                 f"{training.output_dir} is done: {Path(checkpoint).name} is its last, the model is saved. To train "
                 "longer, raise `max_steps` or `num_train_epochs`."
+                + (f" If it has not been pushed: {how_to_push(training)}" if training.push_to_hub else "")
             )
         return
+    repository = check_can_push(training) or training.hub_model_id
     train_dataset, eval_dataset = load_data(script)
     if PartialState().is_main_process:
         check_questions(train_dataset, eval_dataset)
@@ -127,7 +130,8 @@ def run_training(script: ScriptArguments, training: IGPOConfig, model: ModelConf
         check_answerable(index, train_dataset, command=audit_command(script))
 
     if PartialState().is_main_process:
-        save_options(str(training.output_dir), script, training, model)
+        name = {"model_name_or_path": repository} if repository else {}  # for whoever pulls it
+        save_options(str(training.output_dir), script, training, model, **name)
     training.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,

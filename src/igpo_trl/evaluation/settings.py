@@ -14,7 +14,7 @@ from ..data.questions import order_by_hash
 from ..files import looks_like_path
 from ..rewards import Variant
 from ..tools import make_stop_tools
-from ..training.adapters import base_of_adapter, is_adapter
+from ..training.adapters import base_of_adapter, file_on_hub, find_adapter
 
 Row = dict[str, Any]
 
@@ -89,7 +89,7 @@ class EvaluationSettings:
 
     def resolve(self) -> None:
         """
-        Checks the settings. A model that is the directory of an adapter becomes the adapter and its base model.
+        Checks the settings. A model that is an adapter becomes the adapter and its base model.
 
         Raises:
             FileNotFoundError: The model or the adapter is a path that does not exist.
@@ -115,11 +115,14 @@ class EvaluationSettings:
         for path in (self.model, self.adapter):
             if path and looks_like_path(path) and not Path(path).is_dir():
                 raise FileNotFoundError(f"no such directory: {path}. Expected a model, or its name on the hub.")
-        if self.adapter is None and is_adapter(self.model):
-            self.adapter = self.model
-            self.model = base_of_adapter(self.model)
-        elif self.adapter is not None and Path(self.adapter).is_dir():
-            base_of_adapter(self.adapter)
+        if self.adapter is None:
+            if (adapter := find_adapter(self.model)) is not None:
+                self.adapter, self.model = adapter, base_of_adapter(adapter)
+        elif (adapter := find_adapter(self.adapter)) is not None:
+            self.adapter = adapter
+            base_of_adapter(adapter, self.model)
+        elif Path(self.adapter).is_dir():
+            base_of_adapter(self.adapter)  # says what is missing
 
 
 def make_settings(options: Mapping[str, Any], config: str | Path | None = None) -> EvaluationSettings:
@@ -167,7 +170,7 @@ def save_options(directory: str | Path, *configs: Any, **options: Any) -> None:
 
 
 def saved_options(model: str, adapter: str | None = None) -> Path | None:
-    """The file of [`save_options`] beside an adapter or a model, or beside the run whose checkpoint it is."""
+    """The file of [`save_options`] beside an adapter or a model, here or on the hub, or beside a checkpoint's run."""
     for name in (adapter, model):
         folders = [Path(name), Path(name).absolute().parent] if name and Path(name).is_dir() else []
         if folders and not folders[0].name.startswith(("checkpoint-", "adapter")):
@@ -175,6 +178,8 @@ def saved_options(model: str, adapter: str | None = None) -> Path | None:
         for folder in folders:
             if (folder / OPTIONS_FILE).is_file():
                 return folder / OPTIONS_FILE
+        if name and not folders and (file := file_on_hub(name, OPTIONS_FILE)) is not None:
+            return file
     return None
 
 

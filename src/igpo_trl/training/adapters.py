@@ -1,9 +1,11 @@
-"""The directory of a PEFT adapter: what it was trained on, and how to train it further."""
+"""A PEFT adapter, in a directory or on the hub: what it was trained on, and how to train it further."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import hf_hub_download, snapshot_download
 
 from ..files import looks_like_path
 
@@ -11,14 +13,32 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def is_adapter(name: str) -> bool:
-    """Whether this is the directory of an adapter."""
-    return Path(name, _CONFIG).is_file()
-
-
-def base_of_adapter(directory: str | Path) -> str:
+def find_adapter(name: str, revision: str | None = None) -> str | None:
     """
-    The name of the model that an adapter was trained on.
+    The directory of an adapter: `name` itself, or where it is downloaded to if it is on the hub.
+
+    `None` if it is no adapter, or neither there nor here.
+    """
+    if Path(name, _CONFIG).is_file():
+        return name
+    if file_on_hub(name, _CONFIG, revision) is None:
+        return None
+    return snapshot_download(name, revision=revision, ignore_patterns=["*checkpoint-*/*", "runs/*", "*.png"])
+
+
+def file_on_hub(name: str, file: str, revision: str | None = None) -> Path | None:
+    """A file of a model on the hub, downloaded; `None` if there is none, or no hub, or `name` is a path."""
+    if not name or looks_like_path(name) or Path(name).exists():
+        return None
+    try:
+        return Path(hf_hub_download(name, file, revision=revision))
+    except (OSError, ValueError):  # a model that does not exist is a clear error when it is loaded
+        return None
+
+
+def base_of_adapter(directory: str | Path, given: str | None = None) -> str:
+    """
+    The name of the model that an adapter was trained on, or of a model that is `given` in its place.
 
     Raises:
         FileNotFoundError: A file is missing, or the base model is.
@@ -31,6 +51,7 @@ def base_of_adapter(directory: str | Path) -> str:
         base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
         base = None
+    base = given or base
     if not isinstance(base, str) or not base:
         raise ValueError(f"{path} names no base model. Set `base_model_name_or_path` in it.")
     if not any(Path(directory, name).is_file() for name in _WEIGHTS):

@@ -94,3 +94,29 @@ def check_options(config: Any) -> None:
             f"'sum_then_normalize', got {config.multi_objective_aggregation!r}. Weight the reward functions with "
             "`reward_weights` instead."
         )
+
+
+class Secret(str):
+    """
+    A token that is not pickled: transformers pickles its arguments into `training_args.bin`, which is uploaded.
+
+    Raises `ValueError` for a text that no HTTP header can have, because the error of the HTTP client would show it.
+    """
+
+    def __new__(cls, token: str) -> "Secret":
+        token = token.strip()
+        if not token.isascii() or not token.isprintable() or " " in token:
+            raise ValueError("`hub_token` has a space, a line break or a letter that no token has. Copy it again.")
+        return super().__new__(cls, token)
+
+    def __repr__(self) -> str:
+        return "'<secret>'"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def __copy__(self) -> "Secret":
+        return self
+
+    def __deepcopy__(self, memo: Any) -> "Secret":
+        return self

@@ -21,7 +21,7 @@ from ..evaluation.scores import AVERAGE
 from ..evaluation.settings import save_options
 from ..files import check_writable, looks_like_path
 from ..search import SearchTool, open_search
-from ..training.adapters import is_adapter
+from ..training.adapters import find_adapter
 from .encoding import TraceEncoder
 from .fitting import computes_in_bfloat16, fit
 from .templates import prepare_tokenizer
@@ -203,7 +203,7 @@ def _check(settings: dict[str, Any]) -> None:
         raise ValueError(f"`batch_size` must be a multiple of `micro_batch_size`, got {batch} and {micro}.")
     if looks_like_path(model) and not Path(model).is_dir():
         raise FileNotFoundError(f"no such directory: {model}. Expected a model, or its name on the hub.")
-    if is_adapter(model):
+    if find_adapter(model) is not None:
         raise ValueError(f"{model} is an adapter. Merge it into its base model first (`merge_and_unload` of PEFT).")
 
 

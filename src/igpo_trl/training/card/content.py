@@ -55,9 +55,11 @@ def make_card(trainer: Any, folder: Path, model_name: str, pictures: Mapping[str
     """
     data, badges = _of_trl(folder / "README.md", trainer)
     data.model_name = model_name
+    if hasattr(trainer.model, "peft_config"):  # TRL says transformers, whose code the hub would then show
+        data.library_name = "peft"
     origin = origin_of(getattr(trainer.model.config, "_name_or_path", "") or "")
     data.base_model = origin.hub
-    repository = trainer.hub_model_id or folder.absolute().name
+    repository = trainer.hub_model_id or trainer.args.hub_model_id or folder.absolute().name
     sections = {
         "Use": make_snippet(trainer, folder, repository),
         "Tools": _tools(trainer.tools or ()),
@@ -77,7 +79,9 @@ def _of_trl(file: Path, trainer: Any) -> tuple[ModelCardData, list[str]]:
     tags = ["generated_from_trainer", *trainer._tag_names]
     try:
         card = ModelCard.load(file, ignore_metadata_errors=True)
-        data = ModelCardData(ignore_metadata_errors=True, **card.data.to_dict())
+        values = card.data.to_dict()
+        values.pop("licence", None)  # which TRL's template says without naming one
+        data = ModelCardData(ignore_metadata_errors=True, **values)
         own = [tag for tag in data.tags or [] if not tag.startswith("base_model:")]  # with paths, from PEFT
         data.tags = [*dict.fromkeys([*tags, *own])]
         badges = re.findall(r"^\[<img .*\)", card.text, re.MULTILINE)

@@ -53,14 +53,15 @@ class MakesCard(Trainer):
         if _internal_call and not (folder / "README.md").is_file():
             return  # `create_model_card` follows; PEFT has written a card of its own where there is one
         if folder == Path(str(self.args.output_dir)) and not _internal_call:
-            self.create_model_card((self.hub_model_id or folder.name).split("/")[-1])
+            self.create_model_card()
         else:
             self._write_card(folder, folder.name)
 
     def _write_card(self, folder: Path, model_name: str | None) -> None:
         try:
             pictures = {} if self.is_in_train else draw_pictures(self, folder)
-            card = make_card(self, folder, model_name or folder.absolute().name, pictures)
+            repository = self.hub_model_id or self.args.hub_model_id or folder.absolute().name
+            card = make_card(self, folder, model_name or repository.split("/")[-1], pictures)
             card.save(folder / "README.md")
         except Exception as error:  # whatever a tracker, a tool or a disk does, the model is worth more
             logger.warning("No model card was written to %s: %s: %s", folder, type(error).__name__, error)
