@@ -55,9 +55,9 @@ def prepare_adapter(trainer: Any, *, is_new: bool) -> None:
     """
     model, args = trainer.model, trainer.args
     _keep_4bit_layout(model)
-    if not hasattr(model, "peft_config"):
+    config = getattr(model, "active_peft_config", None)
+    if config is None:
         return
-    config = model.active_peft_config
     if getattr(config, "alora_invocation_tokens", None):
         raise ValueError(
             "An adapter with `alora_invocation_tokens` acts after the last of them only, so the loss would read "
