@@ -2,6 +2,7 @@
 # make demo-lm   set up and train a real language model of 135 M parameters on a CPU
 # make test   set up and run every check: ruff, mypy, pytest
 # make test-data   only the tests that read the folder ../shared, which are skipped where it is missing
+# make test-quantization   LoRA on weights of 4 bits, with bitsandbytes beside the environment (125 MB)
 # make test-compat   the seams in TRL and transformers, and what is built on them, with the oldest, vLLM's and the newest
 #     versions of both, each in an environment of its own (2 GB and some minutes each); COMPAT chooses among these three,
 #     COMPAT_TESTS=tests runs every test
@@ -29,7 +30,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export DS_BUILD_OPS ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm test test-data test-compat dist dist-check docs lint format clean
+.PHONY: help demo demo-lm test test-data test-quantization test-compat dist dist-check docs lint format clean
 
 help:
 	@sed '/^$$/,$$d; s/^# \{0,1\}//' Makefile
@@ -49,6 +50,12 @@ test: lint
 test-data: $(VENV)/.installed-dev
 	@echo "==> Testing what reads ../shared"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal -m data
+
+# Beside the environment, because peft imports it wherever it is installed, which takes more than a second.
+test-quantization: $(VENV)/.installed-dev
+	@echo "==> Testing LoRA on weights of 4 bits"
+	$(PIP_INSTALL) --quiet --no-deps --upgrade --target $(VENV)-quantization bitsandbytes
+	PYTHONPATH=$(VENV)-quantization OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_quantization.py
 
 # The oldest versions that pyproject.toml allows, those that vLLM asks for, and whatever is newest.
 COMPAT ?= oldest vllm newest

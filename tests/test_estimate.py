@@ -2,11 +2,14 @@
 
 import gc
 import re
+from functools import partial
 
 import pytest
 import tiny
 import torch
+from distributed import sharded
 from peft import LoraConfig
+from transformers import GenerationMixin
 from typer.testing import CliRunner
 
 from igpo_trl import IGPOConfig, IGPOTrainer
@@ -61,6 +64,72 @@ def test_estimate_is_within_15_percent_of_a_real_step(tmp_path, options):
     expected = guess.peak["loss"]
     print(f"real {real.peak / 2**20:.1f} MiB, estimate {expected / 2**20:.1f} MiB, ratio {expected / real.peak:.3f}")
     assert expected == pytest.approx(real.peak, rel=0.15)
+
+
+class Talking(sharded.Trainer):
+    """Real generation and belief passes; what is counted while they run is kept by phase."""
+
+    counted: PeakBytes
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.peaks = {"generation": 0, "belief pass": 0}
+        self._belief_scorer.score = partial(self.measured, "belief pass", self._belief_scorer.score)
+
+    def measured(self, phase, function, *args, **options):
+        outer, self.counted.peak = self.counted.peak, self.counted.now
+        result = function(*args, **options)
+        self.peaks[phase] = max(self.peaks[phase], self.counted.peak)
+        self.counted.peak = max(self.counted.peak, outer)
+        return result
+
+    def _generate(self, *args):
+        return self.measured("generation", super()._generate, *args)
+
+    def _score_ended_rollouts(self, *args):
+        return self.measured("belief pass", super()._score_ended_rollouts, *args)
+
+
+def search(query: str) -> str:
+    """
+    Searches.
+
+    Args:
+        query: What to look for.
+
+    Returns:
+        Long passages.
+    """
+    return "Rome is the capital of Italy. " * 60
+
+
+@pytest.mark.parametrize("reuse_prefixes", [True, False])
+def test_estimate_of_rollouts_and_belief_passes(tmp_path, monkeypatch, reuse_prefixes):
+    said = [[tiny.call(f"Paris {i}"), tiny.call("Rome"), tiny.answer("Paris")] for i in range(4)]
+    monkeypatch.setattr(Talking, "scripts", [said, said])
+    gc.collect()
+    with PeakBytes() as Talking.counted:
+        model = tiny.make_model("qwen3", max_position_embeddings=4096, **SHAPE)
+        trainer = tiny.make_trainer(
+            Talking, IGPOConfig, tmp_path, model=model, tools=[search], max_completion_length=2000, max_turns=3,
+            max_steps=2, num_generations=4, reuse_prefixes=reuse_prefixes, learning_rate=0.0,
+        )  # fmt: skip
+        monkeypatch.setattr(GenerationMixin, "generate", lambda *args, **options: trainer.say(*args, **options))
+        trainer.train()
+    trainer.args.max_completion_length = max(len(row) for row in trainer.records[-1]["completion_ids"])
+    tokenizer = trainer._tokenizer
+    prompt = len(tokenizer.apply_chat_template(
+        trainer.train_dataset[0]["prompt"], tools=[search], add_generation_prompt=True, return_dict=False
+    ))  # fmt: skip
+    guess = estimate(
+        model.config, trainer.args, dtype=torch.float32, prompt_tokens=prompt,
+        sampled_tokens=sum(len(tokenizer.encode(turn)) + 1 for turn in said[0]),
+    )  # fmt: skip
+    for phase, real in trainer.peaks.items():
+        print(f"{phase}: real {real / 2**20:.1f} MiB, ratio {guess.peak[phase] / real:.3f}")
+        # Where caches are kept, a belief pass has less to run than is assumed.
+        more = 1.25 if reuse_prefixes and phase == "belief pass" else 1.15
+        assert 0.85 * real < guess.peak[phase] < more * real, phase
 
 
 def lines_of(output: str) -> dict[str, float]:

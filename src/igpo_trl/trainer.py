@@ -45,6 +45,7 @@ from .training.hub import PushesToHub
 from .training.resume import ResumesExactly
 from .training.sampled_tokens import SampledTokensModel, backbone_of, can_pack, sampled_mask_of
 from .training.seams import check_seams
+from .training.trained_adapter import adapters_added_plainly, prepare_adapter
 from .trajectory import write_jsonl
 from .turns import FIRST_SEEN, old_log_probs_of_turn_ratios
 
@@ -154,11 +155,12 @@ class IGPOTrainer(ResumesExactly, MakesCard, PushesToHub, LogsRollouts, GRPOTrai
         if adapter is not None:
             model = load_trainable(adapter, args, create_model_from_path, quantization_config)
             quantization_config = None
-        with edited_templates_accepted():
+        with edited_templates_accepted(), adapters_added_plainly(model, peft_config):
             super().__init__(
                 model, reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes,
                 callbacks, optimizers, quantization_config, peft_config, tools, rollout_func, environment_factory,
             )  # fmt: skip
+        prepare_adapter(self, is_new=peft_config is not None)
         # Nobody reports which tools the turns of a `rollout_func` call.
         check_tool_names(args, [] if self.rollout_func is not None else self.tools)
         self._loss_inputs: dict[str, Any] | None = None

@@ -41,11 +41,13 @@ UNEVEN = [
     [rollout(4, "Rome"), rollout(3, "Paris"), rollout(0, "Paris"), rollout(0, "Rome")],
 ]
 SHORT = [[rollout(0, "Paris"), rollout(0, "Rome"), rollout(1, "Rome"), rollout(0, "Paris")]]
-# One process always pads, and keeps all activations: what is computed is the same up to rounding.
+# One process always pads, and keeps all activations: what is computed is the same up to rounding. Advantages are gains
+# divided by their standard deviation, which is so small in a random model that it makes differences of 1e-4 out of
+# those that float32 leaves: two cases have float64.
 CASES: dict[str, dict[str, Any]] = {
     "even": {"scripts": EVEN, "pad_to_longest": True},
-    "uneven": {"scripts": UNEVEN, "pad_to_longest": False, "gradient_checkpointing": True},
-    "lora": {"scripts": UNEVEN[:1], "lora": True, "pad_to_longest": True},
+    "uneven": {"scripts": UNEVEN, "pad_to_longest": False, "gradient_checkpointing": True, "dtype": torch.float64},
+    "lora": {"scripts": UNEVEN, "lora": True, "pad_to_longest": True, "dtype": torch.float64},
     # Beliefs are then scored against the keys and values of the forward that gives the old log-probabilities.
     "old_log_probs": {"scripts": UNEVEN[:1], "num_iterations": 2, "pad_to_longest": True},
     "accumulated": {
@@ -167,7 +169,7 @@ def skip_shared_memory_op() -> None:
 def full_parameters(trainer: IGPOTrainer) -> dict[str, torch.Tensor]:
     """All parameters, gathered on every process."""
     named = dict(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
-    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if trainer._dist.is_zero3:
         import deepspeed
 
         with deepspeed.zero.GatheredParameters(list(named.values())):
@@ -175,15 +177,22 @@ def full_parameters(trainer: IGPOTrainer) -> dict[str, torch.Tensor]:
     return {name: getattr(value, "full_tensor", value.clone)().detach() for name, value in named.items()}
 
 
-def count_elements(trainer: IGPOTrainer) -> tuple[int, int]:
-    """Parameter elements in this process's shard, and those of parameters that it keeps whole all the time."""
+def count_elements(trainer: IGPOTrainer) -> dict[str, int]:
+    """Parameter elements of this process, of those that it keeps whole all the time, and of those that it updates."""
     parameters = list(trainer.model.parameters())
-    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if trainer._dist.is_zero3:
         shard = sum(p.ds_tensor.numel() for p in parameters)
-        return shard, sum(p.ds_numel for p in parameters if p.ds_persist)
-    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
-    whole = [p for p in parameters if not isinstance(p, DTensor)]
-    return sum(p.numel() for p in local), sum(p.numel() for p in whole)
+        whole = sum(p.ds_numel for p in parameters if p.ds_persist)
+        updated = trainer.optimizer.optimizer.fp32_partitioned_groups_flat
+    else:
+        updated = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+        shard = sum(local(p).numel() for p in parameters)
+        whole = sum(p.numel() for p in parameters if not isinstance(p, DTensor))
+    return {"shard": shard, "whole": whole, "updated": sum(local(p).numel() for p in updated)}
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def run(
@@ -191,6 +200,7 @@ def run(
     num_processes: int,
     scripts: list[list[list[str]]],
     lora: bool = False,
+    dtype: torch.dtype = torch.float32,
     gradient_accumulation_steps: int = 1,
     **options: Any,
 ) -> dict[str, Any]:
@@ -205,6 +215,7 @@ def run(
         Trainer,
         IGPOConfig,
         folder,
+        model=tiny.make_model("qwen3").to(dtype),
         per_device_train_batch_size=NUM_ROLLOUTS // num_processes // gradient_accumulation_steps,
         gradient_accumulation_steps=gradient_accumulation_steps,
         num_generations=NUM_ROLLOUTS,  # the group lies across the processes
@@ -221,14 +232,12 @@ def run(
     start = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
     with mock.patch.object(GenerationMixin, "generate", lambda *args, **kwargs: trainer.say(*args, **kwargs)):
         trainer.train()
-    shard_elements, whole_elements = count_elements(trainer)
     result = {
         "distributed_type": accelerator.distributed_type.value,
         "num_processes": accelerator.num_processes,
         "process_index": accelerator.process_index,
         "zero_stage": plugin.zero_stage if plugin else None,
-        "shard_elements": shard_elements,
-        "whole_elements": whole_elements,
+        "elements": count_elements(trainer),
         "records": trainer.records,
         "logs": [row for row in trainer.state.log_history if "loss" in row],
         "start": start,

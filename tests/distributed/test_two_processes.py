@@ -46,7 +46,7 @@ def test_advantages_are_those_of_one_process(runs):
         advantages = [row for part in parts for row in part["advantages"]]
         assert any(row.abs().max() > 0.3 for row in advantages)
         for row, expected in zip(advantages, one["advantages"], strict=True):
-            torch.testing.assert_close(row, expected, atol=2e-4, rtol=0.0, msg=str(one["case"]))
+            torch.testing.assert_close(row, expected, atol=1e-6, rtol=0.0, msg=str(one["case"]))
 
 
 def test_metrics_are_those_of_the_whole_batch(runs):
@@ -62,7 +62,8 @@ def test_both_processes_end_with_the_parameters_of_one(runs):
     for one, first, second in zip(single, *ranks, strict=True):
         for name, value in one["parameters"].items():
             assert torch.equal(first["parameters"][name], second["parameters"][name])
-            torch.testing.assert_close(first["parameters"][name], value, atol=1e-5, rtol=1e-4)
+            # Rotary embeddings are float32 in float64 models, too.
+            torch.testing.assert_close(first["parameters"][name], value, atol=1e-8, rtol=0.0)
 
 
 def test_mistake_17_both_processes_make_the_same_number_of_forwards(runs):

@@ -28,10 +28,14 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from .models import LAYERED, base_model, cache_argument, layer_kinds, parameters_of
+from .models import LAYERED, adds_virtual_tokens, base_model, cache_argument, layer_kinds, parameters_of
 from .packing import Forest, PlainBatch, Target, grow
 
-__all__ = ["Trunk", "evaluating", "run_branches", "run_rows", "run_trunk"]
+__all__ = ["REARRANGES", "Trunk", "evaluating", "run_branches", "run_rows", "run_trunk"]
+
+# The attribute of linear layers of 4 bits that says so. What bitsandbytes then computes with them has no gradient, and
+# they stay rearranged in train mode.
+REARRANGES = "support_avx512bf16_for_cpu"
 
 # Rows of logits converted to float32 at a time: about 150 MB for a vocabulary of 150k tokens.
 _LOGIT_ROWS = 256
@@ -151,7 +155,7 @@ def run_rows(model: nn.Module, batch: PlainBatch) -> list[float]:
     columns = batch.columns
     logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False, **_options(model, columns)).logits
     if logits.shape[1] != len(columns):
-        logits = logits[:, columns]
+        logits = logits[:, -input_ids.shape[1] :][:, columns]  # virtual tokens come first
     place = {column: i for i, column in enumerate(columns)}
     index = [row * len(columns) + place[column] for row in range(len(batch.rows)) for column in batch.reads(row)]
     return _mean_log_probs(logits.flatten(0, 1), index, batch.targets)
@@ -242,8 +246,12 @@ def _may_stop(model: nn.Module) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Turn dropout off, and restore the mode of every module: some may be frozen in eval mode on purpose."""
-    training = [module for module in model.modules() if module.training]
+    """
+    Turn dropout off, and restore the mode of every module: some may be frozen in eval mode on purpose.
+
+    Linear layers of 4 bits stay in train mode where bitsandbytes would rearrange their weights in eval mode.
+    """
+    training = [module for module in model.modules() if module.training and not getattr(module, REARRANGES, False)]
     for module in training:
         module.training = False
     try:
@@ -256,10 +264,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _options(model: nn.Module, columns: Sequence[int]) -> dict[str, Any]:
     """Arguments for logits at these columns only and without those of a router, if the model accepts them."""
     accepted = parameters_of(type(base_model(model)).forward)
-    options = {
-        "logits_to_keep": torch.tensor(columns, device=_device(model)),
-        "output_router_logits": False,
-    }
+    options: dict[str, Any] = {"output_router_logits": False}
+    if not adds_virtual_tokens(model):
+        options["logits_to_keep"] = torch.tensor(columns, device=_device(model))
     return {name: value for name, value in options.items() if name in accepted}
 
 

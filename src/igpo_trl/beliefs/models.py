@@ -123,6 +123,11 @@ def _adapter_obstacle(model: Any) -> str | None:
     return None
 
 
+def adds_virtual_tokens(model: Any) -> bool:
+    """Whether a prompt-learning adapter puts tokens of its own before those of every row."""
+    return bool(getattr(getattr(_unwrapped(model), "active_peft_config", None), "is_prompt_learning", False))
+
+
 class ChangingPositions(NamedTuple):
     """Position embeddings of a kind that changes for all tokens of a sequence that is longer than `limit`."""
 

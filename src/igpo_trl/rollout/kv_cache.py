@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from ..beliefs.branching import evaluating
-from ..beliefs.models import ChangingPositions, cache_argument
+from ..beliefs.models import ChangingPositions, adds_virtual_tokens, cache_argument
 
 
 def reuse_obstacle(model: nn.Module, generation_config: Any) -> str | None:
@@ -33,7 +33,7 @@ def reuse_obstacle(model: nn.Module, generation_config: Any) -> str | None:
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+    if adds_virtual_tokens(model):
         return "prompt-learning adapters put virtual tokens into the cache"
     inner: Any = model
     base = inner.get_base_model() if hasattr(inner, "get_base_model") else inner

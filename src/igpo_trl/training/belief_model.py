@@ -7,10 +7,12 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
+from .trained_adapter import as_reference
+
 
 class Reference:
     """
-    Beliefs of the reference model: the policy with its adapter switched off, or a model of its own.
+    Beliefs of the reference model: the policy with its adapter switched off or as it was, or a model of its own.
 
     Args:
         model (`nn.Module`, *optional*): the reference model, if the policy has no adapter.
@@ -25,7 +27,7 @@ class Reference:
         if self._model is not None:
             yield self._model
             return
-        with extract_model_from_parallel(policy).disable_adapter():
+        with as_reference(extract_model_from_parallel(policy)):
             yield policy
 
 

@@ -7,7 +7,7 @@ context (about half a gigabyte), fragmentation, and the buffers in which process
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,12 +24,16 @@ TOKENS_PER_TURN, PROMPT_TOKENS = 100, 600
 
 
 class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make while it is active: `now`, and at most, `peak`."""
+    """
+    Counts the bytes of all tensors that operations make while it is active: `now`, and at most, `peak`.
 
-    def __init__(self) -> None:
+    Views of tensors in `known` are not counted.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -61,11 +65,11 @@ class Estimate:
     seconds: dict[str, float] = field(default_factory=dict)
     assumptions: list[str] = field(default_factory=list)
 
-    resident = ("weights", "gradients", "optimizer", "reference model")
+    resident = ("weights", "optimizer", "reference model")
     phases = {
         "generation": ("KV caches", "sampling"),
-        "belief pass": ("KV caches", "belief pass"),
-        "loss": ("activations and logits",),
+        "belief pass": ("belief pass",),
+        "loss": ("gradients", "activations and logits"),
     }
 
     @property
@@ -139,6 +143,7 @@ def estimate(
         activations = _peak_of_microbatch(
             model, row_tokens, micro * sampled_tokens, bool(args.gradient_checkpointing), bool(args.bf16)
         )
+        forward_token = _bytes_of_a_token(model)
         trained_bytes = sum(p.numel() * p.element_size() for p in trained)
     weights = float(sum(count * each for _, count, each in shapes))
     if load_in_4bit:  # 4 bits, and a scale of 8 bits for 64 weights
@@ -156,14 +161,24 @@ def estimate(
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kv_token = 2 * layers * heads * head_size * size
     logits = text.vocab_size * 4
+    # Attention with a mask repeats keys and values for all its heads, one layer at a time.
+    caches, repeats = float(rollouts * tokens * kv_token), text.num_attention_heads / heads
+    layer, repeated = caches / layers, caches / layers * repeats * (repeats > 1)
     if not args.use_vllm:
-        memory["KV caches"] = float(rollouts * tokens * kv_token)
-        # Logits in float32, their copies while sampling, and one layer of the cache while it is gathered.
-        memory["sampling"] = rollouts * logits * 3.0 + rollouts * tokens * kv_token / layers
+        memory["KV caches"] = caches
+        # A layer while it is gathered. Then what is read at a time (the last tool results, or all that came before),
+        # or logits in float32 and their copies while sampling.
+        read = (
+            rollouts * (completion - sampled_tokens) / max(1, turns - 1) if args.reuse_prefixes else rollouts * tokens
+        )
+        sampling = max(rollouts * logits * 3.0, read * forward_token)
+        memory["sampling"] = layer + repeated * args.reuse_prefixes + sampling
     if args.uses_beliefs:
-        # A chunk of contexts is run with a cache of its own where the one of the rollouts is not kept.
-        chunk = min(args.belief_tokens_per_batch, rollouts * tokens)
-        memory["belief pass"] = chunk * (kv_token * bool(args.use_vllm) + 8 * text.hidden_size * size)
+        # A chunk of contexts with a cache of its own, in the first batch at least; or against the rollouts' caches, of
+        # which layers are copied.
+        memory["belief pass"] = min(args.belief_tokens_per_batch, rollouts * tokens) * (kv_token + forward_token)
+        if not args.use_vllm and args.reuse_prefixes and sharding not in ("zero3", "fsdp2"):
+            memory["belief pass"] = max(memory["belief pass"], caches + 2 * layer + repeated)
     memory["activations and logits"] = float(activations)
 
     backward = 4 if args.gradient_checkpointing else 3
@@ -233,7 +248,7 @@ def _peak_of_microbatch(model: Any, tokens: int, scored: int, checkpointing: boo
         return output
 
     base.base_model.register_forward_hook(select)
-    with PeakBytes() as counted, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with PeakBytes(model.parameters()) as counted, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         ids = torch.zeros(1, tokens, dtype=torch.long)
         output = model(
             input_ids=ids, position_ids=torch.arange(tokens)[None], shift_labels=ids[:, :scored], fused_lm_head=True
@@ -241,6 +256,17 @@ def _peak_of_microbatch(model: Any, tokens: int, scored: int, checkpointing: boo
         output.log_probs.mean().backward()
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.grad is not None)
     return max(0, counted.peak - gradients)
+
+
+def _bytes_of_a_token(model: Any, length: int = 256) -> float:
+    """Most bytes that a forward without gradients takes, for each token."""
+    peaks = []
+    for tokens in (length, 2 * length):
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        with torch.no_grad(), PeakBytes(model.parameters()) as counted:
+            model(input_ids=ids, position_ids=torch.arange(tokens)[None], use_cache=False, logits_to_keep=1)
+        peaks.append(counted.peak)
+    return (peaks[1] - peaks[0]) / length
 
 
 _ATTENTION = "causal_without_mask"

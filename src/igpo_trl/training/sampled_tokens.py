@@ -23,7 +23,7 @@ from accelerate.utils import extract_model_from_parallel, has_compiled_regions, 
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from ..beliefs.models import base_model, packed_obstacle
+from ..beliefs.models import adds_virtual_tokens, base_model, packed_obstacle
 
 
 class SampledTokensModel:
@@ -212,7 +212,7 @@ def backbone_of(model: Any) -> nn.Module | None:
     if is_compiled_module(model) or has_compiled_regions(model):
         return None
     inner = extract_model_from_parallel(model)
-    if getattr(getattr(inner, "active_peft_config", None), "is_prompt_learning", False):
+    if adds_virtual_tokens(inner):
         return None
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return inner.base_model
