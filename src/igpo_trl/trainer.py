@@ -276,7 +276,8 @@ class IGPOTrainer(ResumesExactly, MakesCard, LogsRollouts, GRPOTrainer):
             each = num_generations if prompts == prompt_ids else 1
             if model is None:
                 self.vllm_generation.max_completion_length = length
-                return sample_prompts(prompts, None, multimodal_fields, each)
+                with components.server_watched(self):
+                    return sample_prompts(prompts, None, multimodal_fields, each)
             with replaced_generate(model, self.current_step.kv_cache, [rollouts[i] for i in rows], length):
                 return sample_prompts(prompts, None, multimodal_fields, each)
 
