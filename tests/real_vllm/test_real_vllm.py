@@ -5,26 +5,27 @@ Everything is float32, so that what vLLM says of a token and a plain forward of 
 only. Tensor parallelism, NCCL, sleep mode and several nodes need GPUs, and are not run.
 """
 
+import json
 import math
 import sys
 import time
 from collections import Counter
-from importlib.util import find_spec
 
 import pytest
 import torch
-from real_vllm.processes import HERE, LENGTH, answers, environment, popen, stop
+from real_vllm.processes import HERE, LENGTH, VERSION, answers, environment, free_port, popen, stop, table
 from safetensors.torch import load_file
 
 from igpo_trl.checkpoints import find_checkpoints, find_damage
 from igpo_trl.evaluation import load_run
+from igpo_trl.sandbox.tiny_model import SYSTEM_PROMPT
 from igpo_trl.trajectory import StopReason, read_jsonl
 
 ROUNDING, MOVED = 1e-4, 1e-2
 
 pytestmark = [
     pytest.mark.vllm,
-    pytest.mark.skipif(find_spec("vllm") is None, reason="make test-vllm installs it"),
+    pytest.mark.skipif(VERSION is None, reason="vLLM for a CPU is not installed: make test-vllm"),
 ]
 
 
@@ -52,9 +53,8 @@ def check(measured, num_steps=3):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 def test_colocate(train, lora):
     options = {"lora": True, "learning_rate": 1e-2} if lora else {}
-    measured = train(
-        "colocate_lora" if lora else "colocate_full", vllm_mode="colocate", vllm_max_model_length=LENGTH, **options
-    )
+    name = f"colocate, {'LoRA' if lora else 'full'}"
+    measured = train(name, vllm_mode="colocate", vllm_max_model_length=LENGTH, **options)
     check(measured)
     assert all(step["weights"] < 1e-6 for step in measured[0]["steps"])
 
@@ -62,7 +62,7 @@ def test_colocate(train, lora):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 def test_server(train, server, lora):
     options = {"lora": True, "learning_rate": 1e-2} if lora else {}
-    name = "server_lora" if lora else "server_full"
+    name = f"server, {'LoRA' if lora else 'full'}"
     measured = train(name, vllm_mode="server", vllm_server_base_url=server.url, **options)
     check(measured)
     check_context(measured)
@@ -81,24 +81,38 @@ def check_context(measured):
 
 
 def test_two_processes_with_one_server(train, server):
-    measured = train(
-        "server_two_processes", 2, vllm_mode="server", vllm_server_base_url=server.url, temperature=1.2, max_steps=4
-    )
+    measured = train("server, two processes", 2, vllm_mode="server", vllm_server_base_url=server.url, temperature=1.2)
     assert [rank["processes"] for rank in measured] == [2, 2]
-    check(measured, num_steps=4)
-    rounds = [
-        (a, b)
-        for first, second in zip(measured[0]["steps"], measured[1]["steps"], strict=True)
-        for a, b in zip(first["live"], second["live"], strict=True)
-    ]
-    assert any(a != b and a and b for a, b in rounds), rounds  # live rollouts differ, which is what TRL cannot deal
+    check(measured)
+    rounds = [[step["live"][1] for step in rank["steps"]] for rank in measured]
+    assert any(a > b > 0 for a, b in zip(*rounds, strict=True)), rounds  # what TRL would deal wrongly
+
+
+def test_the_comparison_notices_turns_of_another_process(train, server):
+    """What TRL 1.16 does with unequal numbers of prompts."""
+    options = {"vllm_mode": "server", "vllm_server_base_url": server.url, "max_steps": 1}
+    measured = train("the same, as TRL deals them", 2, fault="numbers of prompts", **options)
+    first, second = (rank["steps"][0] for rank in measured)
+    assert first["live"][1] > second["live"][1] > 0
+    assert first["log_probs"] < ROUNDING
+    assert second["log_probs"] > 0.1
+
+
+def test_a_server_refuses_turns_that_its_context_has_no_room_for(run, server, folder):
+    """What happens if the length of the context is taken from the model."""
+    options = {"vllm_mode": "server", "vllm_server_base_url": server.url, "fault": "context", "name": "refused"}
+    options["vllm_group_port"] = free_port()
+    result = run(HERE / "script.py", folder, json.dumps(options))
+    assert result.returncode == 1
+    assert "Request failed: 400" in result.stdout and f"maximum context length is {LENGTH}" in result.stdout
 
 
 def command_line(files, run, *more):
     return [
         "--config", "configs/hotpotqa_cpu.yaml", "--questions", files / "questions.jsonl", "--index", files / "index",
-        "--model_name_or_path", files / "model", "--output_dir", run, "--search_max_words", 12, "--num_eval_questions", 0,
-        "--max_steps", 6, "--save_steps", 1, "--per_device_train_batch_size", 4, "--num_generations", 4,
+        "--model_name_or_path", files / "model", "--output_dir", run, "--search_max_words", 12,
+        "--num_eval_questions", 0, "--max_steps", 6, "--save_steps", 1, "--per_device_train_batch_size", 4,
+        "--num_generations", 4,
         "--max_completion_length", 400, "--learning_rate", 1e-3, "--disable_tqdm", "true", *more,
     ]  # fmt: skip
 
@@ -125,10 +139,11 @@ def test_a_server_that_dies_ends_training_with_one_line_and_a_new_one_resumes_it
             stop(process)
     text = (tmp_path / "log").read_text()
     last = next(each for each in find_checkpoints(output) if find_damage(each) is None)
-    assert text.strip().splitlines()[-1] == (
+    assert [line for line in text.splitlines() if line.startswith("Error")] == [
         f"Error: the vLLM server at {server.url} does not answer any more. Start it again and resume with "
         f"`resume_from_checkpoint`; the last checkpoint is {last}."
-    )
+    ]
+    assert f"To resume from {last}:\n  igpo train " in text
     assert "Traceback" not in text
     assert int(last.name[11:]) < 6
 
@@ -142,14 +157,28 @@ def test_a_server_that_dies_ends_training_with_one_line_and_a_new_one_resumes_it
     assert any(not torch.equal(first[name], last[name]) for name in first)
 
 
-def test_evaluation(run, folder, tmp_path):
-    words = [
-        "eval", "--model", folder / "model", "--data", folder / "questions.jsonl", "--index", folder / "index",
-        "--out", tmp_path / "run", "--max-turns", 3, "--max-completion-length", 300, "--max-words", 12,
-        "--system-prompt", "Search, then answer inside <answer> and </answer>.",
-    ]  # fmt: skip
-    result = run(HERE / "cpu.py", "colocate", *words, "--vllm", "--dtype", "float32")
-    assert result.returncode == 0, result.stdout[-6000:]
-    records = load_run(tmp_path / "run")
-    print(result.stdout[-3000:], records[0] if records else None)
-    assert (tmp_path / "run/results.json").is_file()
+def test_evaluation_gives_the_rollouts_beliefs_and_scores_of_transformers(run, folder, tmp_path):
+    given = {
+        "model": folder / "model", "data": folder / "questions.jsonl", "index": folder / "index", "max-turns": 3,
+        "max-completion-length": 300, "max-words": 12, "system-prompt": SYSTEM_PROMPT, "dtype": "float32",
+    }  # fmt: skip
+    words = ["eval", *(word for name, value in given.items() for word in (f"--{name}", value))]
+    began = time.monotonic()
+    with_vllm = run(HERE / "cpu.py", "colocate", *words, "--vllm", "--out", tmp_path / "vllm")
+    seconds = time.monotonic() - began
+    assert with_vllm.returncode == 0, with_vllm.stdout[-6000:]
+    without = run("-m", "igpo_trl", *words, "--out", tmp_path / "transformers")
+    assert without.returncode == 0, without.stdout[-6000:]
+    first, second = (load_run(tmp_path / name) for name in ("vllm", "transformers"))
+    assert len(first) == len(second) == 7
+    largest = 0.0
+    for one, two in zip(first, second, strict=True):
+        assert [turn.text for turn in one.turns] == [turn.text for turn in two.turns]
+        assert (one.info["f1"], one.stop_reason) == (two.info["f1"], two.stop_reason)
+        largest = max(largest, *(abs(a - b) for a, b in zip(one.beliefs, two.beliefs, strict=True)))
+    assert any(len(one.turns) > 1 for one in first)
+    assert largest < 1e-5
+    scores = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("vllm", "transformers")]
+    assert scores[0].keys() == scores[1].keys()
+    sampled = sum(turn.num_tokens for one in first for turn in one.turns)
+    table.append(("igpo eval", str(sampled), "–", "–", "–", "–", f"{largest:.1e}", f"{seconds:.0f} s"))
