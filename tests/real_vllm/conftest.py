@@ -73,9 +73,9 @@ def start_server(folder: Path, repository: Path) -> Iterator[Callable[..., Simpl
     (name / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n")
     started = []
 
-    def start(port: int | None = None) -> SimpleNamespace:
-        port = port or free_port()
-        log = (folder / f"server-{len(started)}.log").open("w")
+    def start() -> SimpleNamespace:
+        port = free_port()
+        log = folder / f"server-{len(started)}.log"
         options = {
             "host": "127.0.0.1", "dtype": "float32", "max-num-seqs": 16, "worker-cls": "cpu_server.Worker",
             "weight-transfer-config": '{"backend": "gloo"}',
@@ -85,14 +85,15 @@ def start_server(folder: Path, repository: Path) -> Iterator[Callable[..., Simpl
         env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
         env["PYTHONPATH"] += os.pathsep + str(name.parent)
         script = [str(repository / "examples/launch/vllm_server.sh"), str(folder / "model"), str(LENGTH)]
-        process = popen([*script, "--enforce-eager", *words], env, stdout=log)
+        with log.open("w") as file:
+            process = popen([*script, "--enforce-eager", *words], env, stdout=file)
         started.append(process)
         began = time.monotonic()
         while not answers(f"http://127.0.0.1:{port}/health"):
-            text = Path(log.name).read_text()
+            text = log.read_text()
             assert process.poll() is None and time.monotonic() - began < 300, text[-6000:]
             time.sleep(1)
-        return SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, process=process)
+        return SimpleNamespace(url=f"http://127.0.0.1:{port}", process=process)
 
     yield start
     for process in started:

@@ -117,12 +117,13 @@ def command_line(files, run, *more):
     ]  # fmt: skip
 
 
-def test_a_server_that_dies_ends_training_with_one_line_and_a_new_one_resumes_it(
-    run, start_server, folder, repository, tmp_path
+def test_a_server_that_dies_ends_training_with_one_line_and_another_one_resumes_it(
+    run, start_server, server, folder, repository, tmp_path
 ):
-    server, output = start_server(), tmp_path / "run"
-    options = ["--use_vllm", "true", "--vllm_mode", "server", "--vllm_server_base_url", server.url]
+    another, server, output = server, start_server(), tmp_path / "run"
+    options = ["--use_vllm", "true", "--vllm_mode", "server", "--vllm_group_port", free_port()]
     words = [HERE / "cpu.py", "server", "train", *command_line(folder, output, *options)]
+    words += ["--vllm_server_base_url", server.url]
     environ = environment(repository)
     with (tmp_path / "log").open("w") as log:
         process = popen([sys.executable, *map(str, words)], environ, stdout=log, cwd=repository)
@@ -134,7 +135,9 @@ def test_a_server_that_dies_ends_training_with_one_line_and_a_new_one_resumes_it
                 time.sleep(0.02)
             stop(server.process)
             assert not answers(f"{server.url}/health")
+            died = time.monotonic()
             assert process.wait(timeout=200) == 1
+            waited = time.monotonic() - died  # TRL's client tries again
         finally:
             stop(process)
     text = (tmp_path / "log").read_text()
@@ -147,14 +150,14 @@ def test_a_server_that_dies_ends_training_with_one_line_and_a_new_one_resumes_it
     assert "Traceback" not in text
     assert int(last.name[11:]) < 6
 
-    start_server(server.port)
-    result = run(*words, "--resume_from_checkpoint", "true")
+    result = run(*words[:-1], another.url, "--resume_from_checkpoint", "true")
     assert result.returncode == 0, result.stdout[-6000:]
     assert find_checkpoints(output)[0].name == "checkpoint-6"
     records = list(read_jsonl(output / "trajectories/rank0.jsonl"))
     assert Counter(record.step for record in records) == dict.fromkeys(range(6), 4)
     first, last = (load_file(path / "model.safetensors") for path in (folder / "model", output))
     assert any(not torch.equal(first[name], last[name]) for name in first)
+    table.append(("server that dies, until the error", *["–"] * 6, f"{waited:.0f} s"))
 
 
 def test_evaluation_gives_the_rollouts_beliefs_and_scores_of_transformers(run, folder, tmp_path):
