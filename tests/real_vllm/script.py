@@ -108,7 +108,7 @@ def log_probs(
 
 def largest_difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
     assert [x.shape for x in first] == [x.shape for x in second]
-    return max(float((x - y).abs().max()) for x, y in zip(first, second, strict=True) if x.numel())
+    return max((float((x - y).abs().max()) for x, y in zip(first, second, strict=True) if x.numel()), default=0.0)
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ def check(measured, num_steps=3):
             assert i == 0 or step["moved"] > MOVED, i
             assert len(step["advantages"]) == 2 and step["advantages"][0] == len(step["turns"])
         assert any(step["advantages_differ"] for step in rank["steps"])  # between turns of one rollout
+        assert any(step["scored"] for step in rank["steps"])
         for log in rank["logs"]:
             assert math.isfinite(log["loss"]) and log["grad_norm"] > 0
             for name in ("min", "mean", "max"):
@@ -98,7 +99,7 @@ def test_the_comparison_notices_turns_of_another_process(train, server):
     first, second = (rank["steps"][0] for rank in measured)
     assert numbers_differ(first, second)
     assert first["log_probs"] < ROUNDING
-    assert second["log_probs"] > 0.1
+    assert second["log_probs"] > MOVED
 
 
 def numbers_differ(first, second):
