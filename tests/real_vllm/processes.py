@@ -15,7 +15,7 @@ from real_vllm import cpu
 
 HERE = Path(__file__).parent
 #: The context of servers and engines: short, so that rollouts reach its end.
-LENGTH = 352
+LENGTH = 320
 
 try:
     #: Of the build for CPUs, which alone these tests are for.

@@ -40,15 +40,15 @@ def check(measured, num_steps=3):
             # A server or an engine with the weights of the step before would be seen.
             assert i == 0 or step["moved"] > MOVED, i
             assert len(step["advantages"]) == 2 and step["advantages"][0] == len(step["turns"])
-        assert any(step["advantages_differ"] for step in rank["steps"])  # between turns of one rollout
-        assert any(step["scored"] for step in rank["steps"])
         for log in rank["logs"]:
             assert math.isfinite(log["loss"]) and log["grad_norm"] > 0
             for name in ("min", "mean", "max"):
                 assert log[f"sampling/importance_sampling_ratio/{name}"] == pytest.approx(1, abs=1e-2)
             assert log["sampling/sampling_logp_difference/max"] < ROUNDING
-    turns = Counter(turns for rank in measured for step in rank["steps"] for turns in step["turns"])
-    assert max(turns) > 1, turns  # tools were called
+    steps = [step for rank in measured for step in rank["steps"]]
+    assert max(turns for step in steps for turns in step["turns"]) > 1  # tools were called
+    assert any(step["advantages_differ"] for step in steps)  # between turns of one rollout
+    assert any(step["scored"] for step in steps)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
