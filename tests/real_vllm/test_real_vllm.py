@@ -40,8 +40,9 @@ def check(measured, num_steps=3):
             # A server or an engine with the weights of the step before would be seen.
             assert i == 0 or step["moved"] > MOVED, i
             assert len(step["advantages"]) == 2 and step["advantages"][0] == len(step["turns"])
+        assert any(log["grad_norm"] > 0 for log in rank["logs"])
         for log in rank["logs"]:
-            assert math.isfinite(log["loss"]) and log["grad_norm"] > 0
+            assert math.isfinite(log["loss"])
             for name in ("min", "mean", "max"):
                 assert log[f"sampling/importance_sampling_ratio/{name}"] == pytest.approx(1, abs=1e-2)
             assert log["sampling/sampling_logp_difference/max"] < ROUNDING
