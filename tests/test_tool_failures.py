@@ -5,6 +5,7 @@ import socket
 import sqlite3
 import subprocess
 import urllib.error
+from types import SimpleNamespace
 
 import httpx2
 import pytest
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.cli.errors import keep_trace, one_line_errors
+from igpo_trl.components import server_watched
 from igpo_trl.rollout import ToolRunner
 from igpo_trl.rollout.tool_failures import FailureWatch, ToolCounts, ToolUnavailable, is_unavailable
 from igpo_trl.search import HTTPSearch, SearchError, SearchTool
@@ -147,6 +149,31 @@ def test_the_command_line_says_so_in_one_line(capsys):
     with pytest.raises(SystemExit), one_line_errors(), keep_trace():
         raise ToolUnavailable("the tool 'search' does not work: 4 of 4 calls failed")
     assert capsys.readouterr().err == "Error: the tool 'search' does not work: 4 of 4 calls failed\n"
+
+
+def test_a_vllm_server_that_is_gone_is_one_line_whatever_the_clients_error_was(index, tmp_path, capsys):
+    def sample(error, url=None):
+        # Only the main process has a client.
+        generation = SimpleNamespace() if url is None else SimpleNamespace(vllm_client=SimpleNamespace(base_url=url))
+        trainer = SimpleNamespace(vllm_generation=generation, args=SimpleNamespace(output_dir=tmp_path))
+        with one_line_errors(), keep_trace(), server_watched(trainer):
+            raise error
+
+    with Running(index) as server:  # it answers GET /health, as vLLM's server does
+        for error in (ValueError("a bug"), requests.ConnectionError("one request was lost")):
+            with pytest.raises(type(error), match=str(error)):
+                sample(error, server.url)
+    with pytest.raises(RuntimeError, match="connection closed by peer"):
+        sample(RuntimeError("connection closed by peer"))
+    assert capsys.readouterr().err == ""
+    (tmp_path / "checkpoint-2").mkdir()
+    for error in (requests.ConnectionError("refused"), RuntimeError("closed"), Exception("Request failed: 500")):
+        with pytest.raises(SystemExit):
+            sample(error, server.url)
+        assert capsys.readouterr().err == (
+            f"Error: the vLLM server at {server.url} does not answer any more. Start it again and resume with "
+            f"`resume_from_checkpoint`; the last checkpoint is {tmp_path / 'checkpoint-2'}.\n"
+        )
 
 
 def test_training_goes_on_if_the_policy_uses_a_tool_wrongly_and_says_so_once(tmp_path, caplog):

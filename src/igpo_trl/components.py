@@ -4,9 +4,11 @@ import logging
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
+import httpx2
 from accelerate.utils import broadcast_object_list
 from transformers import AutoProcessor
 
@@ -17,7 +19,7 @@ from .rollout.kv_cache import reuse_obstacle
 from .rollout.loop import RolloutLoop
 from .rollout.observations import ObservationEncoder
 from .rollout.state import Rollout, RolloutLimits
-from .rollout.tool_failures import FailureWatch
+from .rollout.tool_failures import FailureWatch, where_to_resume
 from .rollout.tool_runner import ToolRunner
 from .step import Step
 from .training.belief_model import Reference, Snapshot
@@ -178,6 +180,32 @@ def samples_in_step(trainer: Any) -> bool:
         trainer.vllm_mode == "server" or trainer.vllm_generation.tensor_parallel_size > 1
     )
     return bool(trainer.is_sharded or one_engine)
+
+
+class ServerGone(ConnectionError):
+    """The vLLM server does not answer any more."""
+
+
+@contextmanager
+def server_watched(trainer: Any) -> Iterator[None]:
+    """Replaces whatever error TRL's client raises by [`ServerGone`] if there is no vLLM server any more."""
+    try:
+        yield
+    except Exception as error:
+        client = getattr(trainer.vllm_generation, "vllm_client", None)  # only the main process has one
+        if client is None or _is_up(client.base_url):
+            raise
+        raise ServerGone(
+            f"the vLLM server at {client.base_url} does not answer any more. Start it again "
+            f"{where_to_resume(trainer.args.output_dir)}"
+        ) from error
+
+
+def _is_up(server: str) -> bool:
+    try:
+        return httpx2.get(f"{server}/health", timeout=10).is_success
+    except httpx2.HTTPError:
+        return False
 
 
 def make_rollouts(trainer: Any, prompt_ids: Sequence[Sequence[int]], with_logprobs: bool) -> list[Rollout]:

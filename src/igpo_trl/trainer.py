@@ -132,9 +132,7 @@ class IGPOTrainer(ResumesExactly, MakesCard, PushesToHub, LogsRollouts, GRPOTrai
         if args is None:
             args = IGPOConfig(f"{model_id.split('/')[-1]}-IGPO")
         elif not isinstance(args, IGPOConfig):
-            raise TypeError(
-                f"`args` must be an IGPOConfig, got {type(args).__name__}. It takes every argument of GRPOConfig."
-            )
+            raise TypeError(f"`args` must be an IGPOConfig, got {type(args).__name__}. It takes all of GRPOConfig.")
         revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
         base, adapter = model, find_adapter(model, revision) if isinstance(model, str) else None
         if adapter is not None:
@@ -281,7 +279,8 @@ class IGPOTrainer(ResumesExactly, MakesCard, PushesToHub, LogsRollouts, GRPOTrai
             each = num_generations if prompts == prompt_ids else 1
             if model is None:
                 self.vllm_generation.max_completion_length = length
-                return sample_prompts(prompts, None, multimodal_fields, each)
+                with components.server_watched(self):
+                    return sample_prompts(prompts, None, multimodal_fields, each)
             with replaced_generate(model, self.current_step.kv_cache, [rollouts[i] for i in rows], length):
                 return sample_prompts(prompts, None, multimodal_fields, each)
 

@@ -97,7 +97,7 @@ def keep_trace(when: Callable[[], bool] = lambda: True) -> Iterator[None]:
     except Exception as error:
         if when():
             kinds = {kind.__name__ for kind in type(error).__mro__}
-            outside = {"SearchError", "ToolUnavailable", "CheckpointNotSaved"} & kinds
+            outside = {"SearchError", "ToolUnavailable", "ServerGone", "CheckpointNotSaved"} & kinds
             full = getattr(error, "errno", None) == errno.ENOSPC
             error.in_training, error.keeps_trace = True, not (outside or full)  # type: ignore[attr-defined]
         raise

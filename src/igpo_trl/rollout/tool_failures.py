@@ -122,7 +122,8 @@ class FailureWatch:
                 raise ToolUnavailable(
                     f"the tool {name!r} does not work: {counts.unavailable} of {counts.calls} calls failed, {often} "
                     f"(`max_tool_failures`, `tool_failure_patience`). The last error: {counts.error}. Training has "
-                    f"stopped, because the policy would learn from error texts. {self._what_next()}"
+                    f"stopped, because the policy would learn from error texts. Make it work "
+                    f"{where_to_resume(self.output_dir)}"
                 )
             if self._keeps_failing(name, "failed", counts) and name not in self.warned:
                 self.warned.add(name)
@@ -137,8 +138,10 @@ class FailureWatch:
             self.batches[name, kind] = self.batches.get((name, kind), 0) + 1 if share >= self.max_share else 0
         return self.batches.get((name, kind), 0) >= self.patience
 
-    def _what_next(self) -> str:
-        last = get_last_checkpoint(str(self.output_dir)) if Path(self.output_dir).is_dir() else None
-        if last is None:
-            return "Make it work and start again; there is no checkpoint yet."
-        return f"Make it work and resume with `resume_from_checkpoint`; the last checkpoint is {last}."
+
+def where_to_resume(output_dir: str | Path) -> str:
+    """How an error ends that stops training, after what has to be done first."""
+    last = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
+    if last is None:
+        return "and start again; there is no checkpoint yet."
+    return f"and resume with `resume_from_checkpoint`; the last checkpoint is {last}."
