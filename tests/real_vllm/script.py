@@ -19,8 +19,7 @@ import oracles  # noqa: E402
 import torch  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 
-from igpo_trl import IGPOConfig, IGPOTrainer  # noqa: E402
-from igpo_trl.components import context_length  # noqa: E402
+from igpo_trl import IGPOConfig, IGPOTrainer, components  # noqa: E402
 from igpo_trl.data import load_questions  # noqa: E402
 from igpo_trl.sandbox.tiny_model import SYSTEM_PROMPT  # noqa: E402
 from igpo_trl.search import BM25Index, SearchTool  # noqa: E402
@@ -131,23 +130,10 @@ def weight_difference(trainer: Trainer, model: Any) -> float:
     return max(differences)
 
 
-def put_back(fault: str) -> None:
-    """Undo what is done here for a vLLM server, to see that the comparison notices."""
-    import igpo_trl.trainer as module
-
-    if fault == "numbers of prompts":
-        ours = module.sample_within_context
-        module.sample_within_context = lambda *args, **options: ours(
-            *args, **options | {"same_number_on_ranks": False}
-        )
-    else:
-        module.components.context_length = lambda trainer: trainer.model.config.max_position_embeddings
-
-
-def main(folder: Path, name: str, lora: bool = False, fault: str | None = None, **options: Any) -> None:
+def main(folder: Path, name: str, lora: bool = False, asks_server: bool = True, **options: Any) -> None:
     torch.set_num_threads(1)
-    if fault is not None:
-        put_back(fault)
+    if not asks_server:
+        components.context_length = lambda trainer: trainer.model.config.max_position_embeddings
     getattr(cpu, f"patch_{'colocate' if options['vllm_mode'] == 'colocate' else 'client'}")()
     trainer = Trainer(
         model=str(folder / "model"),
@@ -183,7 +169,7 @@ def main(folder: Path, name: str, lora: bool = False, fault: str | None = None, 
     trainer.train()
     result = {
         "processes": trainer.accelerator.num_processes,
-        "max_model_len": context_length(trainer),
+        "max_model_len": components.context_length(trainer),
         "steps": trainer.measured,
         "logs": [log for log in trainer.state.log_history if "loss" in log],
     }
