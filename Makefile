@@ -64,7 +64,8 @@ test-quantization: $(VENV)/.installed-dev
 COMPAT ?= oldest vllm newest
 COMPAT_TESTS ?= tests/test_seams.py tests/test_trainer.py tests/test_step.py tests/test_rollout.py tests/test_rollout_func.py \
 	tests/test_sampled_tokens.py tests/test_prefix_cache.py tests/test_chat_templates.py tests/test_checkpoints.py \
-	tests/test_belief_pass.py tests/test_logs.py tests/test_adapters.py tests/test_train_mistakes.py
+	tests/test_belief_pass.py tests/test_logs.py tests/test_adapters.py tests/test_train_mistakes.py tests/test_resume.py \
+	tests/test_hub.py
 oldest = trl==1.16.0 transformers==5.13.0
 vllm = trl==1.16.0 transformers==5.17.0
 newest = trl transformers
