@@ -7,7 +7,7 @@
 #     versions of both, each in an environment of its own (2 GB and some minutes each); COMPAT chooses among these three,
 #     COMPAT_TESTS=tests runs every test
 # make test-vllm   training and evaluation with the real vLLM, on a CPU (Linux, x86): an environment of its own (4 GB and
-#     some minutes), then up to 20 minutes; prints what was measured. If pip does not find the CPU build of torch:
+#     some minutes), then about 5 minutes; prints what was measured. If pip does not find the CPU build of torch:
 #     TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 # make dist   build the wheel and the source archive in dist/, the same bytes from the same commit; make dist-check
 #     installs the wheel in a new environment and runs the quick demonstration there, in an empty folder
