@@ -91,11 +91,6 @@ CASES = {
     "belief of a snapshot": {"belief_model": "snapshot", "belief_snapshot_steps": 3},
     "a reference that follows": {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 2, "model": "base"},
     "an adapter that is trained further": {"beta": 0.1, "num_iterations": 2, "model": "adapter"},
-    "an adapter with a part of the base model's weights": {
-        "peft_config": LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights="pissa"),
-        "beta": 0.1,
-        "max_steps": 3,
-    },
 }
 
 

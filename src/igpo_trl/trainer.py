@@ -84,7 +84,7 @@ class IGPOTrainer(ResumesExactly, MakesCard, PushesToHub, LogsRollouts, GRPOTrai
     | `compute_loss`, `log` | average metrics over batches | average them over rollouts, tokens or calls | before 1.8 |
     | `create_model_card`, `save_model` | write TRL's card; none | write one made from the run | 1.16 |
     | `push_to_hub`, `init_hf_repo`, `_push_from_checkpoint` | push all of `output_dir`; fail with it | leave out records; lose nothing if they fail | 5.13 |
-    | `train`, `_run_epoch`, `_save_checkpoint`, `_save_rng_state`, `_load_rng_state`, `_get_train_sampler` | resumes from the newest checkpoint, without the rollouts that are left and in the order of the first epoch; one more step at the end | resumes from the last whole one, exactly; takes none | 5.13 |
+    | `train`, `_run_epoch`, `_save_checkpoint`, `_save_rng_state`, `_load_from_checkpoint`, `_load_rng_state`, `_get_train_sampler` | resumes from the newest checkpoint, without the rollouts that are left and in the order of the first epoch; one more step at the end | resumes from the last whole one, exactly; takes none | 5.13 |
     | `evaluate`, `evaluation_loop` | evaluate one data set | return every metric; average over sets | before 1.8 |
 
     Args:

@@ -107,6 +107,11 @@ SEAMS = (
     ),
     Seam(f"{_TRAINER}._save_checkpoint", "model, trial", "A full disk while it saves is a clear error."),
     Seam(f"{_TRAINER}._save_rng_state", "output_dir", "Rollouts and running state are saved with it."),
+    Seam(
+        f"{_TRAINER}._load_from_checkpoint",
+        "resume_from_checkpoint, model",
+        "The trained one of several adapters is loaded after it.",
+    ),
     Seam(f"{_TRAINER}._load_rng_state", "checkpoint", "Rollouts and running state are loaded after it."),
     Seam(f"{_GRPO}._get_train_sampler", "dataset", "A resumed run draws the order of its epoch from it."),
     Seam(f"{_TRAINER}.evaluate", "eval_dataset, ignore_keys, metric_key_prefix", "Metrics are averaged over sets."),
