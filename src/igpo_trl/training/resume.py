@@ -113,8 +113,8 @@ class ResumesExactly(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.model if model is None else model
-        # Before 5.23, transformers loads of several adapters only those in folders of their own. The trained one, beside
-        # which TRL keeps a copy as reference, is in the checkpoint itself.
+        # Before 5.23, transformers loads, of several adapters, only those in folders of their own. The trained one,
+        # beside which TRL keeps a copy as reference, is in the checkpoint itself.
         saved = Path(resume_from_checkpoint, "adapter_config.json").is_file()
         if saved and not self.is_sharded and len(getattr(model, "peft_config", ())) > 1:
             model.load_adapter(resume_from_checkpoint, "default", is_trainable=model.active_adapter == "default")
