@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from packaging.version import Version
 
-#: The oldest and the newest minor version of each package that `make test-compat` passed with.
+#: The oldest and the newest minor version of each package that tests of `make test-compat` were run with.
 TESTED = {"trl": ("1.16", "1.16"), "transformers": ("5.13", "5.24")}
 
 
