@@ -127,9 +127,7 @@ def test_estimate_of_rollouts_and_belief_passes(tmp_path, monkeypatch, reuse_pre
     )  # fmt: skip
     for phase, real in trainer.peaks.items():
         print(f"{phase}: real {real / 2**20:.1f} MiB, ratio {guess.peak[phase] / real:.3f}")
-        # Where caches are kept, a belief pass has less to run than is assumed.
-        more = 1.25 if reuse_prefixes and phase == "belief pass" else 1.15
-        assert 0.85 * real < guess.peak[phase] < more * real, phase
+        assert guess.peak[phase] == pytest.approx(real, rel=0.15), phase
 
 
 def lines_of(output: str) -> dict[str, float]:

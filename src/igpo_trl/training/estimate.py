@@ -174,11 +174,13 @@ def estimate(
         sampling = max(rollouts * logits * 3.0, read * forward_token)
         memory["sampling"] = layer + repeated * args.reuse_prefixes + sampling
     if args.uses_beliefs:
-        # A chunk of contexts with a cache of its own, in the first batch at least; or against the rollouts' caches, of
-        # which layers are copied.
+        # A chunk of contexts with a cache of its own.
         memory["belief pass"] = min(args.belief_tokens_per_batch, rollouts * tokens) * (kv_token + forward_token)
         if not args.use_vllm and args.reuse_prefixes and sharding not in ("zero3", "fsdp2"):
-            memory["belief pass"] = max(memory["belief pass"], caches + 2 * layer + repeated)
+            # Only in the first batch, when the optimizer holds nothing yet. Later against the rollouts' caches, of
+            # which layers are copied.
+            first = memory["belief pass"] - memory["optimizer"]
+            memory["belief pass"] = max(first, caches + 2 * layer + repeated)
     memory["activations and logits"] = float(activations)
 
     backward = 4 if args.gradient_checkpointing else 3
