@@ -13,12 +13,15 @@ import tiny
 import torch
 from safetensors.torch import save_file
 from test_tiny_model import world, write
+from trl import ModelConfig
 from typer.testing import CliRunner
 
 from igpo_trl import IGPOConfig
+from igpo_trl.cli import checks
 from igpo_trl.cli import train as training
 from igpo_trl.cli.app import app
 from igpo_trl.search import BM25Index
+from igpo_trl.warm_start import fitting
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +256,20 @@ def test_without_bfloat16_training_is_in_float32_unless_it_was_asked_for(tmp_pat
     assert IGPOConfig(str(tmp_path), use_cpu=True).bf16 is True  # TRL's default
     with pytest.raises(ValueError, match=r"Set `bf16=False` to train in float32, and `use_cpu=True`"):
         IGPOConfig(str(tmp_path), bf16=True)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("bf16, dtype", [(True, "float32"), (False, "bfloat16"), (False, "float32")])
+def test_slow_bfloat16_is_warned_of(tmp_path, monkeypatch, fast, bf16, dtype):
+    monkeypatch.setattr(fitting, "computes_in_bfloat16", lambda: fast)
+    monkeypatch.setattr(checks.platform, "machine", lambda: "x86_64")
+    args = IGPOConfig(str(tmp_path), use_cpu=True, bf16=bf16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        checks.check_precision(args, ModelConfig(dtype=dtype))
+    assert ["more slowly than float32" in str(warning.message) for warning in caught] == [True] * (
+        not fast and (bf16 or dtype == "bfloat16")
+    )
 
 
 def test_a_configuration_does_not_warn_of_what_trl_sets(tmp_path):

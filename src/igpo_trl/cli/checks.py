@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import json
+import platform
 import warnings
 from pathlib import Path
 
@@ -62,8 +63,23 @@ def check_arguments(script: ScriptArguments, training: IGPOConfig, model: ModelC
             near = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
             hint = f"Did you mean {near[0]}?" if near else f"Expected some of {', '.join(INTEGRATION_TO_CALLBACK)}."
             raise ValueError(f"`report_to`: {name} is not known. {hint}")
+    check_precision(training, model)
     check_model(model, training)
     check_output_dir(training)
+
+
+def check_precision(training: IGPOConfig, model: ModelConfig) -> None:
+    """Warns of a training in bfloat16 on a processor that has no instructions for it."""
+    from ..warm_start.fitting import computes_in_bfloat16
+
+    asked = training.bf16 or model.dtype == "bfloat16"
+    if asked and training.use_cpu and platform.machine() in ("x86_64", "AMD64") and not computes_in_bfloat16():
+        warnings.warn(
+            "This processor computes bfloat16 several times more slowly than float32. Set `--bf16 false --dtype "
+            "float32`.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def check_index(script: ScriptArguments) -> None:
