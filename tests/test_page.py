@@ -11,6 +11,7 @@ import pytest
 from page_runs import evaluation, rollout, training
 
 from igpo_trl.cli.view import run_names
+from igpo_trl.evaluation.doctor import diagnose
 from igpo_trl.report.page import page_data, write_page
 from igpo_trl.report.page.compact import to_json
 from igpo_trl.report.page.document import SCRIPTS
@@ -302,6 +303,16 @@ def test_a_follower_reads_each_line_once_and_no_half_lines(tmp_path):
     write_jsonl(file.with_name("rank1.jsonl"), [rollout(step=1)], append=True)
     assert rollouts_of(follower) == [0, 1, 1]
     assert follower.latest()[1] != tag
+
+
+def test_a_follower_says_what_the_doctor_finds_so_far(tmp_path):
+    follower = Follower({"run": tmp_path}, diagnose=lambda path: diagnose(path).to_dict())
+    assert json.loads(follower.latest()[0]) is None
+    file = tmp_path / "trajectories" / "rank0.jsonl"
+    for steps in (range(4), range(4, 8)):
+        write_jsonl(file, [rollout(step=step) for step in steps], append=True)
+        (shown,) = json.loads(follower.latest()[0])["diagnoses"].values()
+        assert shown == json.loads(json.dumps(diagnose(tmp_path).to_dict()))
 
 
 def test_a_follower_starts_again_when_training_resumes(tmp_path):

@@ -308,6 +308,7 @@ def follow(page, folder):
     page.focus("#filters input[name=text]")
     write_jsonl(file, run[24:], append=True)
     expect_shown(page, "48 rollouts")
+    playwright.expect(page.locator("#diagnoses")).to_contain_text("igpo doctor checked")
     assert page.locator("#detail h3").inner_text() == question
     assert page.evaluate("document.activeElement.name") == "text"  # who is typing goes on typing
     assert page.locator("#headline").inner_text().startswith("It learned")

@@ -123,10 +123,12 @@ def _write(runs: dict[str, Path], html: Path, max_rollouts: int) -> None:
 
 
 def _serve(runs: dict[str, Path], host: str, port: int, max_rollouts: int) -> None:
+    from ..evaluation.doctor import diagnose
     from ..report.page.live import LOOPBACK, Follower, create_app
     from ..search.network.server import listen
 
-    app = create_app(Follower(runs, max_rollouts), " and ".join(runs), LOOPBACK if host in LOOPBACK else ("*",))
+    follower = Follower(runs, max_rollouts, lambda path: diagnose(path).to_dict())
+    app = create_app(follower, " and ".join(runs), LOOPBACK if host in LOOPBACK else ("*",))
     import uvicorn
 
     listener = listen(host, port)

@@ -1,9 +1,9 @@
 """A page that follows runs while they are made: `igpo view RUN --serve`."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...trajectory import Trajectory, record_files
 from .compact import MAX_ROLLOUTS, page_data, to_json
@@ -28,10 +28,16 @@ class Follower:
         runs (mapping of `str` to `Path`): Directories of runs, or files of rollouts, by the names of the runs. They
             need not exist yet.
         max_rollouts (`int`, *optional*, defaults to `5000`): See [`write_page`].
+        diagnose (`Callable`, *optional*): From the path of a run, what `igpo doctor --json` says of it.
     """
 
-    def __init__(self, runs: Mapping[str, Path], max_rollouts: int = MAX_ROLLOUTS) -> None:
-        self._paths, self._max_rollouts = dict(runs), max_rollouts
+    def __init__(
+        self,
+        runs: Mapping[str, Path],
+        max_rollouts: int = MAX_ROLLOUTS,
+        diagnose: Callable[[Path], Mapping[str, Any]] | None = None,
+    ) -> None:
+        self._paths, self._max_rollouts, self._diagnose = dict(runs), max_rollouts, diagnose
         self._lock = threading.Lock()
         self._version, self._text = 0, to_json(None)
         self._forget()
@@ -45,11 +51,12 @@ class Follower:
         with self._lock:
             if self._update():
                 self._version += 1
-                self._text = to_json(page_data(self._rollouts, self._max_rollouts) if self._is_ready() else None)
+                self._text = to_json(self._data() if all(self._rollouts.values()) else None)
             return self._text, f'"{id(self)}-{self._version}"'
 
-    def _is_ready(self) -> bool:
-        return all(self._rollouts.values())
+    def _data(self) -> dict[str, Any]:
+        diagnoses = {name: self._diagnose(path) for name, path in self._paths.items()} if self._diagnose else {}
+        return page_data(self._rollouts, self._max_rollouts) | {"diagnoses": diagnoses}
 
     def _update(self) -> bool:
         files = {
