@@ -15,6 +15,7 @@ from unittest import mock
 import tiny
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
@@ -48,6 +49,8 @@ CASES: dict[str, dict[str, Any]] = {
     "even": {"scripts": EVEN, "pad_to_longest": True},
     "uneven": {"scripts": UNEVEN, "pad_to_longest": False, "gradient_checkpointing": True, "dtype": torch.float64},
     "lora": {"scripts": UNEVEN, "lora": True, "pad_to_longest": True, "dtype": torch.float64},
+    # The reference model is then a frozen copy of the adapter.
+    "continued": {"scripts": UNEVEN, "continued": True, "beta": 0.5, "pad_to_longest": True, "dtype": torch.float64},
     # Beliefs are then scored against the keys and values of the forward that gives the old log-probabilities.
     "old_log_probs": {"scripts": UNEVEN[:1], "num_iterations": 2, "pad_to_longest": True},
     "accumulated": {
@@ -195,27 +198,34 @@ def local(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+def adapter(**options: Any) -> LoraConfig:
+    return LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **options)
+
+
 def run(
     folder: Path,
     num_processes: int,
     scripts: list[list[list[str]]],
     lora: bool = False,
+    continued: bool = False,
     dtype: torch.dtype = torch.float32,
     gradient_accumulation_steps: int = 1,
     **options: Any,
 ) -> dict[str, Any]:
     if num_processes == 1:
         options |= {"pad_to_longest": True, "gradient_checkpointing": False}
+    model = tiny.make_model("qwen3").to(dtype)
     if lora:
-        from peft import LoraConfig
-
-        options["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights="gaussian")
+        options["peft_config"] = adapter(init_lora_weights="gaussian")
+    if continued:
+        torch.manual_seed(1)
+        model = get_peft_model(model, adapter(init_lora_weights=False))
     Trainer.scripts = scripts
     trainer = tiny.make_trainer(
         Trainer,
         IGPOConfig,
         folder,
-        model=tiny.make_model("qwen3").to(dtype),
+        model=model,
         per_device_train_batch_size=NUM_ROLLOUTS // num_processes // gradient_accumulation_steps,
         gradient_accumulation_steps=gradient_accumulation_steps,
         num_generations=NUM_ROLLOUTS,  # the group lies across the processes

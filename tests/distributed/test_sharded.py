@@ -19,10 +19,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 SCRIPT = Path(__file__).with_name("sharded.py")
 CASES = {
-    "ddp": ("uneven", "lora"),
-    "zero2": ("uneven", "lora"),
-    "fsdp2": ("even", "uneven", "lora", "old_log_probs", "accumulated"),
-    "zero3": ("even", "uneven", "lora", "old_log_probs", "accumulated", "ungathered"),
+    "ddp": ("uneven", "lora", "continued"),
+    "zero2": ("uneven", "lora", "continued"),
+    "fsdp2": ("even", "uneven", "lora", "continued", "old_log_probs", "accumulated"),
+    "zero3": ("even", "uneven", "lora", "continued", "old_log_probs", "accumulated", "ungathered"),
 }
 TYPES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 NEEDS_DEEPSPEED = pytest.mark.skipif(
@@ -110,7 +110,12 @@ def check_parameters(method, case, one, ranks):
     # ZeRO keeps the weights that it updates in float32: each of the two steps rounds by half of the last bit.
     rounding = 2 * 2**-24 * 2 ** math.ceil(math.log2(largest)) if method.startswith("zero") else 0.0
     tolerance = rounding + (1e-12 if pads else 1e-8) if is_exact(case) else 2e-6
+    copies = [name for name in one["start"] if ".ref." in name]
+    assert (len(copies) > 0) == (case == "continued")
+    assert all(torch.equal(result["end"][name], one["start"][name]) for name in copies for result in (one, *ranks))
+    assert not copies or one["logs"][0]["kl"] < 1e-9 < 1e-6 < one["logs"][1]["kl"]
     for expected, log in zip(one["logs"], ranks[0]["logs"], strict=True):
+        assert log.get("kl", 0.0) == pytest.approx(expected.get("kl", 0.0), rel=1e-4, abs=1e-9)
         assert log["loss"] == pytest.approx(expected["loss"], abs=1e-5)
         assert log["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
         assert (log["perf/padding"] <= 1) != pads, "the forwards of the case are of the other kind"
