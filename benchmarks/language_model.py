@@ -92,7 +92,7 @@ def train(run: Run, args: argparse.Namespace) -> None:
         "seed": run.seed,
         "max_steps": run.steps,
         "save_steps": 5,
-        "answer_metric": "em",
+        "answer_metric": "em",  # F1 pays for words of the question
         "dtype": args.dtype,
         "bf16": args.dtype == "bfloat16",
     }
