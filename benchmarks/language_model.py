@@ -1,6 +1,7 @@
 """
 Does a language model learn to search, and with which method best? Trains SmolLM2-135M-Instruct from one start.
 
+    igpo get smollm2 outputs/smollm2
     python benchmarks/language_model.py world            # run what is missing, and print the table
     python benchmarks/language_model.py hotpotqa --questions train.jsonl.gz --test test.jsonl.gz --index outputs/index
     python benchmarks/language_model.py world --print    # the table of what there is
@@ -238,6 +239,8 @@ def report(results: Results, runs: list[Run], start: Run) -> Iterator[str]:
         if run.steps:
             cells += [first_and_last(row["curves"][name]) for name in ("reward", "turns", "collapse")]
             cells += [f"{row['step_time']:.0f}"]
+        else:
+            cells += [""] * 4
         yield f"| {LABELS.get(run.method, 'start')} | {run.seed if run.steps else ''} | {' | '.join(cells)} |"
     yield ""
     for method in METHODS:
