@@ -315,6 +315,22 @@ def test_a_follower_says_what_the_doctor_finds_so_far(tmp_path):
         assert shown == json.loads(json.dumps(diagnose(tmp_path).to_dict()))
 
 
+def test_a_follower_tries_again_after_the_doctor_has_failed(tmp_path):
+    answers = iter([FileNotFoundError("replaced"), {"findings": [], "healthy": ["drift"]}])
+
+    def diagnose_or_fail(path):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    follower = Follower({"run": tmp_path}, diagnose=diagnose_or_fail)
+    write_jsonl(tmp_path / "trajectories" / "rank0.jsonl", [rollout(step=0)])
+    with pytest.raises(FileNotFoundError):
+        follower.latest()
+    assert json.loads(follower.latest()[0])["diagnoses"]["run"]["healthy"] == ["drift"]
+
+
 def test_a_follower_starts_again_when_training_resumes(tmp_path):
     from igpo_trl.trajectory import drop_later
 

@@ -39,7 +39,7 @@ class Follower:
     ) -> None:
         self._paths, self._max_rollouts, self._diagnose = dict(runs), max_rollouts, diagnose
         self._lock = threading.Lock()
-        self._version, self._text = 0, to_json(None)
+        self._version, self._text, self._is_stale = 0, to_json(None), True
         self._forget()
 
     def _forget(self) -> None:
@@ -49,9 +49,11 @@ class Follower:
     def latest(self) -> tuple[str, str]:
         """The data of the page as JSON, `null` as long as a run has no rollouts, and a tag that changes with it."""
         with self._lock:
-            if self._update():
-                self._version += 1
+            self._is_stale = self._update() or self._is_stale
+            if self._is_stale:  # until it succeeds: the doctor may read a file that is being replaced
                 self._text = to_json(self._data() if all(self._rollouts.values()) else None)
+                self._version += 1
+                self._is_stale = False
             return self._text, f'"{id(self)}-{self._version}"'
 
     def _data(self) -> dict[str, Any]:
@@ -72,7 +74,7 @@ class Follower:
         for name, each in files.items():
             for file in each:
                 self._rollouts[name] += self._new_lines(file)
-        return sum(map(len, self._rollouts.values())) != before or not self._version
+        return sum(map(len, self._rollouts.values())) != before
 
     def _new_lines(self, file: Path) -> list[Trajectory]:
         with file.open("rb") as stream:
