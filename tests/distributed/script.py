@@ -1,5 +1,7 @@
 """Trains scripted rollouts and gives back what each process got; started by `test_two_processes.py`."""
 
+import contextlib
+import io
 import json
 import os
 import sys
@@ -15,6 +17,7 @@ from distributed import vllm_server
 import igpo_trl.beliefs.scorer
 from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.rollout.tool_failures import FailureWatch, ToolCounts, ToolUnavailable
+from igpo_trl.training.console import StepLines
 
 SEARCH = tiny.call("Paris")
 # The two halves need different numbers of tool rounds, and the last rollouts no belief at all.
@@ -102,11 +105,13 @@ def train(
             **options,
         )
         trainer.scripts = scripts
+        trainer.add_callback(StepLines(trainer))
         accelerator = trainer.accelerator
         # A launcher that quietly starts one process would make every comparison pass.
         assert accelerator.num_processes == num_processes, accelerator.num_processes
         assert accelerator.distributed_type.value == ("MULTI_CPU" if num_processes > 1 else "NO")
-        trainer.train()
+        with contextlib.redirect_stdout(io.StringIO()) as console:
+            trainer.train()
     lengths = trainer.output["completion_mask"].sum(dim=1).tolist()
     return {
         "case": options,
@@ -115,6 +120,7 @@ def train(
         "logs": [
             {key: value for key, value in log.items() if "second" not in key} for log in trainer.state.log_history
         ],
+        "console": console.getvalue().splitlines(),
         "forwards": len(forwards),
         "parameters": {
             name: value.detach().clone() for name, value in accelerator.unwrap_model(trainer.model).named_parameters()

@@ -57,6 +57,16 @@ def test_metrics_are_those_of_the_whole_batch(runs):
                 assert two["logs"][0][name] == pytest.approx(value, abs=1e-5), (name, one["case"])
 
 
+def test_one_process_prints_the_lines_of_both(runs):
+    single, (first, second) = runs
+    for one, two, other in zip(single, first, second, strict=True):
+        lines = [line.split("  left")[0] for line in two["console"] if line.startswith("step ")]
+        steps = [log for log in one["logs"] if "reward" in log]
+        assert len(lines) == len(steps) > 0 and other["console"] == [], two["console"]
+        for name in ("reward", "searches", "belief", "collapse", "answered"):
+            assert all(name in line for line in lines), lines
+
+
 def test_both_processes_end_with_the_parameters_of_one(runs):
     single, ranks = runs
     for one, first, second in zip(single, *ranks, strict=True):
