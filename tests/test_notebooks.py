@@ -4,6 +4,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from hub_server import TOKEN, environment, running_hub
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
@@ -22,7 +23,15 @@ def test_there_are_notebooks():
 def test_notebook_runs(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("IGPO_SMALL", "1")
     monkeypatch.setenv("IGPO_CACHE", str(tmp_path / "cache"))
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    with running_hub() as hub:
+        for name, value in environment(hub, tmp_path / "hub", TOKEN).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")  # a protocol of its own
+        monkeypatch.setenv("IGPO_REPOSITORY", "tester/agent")
+        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    if any("push_to_hub" in cell.source for cell in notebook.cells if cell.cell_type == "code"):
+        pushed = hub.repositories["tester/agent"].files
+        assert {"config.json", "model.safetensors"} <= pushed.keys() and b"igpo" in pushed["README.md"]
     kinds = {
         kind
         for cell in notebook.cells
