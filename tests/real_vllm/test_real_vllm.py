@@ -54,7 +54,7 @@ def check(measured, num_steps=3):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 def test_colocate(train, lora):
-    options = {"lora": True, "learning_rate": 1e-2} if lora else {}
+    options = {"lora": True, "learning_rate": 2e-3} if lora else {}
     name = f"colocate, {'LoRA' if lora else 'full'}"
     measured = train(name, vllm_mode="colocate", vllm_max_model_length=LENGTH, **options)
     check(measured)
@@ -63,7 +63,7 @@ def test_colocate(train, lora):
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 def test_server(train, server, lora):
-    options = {"lora": True, "learning_rate": 1e-2} if lora else {}
+    options = {"lora": True, "learning_rate": 2e-3} if lora else {}
     name = f"server, {'LoRA' if lora else 'full'}"
     measured = train(name, vllm_mode="server", vllm_server_base_url=server.url, **options)
     check(measured)
