@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,6 +128,16 @@ def test_two_steps_train(policy, tmp_path, method, kind):
     saved = list(read_jsonl(tmp_path / "trajectories" / "rank0.jsonl"))
     assert len(saved) == 2 * 8
     assert {(record.step, record.group) for record in saved} == {(s, g) for s in (0, 1) for g in (0, 1)}
+
+
+@pytest.mark.parametrize("metric", ["f1", "em"])
+def test_the_outcome_is_that_of_the_budget(policy, tmp_path, metric):
+    trainer = make_trainer("grpo", policy, tmp_path, budget=replace(BUDGET, answer_metric=metric))
+    completions = [
+        [{"role": "assistant", "content": f"<answer> {name} </answer>"}] for name in ("Zoe Evans", "Zoe Brown")
+    ]
+    (reward,) = trainer.reward_funcs
+    assert reward(completions, answers=[["Zoe Evans"]] * 2) == [1.0, 0.5 if metric == "f1" else 0.0]
 
 
 def test_area_is_the_mean_of_the_trapezoids():

@@ -57,6 +57,7 @@ class Budget:
     questions: int = 16  # per step
     rollouts: int = 8  # per question
     learning_rate: float = 5e-4  # constant over training
+    answer_metric: str = "f1"  # the outcome
     eval_every: int = 10  # steps between two points of the learning curve
     curve_questions: int = 128  # held-out questions per point, answered greedily
 
@@ -161,7 +162,7 @@ def make_trainer(
         warnings.filterwarnings("ignore", message=".*environment_factory.*experimental", category=UserWarning)
         trainer = (IGPOTrainer if is_igpo else SandboxGRPOTrainer)(
             model=AutoModelForCausalLM.from_pretrained(model_path),
-            reward_funcs=make_answer_reward(format_penalty=0.0),
+            reward_funcs=make_answer_reward(format_penalty=0.0, metric=budget.answer_metric),
             args=args,
             train_dataset=make_dataset(data_seed, budget.steps * budget.questions, kind=kind),
             processing_class=make_tokenizer(),
