@@ -130,7 +130,7 @@ def test_an_earlier_versions_checkpoint_resumes_and_says_that_this_is_not_exact(
     (tmp_path / "checkpoint-3" / STATE_FILE.format(rank=0)).unlink()
     resumed = make_trainer(tmp_path, num_iterations=2, max_steps=4)
     resumed.train(resume_from_checkpoint=True)
-    assert "checkpoint-3 has no igpo_state_0.pt" in caplog.text
+    assert "checkpoint-3: some process has no igpo_state_RANK.pt" in caplog.text
     # The second half of an iteration is sampled again, and the next one begins where it would have.
     assert resumed.state.global_step == 4 and resumed._step == 4
     assert sorted({each.step for each in read_jsonl(tmp_path / "trajectories/rank0.jsonl")}) == [0, 2, 3]

@@ -139,24 +139,22 @@ def stop(folder: Path) -> str:
     return ""
 
 
-def resume(folder: Path) -> list[dict[str, torch.Tensor]]:
-    """Weights at the end of a run, and of one that resumes where rollouts are left over."""
-    ends = []
-    for checkpoint in (None, str(folder / "resumed/checkpoint-1")):
-        trainer = tiny.make_trainer(
-            Trainer,
-            IGPOConfig,
-            folder / "resumed",
-            per_device_train_batch_size=2,
-            num_iterations=2,
-            max_steps=3,
-            save_strategy="steps",
-            save_steps=1,
-        )
-        trainer.train(checkpoint)
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        ends.append({name: value.detach().clone() for name, value in model.named_parameters()})
-    return ends
+def end_of_run(output: Path, checkpoint: Path | None = None) -> dict[str, Any]:
+    """A run whose first checkpoint has rollouts left over, or one that resumes at such a checkpoint."""
+    trainer = tiny.make_trainer(
+        Trainer,
+        IGPOConfig,
+        output,
+        per_device_train_batch_size=2,
+        num_iterations=2,
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    trainer.train(checkpoint and str(checkpoint))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    return {"weights": weights, "step": trainer._step}
 
 
 def run(folder: Path, num_processes: int) -> dict[str, Any]:
@@ -174,7 +172,11 @@ def run(folder: Path, num_processes: int) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    result = run(folder, 2) | {"resumed": resume(folder)}
+    result = run(folder, 2) | {
+        "whole": end_of_run(folder / "whole"),
+        "resumed": end_of_run(folder / "resumed", folder / "whole/checkpoint-1"),
+        "of one process": end_of_run(folder / "more", folder / "one/checkpoint-1"),
+    }
     rank = PartialState().process_index
     torch.save(result, folder / f"rank{rank}.pt")
     (folder / f"vllm{rank}.json").write_text(json.dumps(vllm_server.run(folder)))

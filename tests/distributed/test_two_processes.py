@@ -22,7 +22,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ranks(launch, folder):
-    """What each of two processes got."""
+    """What each of two processes got; one of their runs resumes at a checkpoint of one process."""
+    script.end_of_run(folder / "one")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launch([*launcher, str(SCRIPT), str(folder)], ACCELERATE_USE_CPU="true")
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
@@ -138,7 +139,22 @@ def test_rollouts_of_one_vllm_server_keep_their_own_turns(ranks, folder):
 
 def test_a_run_that_resumes_where_rollouts_are_left_over_ends_with_the_same_weights(ranks, folder):
     for rank, result in enumerate(ranks):
-        whole, resumed = result["resumed"]
+        whole, resumed = result["whole"]["weights"], result["resumed"]["weights"]
         assert all(torch.equal(resumed[name], value) for name, value in whole.items())
-        state = torch.load(folder / f"resumed/checkpoint-1/igpo_state_{rank}.pt", weights_only=True)
+        state = torch.load(folder / f"whole/checkpoint-1/igpo_state_{rank}.pt", weights_only=True)
         assert state["step"] == 1 and len(state["rollouts"]) == 1
+
+
+def test_a_checkpoint_of_fewer_processes_is_resumed_by_more(ranks, folder):
+    """The first process has rollouts left over, and the second one has nothing."""
+    assert torch.load(folder / "one/checkpoint-1/igpo_state_0.pt", weights_only=True)["rollouts"]
+    first, second = (result["of one process"] for result in ranks)
+    assert all(torch.equal(second["weights"][name], value) for name, value in first["weights"].items())
+    assert first["step"] == second["step"] == 3
+
+
+def test_a_checkpoint_of_more_processes_is_resumed_by_fewer(ranks, folder, caplog):
+    """Half of the rollouts that were left are of no use."""
+    end = script.end_of_run(folder / "fewer", folder / "whole/checkpoint-1")
+    assert end["step"] == 3
+    assert "checkpoint-1: `num_processes` was 2 and is 1. Training resumes, but not exactly" in caplog.text

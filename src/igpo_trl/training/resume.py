@@ -52,6 +52,10 @@ class ResumesExactly(Trainer):
         """Whether no process has whole weights."""
         raise NotImplementedError
 
+    def max_over_ranks(self, number: int) -> int:
+        """The maximum of a number over all processes."""
+        raise NotImplementedError
+
     # -------------------------------------------------------------------------------------------------------- saving
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -66,6 +70,7 @@ class ResumesExactly(Trainer):
         super()._save_rng_state(output_dir)
         left = self._step % (self.args.steps_per_generation * self.num_iterations) > 0
         state = {
+            "batches": self._batches,
             "step": self._step,
             "rollouts": self._buffered_inputs if left else None,
             "metrics": dict(self._metrics["train"]),
@@ -124,33 +129,61 @@ class ResumesExactly(Trainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        file = Path(checkpoint, STATE_FILE.format(rank=self.args.process_index))
-        self._buffered_inputs = None
-        if not file.is_file():
-            self._step = self.state.global_step * self.args.gradient_accumulation_steps
-            logger.warning(
-                "%s has no %s: it was saved by an earlier version, by fewer processes or with `save_only_model`. "
-                "Training resumes, but not exactly as if it had not stopped.",
-                *(checkpoint, file.name),
-            )
-            return
-        device = self.accelerator.device
-        # `cpu:0`, as it is called in one of several processes, is not a place that tensors are loaded to.
-        state = torch.load(file, map_location="cpu" if device.type == "cpu" else device, weights_only=True)
+        state = self._read_state(checkpoint, self.args.process_index)
+        # All processes go the same way: one that sampled while another trains would leave both waiting.
+        if self.max_over_ranks(int(state.get("batches") != self._batches)):
+            state = self._state_of_all(checkpoint)
         self._step, self._buffered_inputs = state["step"], state["rollouts"]
         self._metrics["train"].clear()
         self._metrics["train"].update(state["metrics"])
-        self._tr_loss, self._globalstep_last_logged = state["loss"]
+        if "loss" in state:
+            self._tr_loss, self._globalstep_last_logged = state["loss"]
         for name, each in self.running_state.items():
             for attribute, value in state["carried"].get(name, {}).items():
                 _set(each, attribute, value)
-        weights = Path(checkpoint, WEIGHTS_FILE)
+        weights, device = Path(checkpoint, WEIGHTS_FILE), self.accelerator.device
         saved = torch.load(weights, map_location="cpu", weights_only=True) if weights.is_file() else {}
         if isinstance(self._belief_model, Snapshot):
             self._belief_model.weights = [each.to(device) for each in saved.get("snapshot", [])]
         if self.args.sync_ref_model and "reference" in saved:
             for parameter, value in zip(self.ref_model.parameters(), saved["reference"], strict=True):
                 parameter.data.copy_(value)
+
+    @property
+    def _batches(self) -> dict[str, int]:
+        """What rollouts that are left only fit to."""
+        names = "per_device_train_batch_size gradient_accumulation_steps steps_per_generation num_iterations"
+        return {"num_processes": self.args.world_size} | {name: getattr(self.args, name) for name in names.split()}
+
+    def _read_state(self, checkpoint: str, rank: int) -> dict[str, Any]:
+        file, device = Path(checkpoint, STATE_FILE.format(rank=rank)), self.accelerator.device
+        if not file.is_file():
+            return {}
+        # `cpu:0`, as it is called in one of several processes, is not a place that tensors are loaded to.
+        state: dict[str, Any] = torch.load(
+            file, map_location="cpu" if device.type == "cpu" else device, weights_only=True
+        )
+        return state
+
+    def _state_of_all(self, checkpoint: str) -> dict[str, Any]:
+        """What a checkpoint holds for any number of processes: what its first one carried, but for metrics."""
+        state = self._read_state(checkpoint, 0)
+        saved = {} if self.max_over_ranks(int(not state)) else state.get("batches", {})
+        carried = state["carried"] if saved else {}
+        pairs = [(name, was, self._batches[name]) for name, was in saved.items()]
+        changed = [f"`{name}` was {was} and is {now}" for name, was, now in pairs if was != now]
+        logger.warning(
+            "%s: %s. Training resumes, but not exactly as if it had not stopped: rollouts that were left are sampled "
+            "anew.",
+            checkpoint,
+            ", ".join(changed) or "some process has no igpo_state_RANK.pt, or one of an earlier version",
+        )
+        return {
+            "step": self.state.global_step * self.args.gradient_accumulation_steps,
+            "rollouts": None,
+            "metrics": {},
+            "carried": {name: each for name, each in carried.items() if name != "metric_weights"},
+        }
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         self._train_sampler = super()._get_train_sampler(dataset)
