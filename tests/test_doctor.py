@@ -158,6 +158,11 @@ def cut_off(one, rng, number):
     one.stop_reason = "length_limit" if number < 3 else "answered"
 
 
+def garbled(one, rng, number):
+    if one.step > STEPS // 2 and number < 3:
+        one.turns[0].calls = [Call("unknown", error="malformed")]
+
+
 SHOWN = {
     "belief_saturation": {"change": beliefs(0.95, 0.96)},
     "beliefs_fall": {"change": falls},
@@ -173,6 +178,7 @@ SHOWN = {
     "unanswerable": {"change": never_found},
     "format_penalty": {"change": penalised},
     "question_echo": {"change": echoing},
+    "malformed_calls": {"change": garbled},
     "truncation": {"change": cut_off, "options": {"max_turns": 4, "max_completion_length": 128}},
     "drift": {"log": [{"kl": 0.1 * step} for step in range(STEPS)]},
     "no_op": {"log": [{"grad_norm": 0.0}] * STEPS},
@@ -215,6 +221,30 @@ def test_other_evidence_for_the_same_signatures():
     for believer, expected in (("policy", ["no_op"]), ("reference", [])):
         run = make_run(frozen, same_questions=True, options={"belief_model": believer})
         assert [f.name for f in diagnose(run).findings] == expected
+
+
+@pytest.mark.parametrize("log", [(), [{"credit/turn_price": 0.5 if step < 5 else 0.0} for step in range(STEPS)]])
+def test_the_price_is_read_where_there_were_searches(log):
+    """A run that has stopped searching does not show at its end what searching cost."""
+
+    def stopped(one, rng, number):
+        if one.step >= STEPS // 2:
+            one.outcome = float(rng.random() < 0.4)
+            del one.turns[:-1]
+        elif not log:
+            taxed(one, rng, number)
+
+    findings = {finding.name: finding for finding in diagnose(make_run(stopped, log=log)).findings}
+    assert findings["turn_tax"].numbers["turn_price"] == pytest.approx(0.5 if log else 0.4, abs=0.05)
+    assert (
+        f"{'logged' if log else 'estimated from the advantages'} in the first steps" in findings["turn_tax"].evidence
+    )
+    assert "turn_shortening" in findings
+
+
+def test_malformed_calls_are_compared_with_the_beginning():
+    (finding,) = diagnose(make_run(garbled)).findings
+    assert "38% of rollouts have a tool call that cannot be read, and 0% at first" in finding.evidence
 
 
 def test_the_truncation_is_explained_by_the_lengths():

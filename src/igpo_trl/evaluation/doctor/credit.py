@@ -34,16 +34,25 @@ def advantage_collapse(run: RunFacts) -> Seen:
     "`'per_turn'` do. See the turn tax in docs/method.md."
 )
 def turn_tax(run: RunFacts) -> Seen:
-    logged = run.logged("credit/turn_price")
-    known = len(logged) > 3  # a few values may be anything
-    price = float(np.median(logged)) if known else turn_price_of(run.recent)
+    logged, when = run.logged("credit/turn_price", recent=False), ""
+    shrunk = run.early and mean([each.turns for each in run.recent]) < 0.85 * mean([each.turns for each in run.early])
+    try:
+        price, known = _price(run.logged("credit/turn_price"), run.recent)
+    except NotCheckedError:
+        if not shrunk:
+            raise
+        price, known = 0.0, False
+    if shrunk and price <= 0.2:
+        # Once nobody searches any more, the end of a run does not show what searching cost.
+        price, known = _price(logged[: len(logged) // 4], run.early)
+        when = " in the first steps"
     # An estimate is a little below 0 where λ discounts what comes late.
     if price <= 0.2 and (price >= -0.2 or not known):
         return None
     numbers = {"turn_price": price}
     text = (
         f"a further turn that changes nothing {'costs' if price > 0 else 'earns'} {abs(price):.2f} in units of the "
-        f"advantage ({'logged' if known else 'estimated from the advantages'})"
+        f"advantage ({'logged' if known else 'estimated from the advantages'}{when})"
     )
     if run.early:
         by_step = defaultdict(list)
@@ -55,6 +64,12 @@ def turn_tax(run: RunFacts) -> Seen:
         numbers |= {"turns_early": before, "turns_least": least, "turns": now}
         text += f"; turns per rollout: first {before:.2f}, fewest {least:.2f} (step {shortest}), now {now:.2f}"
     return text, numbers
+
+
+def _price(logged: Sequence[float], rollouts: Sequence[Facts]) -> tuple[float, bool]:
+    """The price of a turn in some steps, and whether it was logged."""
+    known = len(logged) > 3  # a few values may be anything
+    return (float(np.median(logged)) if known else turn_price_of(rollouts)), known
 
 
 def turn_price_of(rollouts: Sequence[Facts]) -> float:

@@ -40,6 +40,7 @@ class Facts:
             an answer which nothing before them states.
         echoed (`bool` or `None`): whether the answer shares words with the right one, and all of them are in the
             question; `None` where the question is not known.
+        malformed (`int`): its tool calls that cannot be read.
     """
 
     step: int
@@ -58,6 +59,7 @@ class Facts:
     repeated: int
     with_answer: int
     echoed: bool | None = None
+    malformed: int = 0
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> "Facts":
@@ -92,6 +94,7 @@ class Facts:
             repeated=repeated,
             with_answer=with_answer,
             echoed=echoes(extract_answer(turns[-1].text), answers, question) if trajectory.question else None,
+            malformed=sum(call.error == "malformed" for turn in turns for call in turn.calls),
         )
 
     @property

@@ -53,6 +53,21 @@ def question_echo(run: RunFacts) -> Seen:
 
 
 @signature(
+    "If the policy wrote them well at first, lower `learning_rate`, raise `beta`, use `normalization='critic'`, and "
+    "take an earlier checkpoint. Else warm-start it (`igpo warm-start`), or take a model that was trained to call tools."
+)
+def malformed_calls(run: RunFacts) -> Seen:
+    share = share_of([each.malformed > 0 for each in enough(run.recent, "rollouts")])
+    if share <= 0.2:
+        return None
+    numbers, text = {"share": share}, f"{share:.0%} of rollouts have a tool call that cannot be read"
+    if run.early:
+        numbers["share_early"] = share_of([each.malformed > 0 for each in run.early])
+        text += f", and {numbers['share_early']:.0%} at first"
+    return text, numbers
+
+
+@signature(
     "Raise `max_completion_length` (and `max_turn_length`, or the context of the model) to what the turns need, show "
     "fewer or shorter passages (`search_k`, `search_max_words`, `max_tool_response_tokens`), or set `forced_answer`."
 )
