@@ -54,7 +54,7 @@ def question_echo(run: RunFacts) -> Seen:
 
 @signature(
     "If the policy wrote them well at first, lower `learning_rate`, raise `beta`, use `normalization='critic'`, and "
-    "take an earlier checkpoint. Else warm-start it (`igpo warm-start`), or take a model that was trained to call tools."
+    "take an earlier checkpoint. Else warm-start it (`igpo warm-start`), or take one that was trained to call tools."
 )
 def malformed_calls(run: RunFacts) -> Seen:
     share = share_of([each.malformed > 0 for each in enough(run.recent, "rollouts")])
