@@ -61,7 +61,7 @@ def test_metrics_are_those_of_the_whole_batch(runs):
 def test_one_process_prints_the_lines_of_both(runs):
     single, (first, second) = runs
     for one, two, other in zip(single, first, second, strict=True):
-        lines = [line.split("  left")[0] for line in two["console"] if line.startswith("step ")]
+        lines = [line for line in two["console"] if line.startswith("step ")]
         steps = [log for log in one["logs"] if "reward" in log]
         assert len(lines) == len(steps) > 0 and other["console"] == [], two["console"]
         for name in ("reward", "searches", "belief", "collapse", "answered"):
