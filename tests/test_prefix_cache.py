@@ -3,8 +3,9 @@
 import pytest
 import tiny
 import torch
+from transformers.cache_utils import DynamicLayer
 
-from igpo_trl.rollout.kv_cache import PrefixCache, reuse_obstacle
+from igpo_trl.rollout.kv_cache import PrefixCache, _RoomyLayer, reuse_obstacle
 
 
 def left_padded(rows):
@@ -80,6 +81,31 @@ def test_the_prompt_of_a_group_runs_once(family):
         )
     assert torch.equal(got, expected)
     assert shapes[:2] == [(3, 16), (12, 1)]
+
+
+def test_sampled_tokens_are_written_into_the_room_of_a_layer():
+    """The keys and values of a `DynamicLayer`, through all that happens to them, without a copy for every token."""
+    torch.manual_seed(0)
+    room, plain = _RoomyLayer(), DynamicLayer()
+
+    def add(rows, tokens):
+        states = torch.randn(rows, 2, tokens, 4), torch.randn(rows, 2, tokens, 4)
+        for got, expected in zip(room.update(*states), plain.update(*states), strict=True):
+            assert torch.equal(got, expected)
+        return room.keys.untyped_storage().data_ptr()
+
+    assert add(3, 5) == add(3, 1) == add(3, _RoomyLayer.ROOM - 1)
+    assert add(3, 1) != add(3, _RoomyLayer.ROOM + 1)  # no room is left
+    for change in (
+        lambda layer: layer.batch_select_indices(torch.tensor([2, 0])),
+        lambda layer: layer.crop(-3),
+        lambda layer: layer.batch_repeat_interleave(2),
+        lambda layer: layer.reset(),
+    ):
+        change(room)
+        change(plain)
+        rows = 3 if room.keys is None else len(room.keys)
+        assert add(rows, 2) == add(rows, 1)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,9 @@ of length L then keeps its first L − N tokens, in the slots W − L to W − N
 
 The result is a plain left-padded batch, the same that a generation without a cache would get. A row with fewer than N
 new tokens runs some cached tokens again (b7) where it would otherwise run padding.
+
+Within a turn, sampled tokens are written into room that each layer keeps for them. A `DynamicLayer` copies all of its
+keys and values for every token.
 """
 
 import copy
@@ -23,6 +26,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from ..beliefs.branching import evaluating
 from ..beliefs.models import ChangingPositions, adds_virtual_tokens, cache_argument
@@ -30,9 +35,6 @@ from ..beliefs.models import ChangingPositions, adds_virtual_tokens, cache_argum
 
 def reuse_obstacle(model: nn.Module, generation_config: Any) -> str | None:
     """The reason why the KV cache of this model cannot be kept between turns, `None` if it can."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
     if adds_virtual_tokens(model):
         return "prompt-learning adapters put virtual tokens into the cache"
     inner: Any = model
@@ -50,6 +52,45 @@ def reuse_obstacle(model: nn.Module, generation_config: Any) -> str | None:
     if generation_config.use_cache is False:
         return "`use_cache=False` is set"
     return None
+
+
+class _RoomyLayer(DynamicLayer):
+    """A layer with room for the next tokens, where sampling writes them. Without gradients."""
+
+    ROOM = 64
+
+    keys: Any
+    values: Any
+    _room: tuple[torch.Tensor, torch.Tensor] | None = None  # keys and values, with unused slots at the end
+    _filled: torch.Tensor | None = None  # `keys` after the last update: something else if they were gathered since
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if self._room is None or self.keys is not self._filled or self._room[0].shape[-2] < end:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            self._room = self._grown(self.keys, key_states, end), self._grown(self.values, value_states, end)
+        keys, values = self._room
+        keys[..., start:end, :] = key_states
+        values[..., start:end, :] = value_states
+        self.keys, self.values = keys[..., :end, :], values[..., :end, :]
+        self._filled = self.keys
+        return self.keys, self.values
+
+    def _grown(self, old: torch.Tensor, new: torch.Tensor, end: int) -> torch.Tensor:
+        grown = new.new_empty(*new.shape[:-2], end + self.ROOM, new.shape[-1])
+        if old.numel():
+            grown[..., : old.shape[-2], :] = old
+        return grown
+
+
+def _empty_cache(config: Any) -> DynamicCache:
+    cache = DynamicCache(config=config)
+    cache.layers = [_RoomyLayer() for _ in cache.layers]
+    return cache
 
 
 class PrefixCache:
@@ -158,10 +199,8 @@ class PrefixCache:
 
     def _gather(self, config: Any, rollouts: Sequence[int], padding: Sequence[int], slots: int) -> Any:
         """Gather the first `slots` columns of the new batch from the cache."""
-        from transformers import DynamicCache
-
         if self._cache is None or slots <= 0 or self._cache.get_seq_length() == 0:  # some models use one of their own
-            return DynamicCache(config=config)
+            return _empty_cache(config)
         # These slots of a rollout that is not cached are masked padding, so any row will do.
         source = torch.tensor([self._row_of.get(rollout, 0) for rollout in rollouts])
         shift = self._padding[source] - torch.tensor(padding)
@@ -176,9 +215,7 @@ class PrefixCache:
 @torch.no_grad()
 def _prefill_once(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
     """A cache of all tokens but the last, computed once for equal rows; an empty one if all rows differ."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=model.config.get_text_config())
+    cache = _empty_cache(model.config.get_text_config())
     rows = [tuple(row) for row in (input_ids * attention_mask - (attention_mask == 0).long()).tolist()]
     number = {row: i for i, row in enumerate(dict.fromkeys(rows))}
     if len(number) == len(rows) or input_ids.shape[1] < 2:
