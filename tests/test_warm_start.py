@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from test_tiny_model import world, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
@@ -287,6 +288,31 @@ def test_a_run_saves_a_model_that_loads_and_reports_both_sides(files, tmp_path):
         run(files, tmp_path / "other")
 
 
+def test_an_adapter_is_trained_further(files, tmp_path):
+    from peft import PeftModel
+
+    run(files, tmp_path / "first", max_steps=1, save_adapter=True, eval_questions=0)
+    first = tmp_path / "first/adapter"
+    options = {"data": files / "questions.jsonl", "index": files / "index"} | OPTIONS
+    options |= {"max_steps": 2, "eval_questions": 0, "save_adapter": True}
+    report = warm_start(str(first), tmp_path / "second", **options)
+    assert report["training"]["steps"] == 2
+    second = tmp_path / "second/adapter"
+    # Still one adapter, of the same rank and on the same base, with other weights.
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (first, second)]
+    assert configs[0]["base_model_name_or_path"] == configs[1]["base_model_name_or_path"] == str(files / "model")
+    old, new = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
+    assert {name: tensor.shape for name, tensor in old.items()} == {name: tensor.shape for name, tensor in new.items()}
+    moved = {name: (new[name].float() - old[name].float()).abs().max() for name in old}
+    assert max(moved.values()) > 0
+    assert all(moved[name] < 0.3 * old[name].abs().max() for name in old if "lora_A" in name), "It did not start anew."
+    # The model that is saved has it.
+    base = AutoModelForCausalLM.from_pretrained(files / "model")
+    apart = PeftModel.from_pretrained(base, second).merge_and_unload().state_dict()
+    for name, weight in AutoModelForCausalLM.from_pretrained(tmp_path / "second").state_dict().items():
+        torch.testing.assert_close(apart[name], weight.float(), rtol=1e-2, atol=1e-2)
+
+
 def test_an_interrupted_run_resumes_at_its_checkpoint(files, tmp_path, monkeypatch):
     steps, original = [], Clock.on_step_end
 
@@ -385,10 +411,12 @@ def test_mistakes_are_told_before_anything_is_written(files, tmp_path, monkeypat
     get_peft_model(tiny.make_model(), LoraConfig(target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
     for model, problem in (
         (tmp_path / "nowhere", "no such directory: .*nowhere. Expected a model"),
-        (tmp_path / "adapter", "is an adapter. Merge it into its base model"),
+        (tmp_path / "adapter", "is an adapter, which is trained further. Leave out `--full`"),
     ):
         with pytest.raises((FileNotFoundError, ValueError), match=problem):
-            warm_start(str(model), tmp_path / "out", data=files / "questions.jsonl", index=files / "index")
+            warm_start(
+                str(model), tmp_path / "out", data=files / "questions.jsonl", index=files / "index", lora_r=None
+            )
     with pytest.raises(FileNotFoundError, match="no index in"):
         run(files, tmp_path / "out", index=tmp_path / "adapter")
     with pytest.raises(ValueError, match="`batch_size` must be a multiple of `micro_batch_size`, got 4 and 3"):

@@ -23,7 +23,9 @@ def get(
 
 
 def warm_start(
-    model: Annotated[str, typer.Argument(help="The model: a directory, or a name on the hub.")],
+    model: Annotated[
+        str, typer.Argument(help="The model, or an adapter to train further: a directory, or a name on the hub.")
+    ],
     index: Annotated[str, typer.Option(help="What to search: directory of an index, or http://….")],
     out: Annotated[Path, typer.Option(help="Directory for the model. An interrupted run is resumed.")],
     data: Annotated[
@@ -48,7 +50,7 @@ def warm_start(
     ] = None,
     k: Annotated[int, typer.Option(help="Passages per search.", min=1)] = 2,
     max_words: Annotated[int, typer.Option(help="Longest passage shown, in words.", min=1)] = 50,
-    lora_r: Annotated[int, typer.Option(help="Rank of the adapter that is trained.", min=1)] = 32,
+    lora_r: Annotated[int, typer.Option(help="Rank of a new adapter.", min=1)] = 32,
     full: Annotated[bool, typer.Option("--full", help="Train all weights instead of an adapter.")] = False,
     epochs: Annotated[float, typer.Option(help="Times that every trace is used.")] = 3.0,
     max_steps: Annotated[int | None, typer.Option(help="Most steps.", min=1)] = None,

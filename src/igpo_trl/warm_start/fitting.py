@@ -44,6 +44,7 @@ def fit(
     examples: Sequence[dict[str, list[int]]],
     folder: Path,
     *,
+    adapter: str | None = None,
     lora_r: int | None = None,
     epochs: float = 1.0,
     max_steps: int | None = None,
@@ -61,6 +62,7 @@ def fit(
         tokenizer (`PreTrainedTokenizerBase`): Its tokenizer.
         examples (sequence of `dict`): What [`TraceEncoder`] makes of traces.
         folder (`Path`): For checkpoints.
+        adapter (`str`, *optional*): Directory of an adapter of the model, to train further in place of a new one.
         lora_r, epochs, max_steps, minutes, batch_size, micro_batch_size: As for [`warm_start`].
         show_progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
         options: More of TRL's `SFTConfig`.
@@ -99,7 +101,11 @@ def fit(
         **defaults | options,
     )
     peft_config = None
-    if lora_r:
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    elif lora_r:
         from peft import LoraConfig
 
         peft_config = LoraConfig(r=lora_r, lora_alpha=2 * lora_r, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -21,7 +21,7 @@ from ..evaluation.scores import AVERAGE
 from ..evaluation.settings import save_options
 from ..files import check_writable, looks_like_path
 from ..search import SearchTool, open_search
-from ..training.adapters import find_adapter
+from ..training.adapters import check_adapter, find_adapter
 from .encoding import TraceEncoder
 from .fitting import computes_in_bfloat16, fit
 from .templates import prepare_tokenizer
@@ -67,7 +67,7 @@ def warm_start(
     the same arguments; one that is complete returns its report.
 
     Args:
-        model (`str`): A model on the hub, or a directory.
+        model (`str`): A model, or an adapter to train further, on the hub or in a directory.
         out (`str` or `Path`): Where to save everything.
         index (`str` or `Path`): What to search: the directory of an index, or the address of a search server.
         data (`str`, `Path` or sequence of these, *optional*): Questions, see [`load_questions`]. Supporting
@@ -80,7 +80,8 @@ def warm_start(
         thoughts (`float`, *optional*): See [`make_traces`].
         k (`int`, *optional*, defaults to `2`), max_words (`int`, *optional*, defaults to `50`):
             Passages per search, and words of each. Train with the same ones later.
-        lora_r (`int`, *optional*, defaults to `32`): Rank of the adapter; `None` trains all weights.
+        lora_r (`int`, *optional*, defaults to `32`): Rank of the adapter; `None` trains all weights. One that is
+            trained further keeps its own.
         epochs (`float`, *optional*, defaults to `3.0`), max_steps (`int`, *optional*), minutes (`float`, *optional*):
             How long to train; whichever ends first.
         learning_rate (`float`, *optional*): Its peak. Defaults to 5e-4 for an adapter, 5e-5 for all weights.
@@ -108,7 +109,9 @@ def warm_start(
         logger.info("%s is complete: nothing is left to do.", out)
         return report
     _check(settings)
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    adapter = find_adapter(model)
+    base, tokenizer_name = (model, model) if adapter is None else check_adapter(adapter, None)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     report["chat_template"] = "Qwen2.5's" if prepare_tokenizer(tokenizer) else "its own"
     prompt = resolve_system_prompt(system_prompt)
     questions, held_out = _questions(data, eval_data, eval_questions, prompt)
@@ -145,10 +148,11 @@ def warm_start(
         limit = "" if minutes is None else f", for at most {minutes:g} minutes"
         logger.info("Training on %d traces of %d tokens%s.", len(examples), mean, limit)
         trained, training = fit(
-            model,
+            base,
             tokenizer,
             examples,
             out / "training",
+            adapter=adapter,
             lora_r=lora_r,
             epochs=epochs,
             max_steps=max_steps,
@@ -203,8 +207,10 @@ def _check(settings: dict[str, Any]) -> None:
         raise ValueError(f"`batch_size` must be a multiple of `micro_batch_size`, got {batch} and {micro}.")
     if looks_like_path(model) and not Path(model).is_dir():
         raise FileNotFoundError(f"no such directory: {model}. Expected a model, or its name on the hub.")
-    if find_adapter(model) is not None:
-        raise ValueError(f"{model} is an adapter. Merge it into its base model first (`merge_and_unload` of PEFT).")
+    if settings["lora_r"] is None and find_adapter(model) is not None:
+        raise ValueError(
+            f"{model} is an adapter, which is trained further. Leave out `--full`, which trains all weights."
+        )
 
 
 def _questions(
