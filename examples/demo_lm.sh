@@ -10,7 +10,7 @@ set -eu
 steps=${1:-6}
 igpo=${IGPO:-igpo}
 out=outputs/demo-lm
-start=examples/smollm2-world      # an adapter that knows how to search: 400 traces, see its README
+start=examples/smollm2-world      # an adapter that knows how to search, see its README
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 
 say() { printf '\n==> %s\n' "$*"; }
