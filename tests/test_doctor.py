@@ -14,7 +14,9 @@ from igpo_trl import IGPOConfig, IGPOTrainer
 from igpo_trl.cli.app import app
 from igpo_trl.evaluation.doctor import DoctorCallback, RunFacts, diagnose
 from igpo_trl.evaluation.doctor.credit import turn_price_of
-from igpo_trl.evaluation.doctor.signatures import SIGNATURES
+from igpo_trl.evaluation.doctor.facts import Facts
+from igpo_trl.evaluation.doctor.searching import stopping_area
+from igpo_trl.evaluation.doctor.signatures import SIGNATURES, NotCheckedError
 from igpo_trl.evaluation.scores import echoes
 from igpo_trl.trajectory import Call, Trajectory, Turn, load_run, write_jsonl
 
@@ -125,6 +127,11 @@ def idle(one, rng, number):
     one.turns[-1].belief = 0.95
 
 
+def blind(one, rng, number):
+    if len(one.turns) == 3:  # it searches on, although its first search found as much
+        one.turns[1].belief = 0.6 + 0.1 * rng.random()
+
+
 def repeats(one, rng, number):
     call = Call("search", {"query": "always this"})
     one.turns.insert(0, Turn("…", "Something.", 20, one.turns[0].belief, advantage=0.1, calls=[call]))
@@ -173,6 +180,7 @@ SHOWN = {
     "turn_shortening": {"change": shorter},
     "searching_without_gain": {"change": useless},
     "over_searching": {"change": idle},
+    "blind_stopping": {"change": blind},
     "self_locking": {"change": repeats},
     "answer_in_queries": {"change": knows},
     "unanswerable": {"change": never_found},
@@ -240,6 +248,44 @@ def test_the_price_is_read_where_there_were_searches(log):
         f"{'logged' if log else 'estimated from the advantages'} in the first steps" in findings["turn_tax"].evidence
     )
     assert "turn_shortening" in findings
+
+
+def test_stopping_is_compared_within_a_turn():
+    def of(on, end, turn=1, stop="answered"):
+        """Rollouts that search on from these beliefs, and end, unsure, a turn later; and some that answer at these."""
+        ways = [(on, [0.5], None), (end, [], stop)]
+        return [
+            Facts.of(Trajectory("", [Turn("…", "", 1, b) for b in [None] * turn + [x, *more]], stop_reason=why))
+            for beliefs, more, why in ways
+            for x in beliefs
+        ]
+
+    assert stopping_area(of([0.1, 0.2], [0.3, 0.4]))[0] == 1
+    assert stopping_area(of([0.1, 0.3], [0.2, 0.3]))[0] == 0.625  # three of four, one of them a tie of half a pair
+    # In the second turn all believe more. That says nothing of what the policy looks at.
+    assert stopping_area(of([0.2, 0.1], [0.2, 0.1]) + of([0.9, 0.8], [0.9, 0.8], turn=2))[0] == 0.5
+    # Under the null hypothesis, over all orders of two and two: variance 2 * 2 * 5 / 12 of the number of pairs won.
+    assert stopping_area(of([0.1, 0.2], [0.3, 0.4]))[1] == pytest.approx((20 / 12) ** 0.5 / 4)
+    with pytest.raises(NotCheckedError, match="in no turn"):  # who is cut off has not decided to stop
+        stopping_area(of([0.1, 0.2], [0.3, 0.4], stop="length_limit"))
+
+
+def test_a_fixed_number_of_searches_is_blind_too():
+    def twice(found):
+        def change(one, rng, number):
+            one.turns[-1].belief = 0.7 if rng.random() < found else 0.05
+            one.outcome = float(one.turns[-1].belief > 0.5)
+
+        return change
+
+    def names(change, **options):
+        return {finding.name for finding in diagnose(make_run(change, searches=2, options=options)).findings}
+
+    (finding,) = [f for f in diagnose(make_run(twice(0.5), searches=2)).findings if f.name == "blind_stopping"]
+    assert finding.evidence.startswith("100% of rollouts answer in turn 3, whatever they have read: ")
+    assert finding.numbers["unsure"] == pytest.approx(0.5, abs=0.1)
+    assert "blind_stopping" not in names(twice(0.9))  # two searches are what the questions need
+    assert "blind_stopping" not in names(twice(0.5), max_turns=3)  # it may not search on
 
 
 def test_malformed_calls_are_compared_with_the_beginning():

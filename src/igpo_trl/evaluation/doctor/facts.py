@@ -108,6 +108,11 @@ class Facts:
         return [(a, b) for a, b in pairwise(self.beliefs) if a is not None and b is not None]
 
     @property
+    def answered(self) -> bool:
+        """Whether it ended by itself, with an answer."""
+        return self.stop in ("answered", "stop_tool")
+
+    @property
     def last_belief(self) -> float | None:
         """The belief before the last turn."""
         return self.beliefs[-1]

@@ -1,9 +1,12 @@
 """Signatures of the searches."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 
-from .facts import RunFacts
-from .signatures import FEWEST, Seen, enough, mean, rises_of, share_of, signature
+import numpy as np
+
+from .facts import Facts, RunFacts
+from .signatures import FEWEST, NotCheckedError, Seen, enough, mean, rises_of, scored, share_of, signature
 
 
 @signature(
@@ -37,6 +40,69 @@ def over_searching(run: RunFacts) -> Seen:
         f"{idle:.0%} of searches begin at a belief of at least 0.9 and add nothing: {each:.1f} per rollout",
         {"share": idle, "per_rollout": each},
     )
+
+
+@signature(
+    "Only what is sampled can be reinforced: warm-start the model until its number of searches depends on what they "
+    "find (`igpo warm-start`, more traces), or say in `system_prompt` when to answer. If it did at first, lower "
+    "`learning_rate`, or add `beta`."
+)
+def blind_stopping(run: RunFacts) -> Seen:
+    rollouts = [each for each in scored(run.recent) if each.turns > 1]
+    ended = [each for each in rollouts if each.answered]
+    enough(ended, "rollouts that searched and answered, with beliefs")
+    (turns, count), *_ = Counter(each.turns for each in ended).most_common(1)
+    unsure = share_of([float(each.last_belief or 0) < 0.1 for each in ended])
+    after = [belief for each in rollouts for belief in each.beliefs[1:] if belief is not None]
+    high = share_of([belief >= 0.5 for belief in after])
+    if not 0.1 <= high <= 0.9:
+        raise NotCheckedError(f"{high:.0%} of the beliefs after a search are at least 0.5, needs 10% to 90%")
+    if count > 0.95 * len(rollouts) and turns != run.options.get("max_turns"):
+        if unsure <= 0.3:
+            return None
+        return (
+            f"{count / len(rollouts):.0%} of rollouts answer in turn {turns}, whatever they have read: {unsure:.0%} "
+            "of them with a belief below 0.1",
+            {"share": count / len(rollouts), "turns": turns, "unsure": unsure},
+        )
+    area, error = stopping_area(rollouts)
+    if area > 0.6 or area + 2 * error > 0.7:
+        return None
+    return (
+        "whether the policy answers or searches on hardly depends on what it has read: of two rollouts in the same "
+        f"turn, the one that answers has the higher belief in {area:.0%} of pairs (by chance 50%)",
+        {"area": area, "error": error},
+    )
+
+
+def stopping_area(rollouts: Sequence[Facts]) -> tuple[float, float]:
+    """
+    How well the belief tells, after a search, in which rollouts the policy answers and in which it searches on.
+
+    Compared is within turns, since later turns have higher beliefs and more answers anyway. The area is that under the
+    ROC curve: the share of pairs in which the one that answers believes more, or half a pair if both believe the same.
+
+    Returns:
+        The area, and its standard error where the belief tells nothing.
+
+    Raises:
+        NotCheckedError: Of the rollouts in a turn, all answer or all search on.
+    """
+    by_turn = defaultdict[int, tuple[list[float], list[float]]](lambda: ([], []))
+    for each in rollouts:
+        for turn, belief in enumerate(each.beliefs[1:], 1):
+            ends = turn == each.turns - 1
+            if belief is not None and (each.answered or not ends):
+                by_turn[turn][ends].append(belief)
+    higher = pairs = variance = 0.0
+    for on, end in by_turn.values():
+        differences = np.subtract.outer(end, on)
+        higher += float(((differences > 0) + 0.5 * (differences == 0)).sum())
+        pairs += differences.size
+        variance += differences.size * (len(on) + len(end) + 1) / 12  # of the Mann-Whitney statistic
+    if not pairs:
+        raise NotCheckedError("in no turn some rollouts answer and others search on")
+    return higher / pairs, variance**0.5 / pairs
 
 
 @signature(
