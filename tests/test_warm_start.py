@@ -397,6 +397,14 @@ def test_the_command_takes_own_traces_and_all_weights(files, tmp_path):
     assert result.exit_code == 1 and "give questions (`data`)" in result.output
 
 
+def test_the_styles_of_the_queries_are_an_option(files, tmp_path):
+    words = [str(files / "model"), "--data", str(files / "questions.jsonl"), "--index", str(files / "index")]
+    words += ["--k", "1", "--lora-r", "4", "--max-steps", "1", "--eval-questions", "0", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, ["warm-start", *words, "--styles", "title", "--styles", "both"])
+    assert result.exit_code == 0, result.output
+    assert {record["style"] for record in read(tmp_path / "traces.jsonl")} == {"title", "both"}
+
+
 def test_questions_of_another_corpus_give_an_error_that_says_so(files, tmp_path):
     random.seed(0)
     question = {"question": "Who?", "answers": ["Nobody"], "supporting_titles": ["Nothing"]}
@@ -421,6 +429,8 @@ def test_mistakes_are_told_before_anything_is_written(files, tmp_path, monkeypat
         run(files, tmp_path / "out", index=tmp_path / "adapter")
     with pytest.raises(ValueError, match="`batch_size` must be a multiple of `micro_batch_size`, got 4 and 3"):
         run(files, tmp_path / "out", micro_batch_size=3)
+    with pytest.raises(ValueError, match="`styles` must be some of title, words, both, got long"):
+        run(files, tmp_path / "out", styles=["title", "long"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="a warm start runs in one process"):
         run(files, tmp_path / "out")

@@ -48,6 +48,10 @@ def warm_start(
             help="Share of the traces that think first.", min=0, max=1, show_default="1 if the system prompt asks"
         ),
     ] = None,
+    styles: Annotated[
+        list[str] | None,
+        typer.Option(help="What queries are made of: title, words or both; repeatable.", show_default="all three"),
+    ] = None,
     k: Annotated[int, typer.Option(help="Passages per search.", min=1)] = 2,
     max_words: Annotated[int, typer.Option(help="Longest passage shown, in words.", min=1)] = 50,
     lora_r: Annotated[int, typer.Option(help="Rank of a new adapter.", min=1)] = 32,
@@ -78,6 +82,7 @@ def warm_start(
     """
     from ..evaluation.settings import OPTIONS_FILE
     from ..warm_start.run import warm_start as run
+    from ..warm_start.traces import STYLES
     from .train import log_lines
 
     with one_line_errors(), log_lines():
@@ -92,6 +97,7 @@ def warm_start(
                 traces_file=traces_file,
                 system_prompt=system_prompt,
                 thoughts=thoughts,
+                styles=styles or STYLES,
                 k=k,
                 max_words=max_words,
                 lora_r=None if full else lora_r,

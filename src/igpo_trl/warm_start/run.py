@@ -25,7 +25,7 @@ from ..training.adapters import check_adapter, find_adapter
 from .encoding import TraceEncoder
 from .fitting import computes_in_bfloat16, fit
 from .templates import prepare_tokenizer
-from .traces import Traces, make_traces, read_traces
+from .traces import STYLES, Traces, make_traces, read_traces
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ def warm_start(
     traces_file: str | Path | None = None,
     system_prompt: str | None = "no_think",
     thoughts: float | None = None,
+    styles: Sequence[str] = STYLES,
     k: int = 2,
     max_words: int | None = 50,
     lora_r: int | None = 32,
@@ -77,7 +78,8 @@ def warm_start(
         traces (`int`, *optional*, defaults to `400`): How many traces to make.
         traces_file (`str` or `Path`, *optional*): Traces of your own instead, see [`read_traces`].
         system_prompt (`str`, *optional*, defaults to `"no_think"`): As in [`load_questions`].
-        thoughts (`float`, *optional*): See [`make_traces`].
+        thoughts (`float`, *optional*), styles (sequence of `str`, *optional*, defaults to `STYLES`): See
+            [`make_traces`].
         k (`int`, *optional*, defaults to `2`), max_words (`int`, *optional*, defaults to `50`):
             Passages per search, and words of each. Train with the same ones later.
         lora_r (`int`, *optional*, defaults to `32`): Rank of the adapter; `None` trains all weights. One that is
@@ -119,7 +121,7 @@ def warm_start(
     if traces_file is not None:
         made = read_traces(traces_file)
     else:
-        made = _make_traces(questions, tool, traces, thoughts, seed)
+        made = _make_traces(questions, tool, traces, thoughts=thoughts, styles=styles, seed=seed)
     check_writable(out, "the model's directory")
     write_json(out / REPORT_FILE, report)
     made.save(out / TRACES_FILE)
@@ -205,6 +207,8 @@ def _check(settings: dict[str, Any]) -> None:
         raise ValueError("give questions (`data`) to make traces from, or traces of your own (`traces_file`).")
     if micro is not None and batch % micro:
         raise ValueError(f"`batch_size` must be a multiple of `micro_batch_size`, got {batch} and {micro}.")
+    if unknown := set(settings["styles"]) - set(STYLES):
+        raise ValueError(f"`styles` must be some of {', '.join(STYLES)}, got {', '.join(sorted(unknown))}.")
     if looks_like_path(model) and not Path(model).is_dir():
         raise FileNotFoundError(f"no such directory: {model}. Expected a model, or its name on the hub.")
     if settings["lora_r"] is None and find_adapter(model) is not None:
@@ -227,10 +231,10 @@ def _questions(
     return questions, others.select(order_by_hash(others["id"][:])[:number])
 
 
-def _make_traces(questions: Any, tool: Any, number: int, thoughts: float | None, seed: int) -> Traces:
+def _make_traces(questions: Any, tool: Any, number: int, *, seed: int, **options: Any) -> Traces:
     rows = questions.to_list()
     random.Random(seed).shuffle(rows)
-    made = make_traces(rows, tool, number, thoughts=thoughts, seed=seed)
+    made = make_traces(rows, tool, number, seed=seed, **options)
     if not made.records:
         raise ValueError(f"no question gave a trace: {made.summary}. Is this the index of these questions?")
     if len(made.records) < number:
