@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("outputs/language-model.jsonl"))
     parser.add_argument("--limit", type=int, default=300, help="test questions")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--dtype", default="bfloat16", help="float32 on a processor without bfloat16")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))

@@ -44,7 +44,7 @@ else
     if ls -d "$out"/train/checkpoint-* > /dev/null 2>&1; then resume="--resume_from_checkpoint true"; fi
     # shellcheck disable=SC2086  # several options in one variable
     "$igpo" train --config configs/smollm2-135m-world.yaml --index "$out/index" --output_dir "$out/train" \
-        --model_name_or_path "$start" --use_peft false --learning_rate 3e-4 --warmup_steps 0 \
+        --model_name_or_path "$start" --warmup_steps 0 \
         --num_eval_questions 0 --max_steps "$steps" --save_steps 1 $precision $resume
 fi
 
