@@ -44,8 +44,8 @@ def over_searching(run: RunFacts) -> Seen:
 
 @signature(
     "Only what is sampled can be reinforced: warm-start the model until its number of searches depends on what they "
-    "find (`igpo warm-start`, more traces), or say in `system_prompt` when to answer. If it did at first, lower "
-    "`learning_rate`, or add `beta`."
+    "find (`igpo warm-start`, more `--traces`, `--styles title`), or say in `system_prompt` when to answer. If it did "
+    "at first, lower `learning_rate`, or add `beta`."
 )
 def blind_stopping(run: RunFacts) -> Seen:
     rollouts = [each for each in scored(run.recent) if each.turns > 1]
