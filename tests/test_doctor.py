@@ -262,8 +262,8 @@ def test_stopping_is_compared_within_a_turn():
 
     assert stopping_area(of([0.1, 0.2], [0.3, 0.4]))[0] == 1
     assert stopping_area(of([0.1, 0.3], [0.2, 0.3]))[0] == 0.625  # three of four, one of them a tie of half a pair
-    # In the second turn all believe more. That says nothing of what the policy looks at.
-    assert stopping_area(of([0.2, 0.1], [0.2, 0.1]) + of([0.9, 0.8], [0.9, 0.8], turn=2))[0] == 0.5
+    # In the second turn all believe more, and more of them answer. That says nothing of what the policy looks at.
+    assert stopping_area(of([0.2, 0.1] * 3, [0.2, 0.1]) + of([0.9, 0.8], [0.9, 0.8] * 3, turn=2))[0] == 0.5
     # Under the null hypothesis, over all orders of two and two: variance 2 * 2 * 5 / 12 of the number of pairs won.
     assert stopping_area(of([0.1, 0.2], [0.3, 0.4]))[1] == pytest.approx((20 / 12) ** 0.5 / 4)
     with pytest.raises(NotCheckedError, match="in no turn"):  # who is cut off has not decided to stop
